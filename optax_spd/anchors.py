@@ -1,0 +1,364 @@
+"""Where the anchor θ₀ lives: the weights that every method here measures the distance from.
+
+A stage keeps its own copy ("initial" or a tree), keeps none ("zero"), or is handed one at each
+update ("argument"), by the caller or by :func:`with_anchor`. What a stage keeps is an ordinary
+parameter-shaped tree in its state, so it is sharded, saved and mapped like Adam's moments.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_spd import trees
+
+PyTree = Any
+
+POLICIES = ("initial", "zero", "argument")
+
+
+class DroppedAnchor(NamedTuple):
+    """Stands, leafless, where :func:`drop_anchor` took an anchor array away."""
+
+
+class WithAnchorState(NamedTuple):
+    """State of :func:`with_anchor`: the one copy, and the state of what shares it."""
+
+    anchor: PyTree
+    inner_state: Any
+
+
+def check_anchor(
+    anchor: Any, anchor_dtype: Any, policies: tuple[str, ...] = POLICIES
+) -> np.dtype | None:
+    """Checks ``anchor=`` and ``anchor_dtype=`` when a stage is built; returns the dtype.
+
+    Raises:
+      TypeError: ``anchor_dtype`` is no dtype.
+      ValueError: an unknown policy, None, a dtype that is not floating, or a dtype for an anchor
+        that the state does not hold.
+    """
+    if anchor is None or (isinstance(anchor, str) and anchor not in policies):
+        allowed = ", ".join(repr(p) for p in policies)
+        raise ValueError(f"anchor must be one of {allowed} or a tree like params, got {anchor!r}.")
+    if anchor_dtype is None:
+        return None
+    if isinstance(anchor, str) and anchor != "initial":
+        raise ValueError(
+            f"anchor_dtype={anchor_dtype!r} says how the state stores the anchor, but with "
+            f"anchor={anchor!r} the state stores none. Leave anchor_dtype out."
+        )
+    return _check_dtype(anchor_dtype)
+
+
+def _check_dtype(anchor_dtype: Any) -> np.dtype:
+    dtype = jnp.dtype(anchor_dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"anchor_dtype must be a floating dtype, got {dtype}.")
+    return jax.dtypes.canonicalize_dtype(dtype)
+
+
+def init_anchor(
+    anchor: Any,
+    params: PyTree,
+    selected: list[bool] | None = None,
+    anchor_dtype: np.dtype | None = None,
+) -> PyTree:
+    """What a stage's state holds of the anchor at first.
+
+    Args:
+      anchor: the stage's ``anchor=``.
+      params: as given to ``init``: arrays, tracers, ``ShapeDtypeStruct``s (answered in kind), or
+        Optax's placeholder for any parameter tree, which has no leaves (answered with itself, so
+        that ``optax.tree_map_params`` knows the anchor for a copy of the parameters).
+      selected: per leaf whether the stage's mask selects it; the others are not copied.
+      anchor_dtype: the dtype to store floating leaves in; None for their own.
+
+    Returns:
+      A tree with the structure of ``params`` that owns all of its arrays (an alias would kill a
+      step that donates both params and state), or ``optax.EmptyState()``.
+    """
+    if isinstance(anchor, str) and anchor != "initial":
+        return optax.EmptyState()
+    flat = trees.flatten(params)
+    if not flat.leaves:
+        return params
+    sources = flat.leaves if isinstance(anchor, str) else trees.align(flat, anchor, "anchor")
+    return flat.unflatten(
+        optax.MaskedNode()
+        if selected is not None and not selected[i] and not trees.is_gap(leaf)
+        else _copied(source, leaf, anchor_dtype, path)
+        for i, (path, leaf, source) in enumerate(
+            zip(flat.paths, flat.leaves, sources, strict=True)
+        )
+    )
+
+
+def _copied(source: Any, like: Any, dtype: np.dtype | None, path: trees.Path) -> Any:
+    """A copy of ``source`` in a buffer of its own, placed as the leaf ``like`` if it is host data.
+
+    A ``jax.Array`` keeps its sharding and memory kind.
+    """
+    if trees.is_gap(like):
+        return like
+    if trees.is_gap(source):
+        raise ValueError(
+            f"anchor is {source!r} at {trees.shown(path)}, where params has an array. Give the "
+            "pretrained value of every parameter."
+        )
+    if dtype is None or not jnp.issubdtype(jnp.result_type(source), jnp.floating):
+        dtype = jnp.result_type(source)
+    if isinstance(like, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(like.shape, dtype, sharding=like.sharding)
+    if isinstance(source, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"anchor is a ShapeDtypeStruct at {trees.shown(path)}; it must hold the weights."
+        )
+    if isinstance(source, jax.Array):
+        return jnp.copy(source) if source.dtype == dtype else source.astype(dtype)
+    array = jnp.array(source, dtype)
+    if isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer):
+        return jax.device_put(array, like.sharding) if like.committed else array
+    return array
+
+
+def resolve_anchor(
+    policy: Any,
+    held: PyTree,
+    extra_args: dict[str, Any],
+    flat_params: trees.FlatTree,
+    needed: list[bool],
+) -> list[Any]:
+    """The anchor's leaves in the order of the parameters, ready for use in an update.
+
+    Args:
+      policy: the stage's ``anchor=``.
+      held: what the stage's state holds.
+      extra_args: the update's extra arguments, for "argument".
+      flat_params: the parameters, with gaps.
+      needed: per leaf whether the method acts there.
+
+    Returns:
+      Per leaf an array, the number 0 for "zero", or None where it is not needed.
+
+    Raises:
+      ValueError: no ``anchor=`` was handed over, the anchor was dropped, or it does not match.
+    """
+    if isinstance(policy, str) and policy == "zero":
+        return [0 if need else None for need in needed]
+    if isinstance(policy, str) and policy == "argument":
+        held = extra_args.get("anchor")
+        if held is None:
+            raise ValueError(
+                "This stage was built with anchor='argument', but update got no anchor. Pass it "
+                "(tx.update(grads, state, params, anchor=pretrained)), wrap the chain in "
+                "optax_spd.with_anchor, or build the stage with anchor='initial'."
+            )
+    leaves = trees.align(flat_params, held, "anchor", is_leaf=_is_anchor_leaf)
+    for path, leaf, need in zip(flat_params.paths, leaves, needed, strict=True):
+        if need and _is_anchor_leaf(leaf):
+            raise ValueError(
+                f"There is no anchor at {trees.shown(path)} ({leaf!r} stands there): the anchor was "
+                "dropped; call set_anchor(state, pretrained_params) before the next update. (It is "
+                "missing after drop_anchor, or when a checkpoint was saved without it.)"
+            )
+    return [leaf if need else None for leaf, need in zip(leaves, needed, strict=True)]
+
+
+def _is_anchor_leaf(node: Any) -> bool:
+    """A place in an anchor tree that holds no array."""
+    return trees.is_gap(node) or isinstance(node, DroppedAnchor)
+
+
+def with_anchor(
+    inner: optax.GradientTransformation, anchor: Any = "initial", anchor_dtype: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps one anchor for all stages inside that say ``anchor="argument"``.
+
+    Args:
+      inner: a transformation, usually a chain.
+      anchor: "initial", the parameters given to ``init``, or a tree like params. It is copied.
+        In a jitted ``init`` a tree becomes a constant of the program: there use "initial", and
+        :func:`set_anchor` afterwards.
+      anchor_dtype: dtype to store it in; None for its own. bfloat16 loses nothing of a bfloat16
+        checkpoint.
+
+    Returns:
+      A transformation that passes ``anchor=`` on to ``inner``; one that the caller passes wins.
+      Stages inside with an anchor of their own are not affected.
+
+    Raises:
+      TypeError, ValueError: at construction for an unknown policy or dtype; in ``init`` for a tree
+        that does not match params; in ``update`` for a dropped anchor.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_spd
+      >>> tx = optax_spd.with_gradient(optax_spd.with_anchor(optax.chain(
+      ...     optax_spd.l2_sp(0.01, anchor="argument"),
+      ...     optax.adam(1e-3),
+      ...     optax_spd.spd(1.0, anchor="argument"),
+      ... )))
+      >>> params = {"kernel": jnp.ones((2, 2))}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update({"kernel": jnp.ones((2, 2))}, state, params)
+    """
+    dtype = check_anchor(anchor, anchor_dtype, policies=("initial",))
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: PyTree) -> WithAnchorState:
+        return WithAnchorState(
+            anchor=init_anchor(anchor, params, anchor_dtype=dtype), inner_state=inner.init(params)
+        )
+
+    def update(
+        updates: PyTree, state: WithAnchorState, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, WithAnchorState]:
+        if extra_args.get("anchor") is None:
+            extra_args["anchor"] = state.anchor
+        updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        return updates, WithAnchorState(state.anchor, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+# Replacing and dropping anchors inside a nested optimizer state ---------------------------------
+
+
+def set_anchor(state: PyTree, anchor: PyTree, *, anchor_dtype: Any = None) -> PyTree:
+    """Replaces every anchor in a nested optimizer state.
+
+    For trainers that load the pretrained weights after ``tx.init``, and after restoring a state
+    saved without its anchor (:func:`drop_anchor`).
+
+    Args:
+      state: the state of a whole optimizer, through any ``chain``, ``masked``, ``partition``,
+        ``MultiSteps``, ``inject_hyperparams``, ``apply_if_finite``, or an ``nnx.Optimizer``'s
+        ``opt_state``.
+      anchor: the full parameter tree, whatever masks lie in between. Leaves are matched by path;
+        containers (dict, FrozenDict, nnx.State) and boxes may differ from the state's.
+      anchor_dtype: the dtype to store floating leaves in; None for the replaced leaf's, or for
+        the new leaf's own where the anchor had been dropped.
+
+    Returns:
+      The state with copies of the given arrays. A ``jax.Array`` keeps its own sharding and memory
+      kind, a NumPy array takes the replaced leaf's.
+
+    Raises:
+      ValueError: the state holds no anchor, or paths or shapes differ (names the first).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_spd
+      >>> tx = optax_spd.adam_spd(1e-3)
+      >>> state = tx.init({"kernel": jnp.zeros(2)})
+      >>> state = optax_spd.set_anchor(state, {"kernel": jnp.ones(2)})
+      >>> optax.tree.get(state, "anchor")
+      {'kernel': Array([1., 1.], dtype=float32)}
+    """
+    dtype = None if anchor_dtype is None else _check_dtype(anchor_dtype)
+    return _map_anchors(lambda held: _replaced(held, anchor, dtype), state)
+
+
+def _replaced(held: PyTree, anchor: PyTree, dtype: np.dtype | None) -> PyTree:
+    flat = trees.flatten(held, is_leaf=_is_anchor_leaf)
+    new = trees.flatten(anchor)
+    found = dict(zip(new.paths, new.leaves, strict=True))
+    reference = trees.FlatTree(
+        flat.paths,
+        # A dropped leaf has no shape to compare with, nor has None, which a partial restore leaves
+        # behind: where the new anchor has an array, that stands in for it.
+        [
+            found.get(path, leaf) if leaf is None or isinstance(leaf, DroppedAnchor) else leaf
+            for path, leaf in zip(flat.paths, flat.leaves, strict=True)
+        ],
+        flat.treedef,
+    )
+    sources = trees.align(reference, anchor, "anchor", "the state's anchor")
+    return flat.unflatten(
+        _copied(
+            source,
+            like,
+            dtype or (None if _is_anchor_leaf(old) else jnp.result_type(old)),
+            path,
+        )
+        for path, old, like, source in zip(
+            flat.paths, flat.leaves, reference.leaves, sources, strict=True
+        )
+    )
+
+
+def drop_anchor(state: PyTree) -> PyTree:
+    """Takes every anchor out of a nested optimizer state, to save it without.
+
+    The pretrained checkpoint has those weights already. A dropped state is for saving only: an
+    update refuses it until :func:`set_anchor` has put the anchor back.
+
+    Args:
+      state: as for :func:`set_anchor`.
+
+    Returns:
+      The state with a leafless marker in place of each anchor array.
+
+    Raises:
+      ValueError: the state holds no anchor.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import optax_spd
+      >>> params = {"kernel": jnp.ones((8, 8))}
+      >>> state = optax_spd.adam_spd(1e-3).init(params)
+      >>> size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+      >>> size(state) - size(optax_spd.drop_anchor(state)) == size(params)
+      True
+    """
+
+    def dropped(held: PyTree) -> PyTree:
+        flat = trees.flatten(held, is_leaf=_is_anchor_leaf)
+        return flat.unflatten(
+            leaf if _is_anchor_leaf(leaf) else DroppedAnchor() for leaf in flat.leaves
+        )
+
+    return _map_anchors(dropped, state)
+
+
+def _map_anchors(change: Any, state: PyTree) -> PyTree:
+    count = 0
+
+    def walk(node: PyTree) -> PyTree:
+        nonlocal count
+        if not _holds_anchor(node):
+            return node
+        count += 1
+        others = {
+            field: jax.tree.map(walk, getattr(node, field), is_leaf=_holds_anchor)
+            for field in node._fields
+            if field != "anchor"
+        }
+        return node._replace(anchor=change(node.anchor), **others)
+
+    new_state = jax.tree.map(walk, state, is_leaf=_holds_anchor)
+    if count == 0:
+        raise ValueError(
+            "The state holds no anchor: its stages use anchor='zero' or 'argument', or it is not "
+            "the state of an optax_spd stage (a checkpoint restored without the structure of "
+            "tx.init(params) is plain dicts and lists; restore it into that structure)."
+        )
+    return new_state
+
+
+def _holds_anchor(node: Any) -> bool:
+    """Whether ``node`` is a state of ours that keeps an anchor.
+
+    By class and not by field name alone: a parameter tree may have a field called "anchor".
+    """
+    return (
+        isinstance(node, tuple)
+        and "anchor" in getattr(node, "_fields", ())
+        and type(node).__module__.partition(".")[0] == __name__.partition(".")[0]
+        and not isinstance(node.anchor, optax.EmptyState)
+    )

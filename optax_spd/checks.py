@@ -1,0 +1,60 @@
+"""Checks of hyperparameters, made when a transformation is built."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Schedule = Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
+ScalarOrSchedule = float | jax.Array | np.ndarray | Schedule
+
+
+def check_scalar(name: str, value: Any, *, low: float = 0.0, high: float = math.inf) -> None:
+    """Refuses a concrete hyperparameter outside [low, high]; schedules and tracers pass.
+
+    Args:
+      name: the argument's name, for the message.
+      value: a Python, NumPy or JAX scalar, a schedule, or a tracer.
+      low: smallest value allowed.
+      high: largest value allowed; infinity allows every finite one.
+
+    Raises:
+      TypeError: not a number.
+      ValueError: not a scalar, not finite, or out of range.
+    """
+    if callable(value) or isinstance(value, jax.core.Tracer):
+        return
+    if value is None or isinstance(value, str | bytes):
+        raise TypeError(f"{name} must be a number or a schedule, got {value!r}.")
+    if np.ndim(value) != 0:
+        raise ValueError(
+            f"{name} must be a scalar or a schedule, got an array of shape {np.shape(value)}."
+        )
+    number = float(value)
+    if not (math.isfinite(number) and low <= number <= high):
+        allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        raise ValueError(f"{name} must be finite and {allowed}, got {number}.")
+
+
+def check_finite(name: str, value: Any) -> None:
+    """Refuses a concrete number or array that is not finite everywhere; tracers pass.
+
+    Raises:
+      TypeError: not numeric.
+      ValueError: a NaN or an infinity.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return
+    if value is None or isinstance(value, str | bytes):
+        raise TypeError(f"{name} must be numeric, got {value!r}.")
+    if not np.all(np.isfinite(np.asarray(value, np.float64))):
+        raise ValueError(f"{name} must be finite, got {value}.")
+
+
+def value_at(hyperparameter: ScalarOrSchedule, count: jax.Array, dtype: Any) -> jax.Array:
+    """The hyperparameter at step ``count`` (its value, or the schedule's), as ``dtype``."""
+    value = hyperparameter(count) if callable(hyperparameter) else hyperparameter
+    return jnp.asarray(value, dtype)

@@ -1,0 +1,168 @@
+"""Sums over each layer, for all layers in one pass and under any sharding.
+
+The methods compare inner products and norms of whole layers. Here their elementwise products are
+summed array by array - with sums over axes, never ``vdot`` or a flattening reshape, which an
+explicit-sharding mesh refuses - and gathered into one vector per quantity.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_spd import trees
+from optax_spd.layers import ArrayLayers, LayerPlan
+
+PyTree = Any
+AxisNames = tuple[str, ...]
+
+
+def compute_dtype(*arrays: Any) -> Any:
+    """The dtype to compute one array's reductions in: the widest given, at least float32."""
+    dtype = jnp.dtype(jnp.float32)
+    for array in arrays:
+        dtype = jnp.promote_types(dtype, jnp.result_type(array))
+    return dtype
+
+
+def layer_sums(
+    plan: LayerPlan,
+    products: Sequence[tuple[jax.Array, ...] | None],
+    count: int,
+    axes: Sequence[AxisNames] | None = None,
+) -> tuple[jax.Array, ...]:
+    """Sums elementwise products over each layer.
+
+    Args:
+      plan: the layers.
+      products: per leaf of the tree ``count`` arrays of the leaf's shape, or None for a leaf that
+        is no layer or takes no part in this step.
+      count: how many quantities are summed.
+      axes: per leaf the mesh axes that ``shard_map`` or ``pmap`` split it over, from
+        :func:`sharded_axes`; None where no axis is mapped.
+
+    Returns:
+      ``count`` vectors of shape (``plan.vector_size``,) and dtype ``plan.dtype``, zero for a layer
+      without products. A sum over several devices takes one ``psum`` in all.
+    """
+    blocks: dict[int, jax.Array] = {}
+    all_axes = tuple(sorted({name for names in axes or () for name in names}))
+    for index, (entry, terms) in enumerate(zip(plan.arrays, products, strict=True)):
+        if entry is None or terms is None:
+            continue
+        block = _sums_of_array(entry, terms).astype(plan.dtype)
+        if axes is not None:
+            block = _counted_once(block, axes[index], all_axes)
+        start = entry.start
+        blocks[start] = blocks[start] + block if start in blocks else block
+    table = _joined(plan, blocks, count)
+    if all_axes:
+        table = jax.lax.psum(table, all_axes)
+    return tuple(table[i] for i in range(count))
+
+
+def _sums_of_array(entry: ArrayLayers, terms: tuple[jax.Array, ...]) -> jax.Array:
+    """The sums of one array's terms, shape (len(terms), its number of layers)."""
+    over = tuple(a for a in range(terms[0].ndim) if a not in entry.stacked_axes)
+    sums = jnp.stack([jnp.sum(term, axis=over) for term in terms])
+    return sums.reshape(len(terms), entry.count)
+
+
+def _counted_once(block: jax.Array, axes: AxisNames, all_axes: AxisNames) -> jax.Array:
+    """Zeroes a replica's contribution on all devices but one along the axes it is replicated over.
+
+    So that a single psum over all axes counts a replicated bias once. By select: a NaN must not
+    survive a multiplication by zero.
+    """
+    for name in all_axes:
+        if name not in axes:
+            block = jnp.where(jax.lax.axis_index(name) == 0, block, jnp.zeros_like(block))
+    return block
+
+
+def _joined(plan: LayerPlan, blocks: dict[int, jax.Array], count: int) -> jax.Array:
+    """All blocks in layer order, shape (count, plan.vector_size)."""
+    sizes = {entry.start: entry.count for entry in plan.arrays if entry is not None}
+    columns = [
+        blocks.get(start, jnp.zeros((count, sizes[start]), plan.dtype)) for start in sorted(sizes)
+    ]
+    if not columns:
+        return jnp.zeros((count, plan.vector_size), plan.dtype)
+    return jnp.concatenate(columns, axis=1)
+
+
+def spread(entry: ArrayLayers, vector: jax.Array, ndim: int) -> jax.Array:
+    """One array's entries of a per-layer vector, shaped to broadcast against the array."""
+    values = jax.lax.slice_in_dim(vector, entry.start, entry.start + entry.count)
+    shape = [1] * ndim
+    for axis, size in zip(entry.stacked_axes, entry.stacked_shape, strict=True):
+        shape[axis] = size
+    return values.reshape(shape)
+
+
+# Mapped axes (shard_map, pmap) -------------------------------------------------------------------
+
+
+def check_axis_name(axis_name: Any) -> None:
+    """Refuses, when a stage is built, an ``axis_name=`` that is no name and no tree of specs."""
+    if axis_name is None or _is_names(axis_name):
+        return
+    leaves = jax.tree.leaves(axis_name, is_leaf=_is_spec)
+    if not leaves or not all(_is_spec(leaf) for leaf in leaves):
+        raise ValueError(
+            "axis_name must be a mesh axis name, a tuple of them, or a tree of PartitionSpecs "
+            f"(the in_specs of shard_map), got {axis_name!r}."
+        )
+
+
+def sharded_axes(
+    axis_name: Any, flat: trees.FlatTree, plan: LayerPlan
+) -> list[AxisNames] | None:
+    """Per leaf the mesh axes it is split over by hand.
+
+    Args:
+      axis_name: a name or a tuple of names, over which every array is split; or PartitionSpecs,
+        as given to ``shard_map``, each array being split over the axes its spec names; or None.
+      flat: the parameters.
+      plan: their layers.
+
+    Raises:
+      ValueError: the specs do not fit the parameters, or split a stacked axis.
+    """
+    if axis_name is None:
+        return None
+    if _is_names(axis_name):
+        names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+        return [names for _ in flat.leaves]
+    specs = trees.broadcast_prefix(flat, axis_name, "axis_name", _is_spec)
+    return [
+        () if entry is None else _axes_of_spec(spec, entry)
+        for spec, entry in zip(specs, plan.arrays, strict=True)
+    ]
+
+
+def _axes_of_spec(spec: Any, entry: ArrayLayers) -> AxisNames:
+    names: list[str] = []
+    for axis, part in enumerate(spec):
+        parts = () if part is None else (part,) if isinstance(part, str) else tuple(part)
+        if parts and axis in entry.stacked_axes:
+            raise ValueError(
+                f"axis_name= splits {entry.name!r} over {parts} along axis {axis}, which layers= "
+                "calls stacked. Under shard_map each device would hold other layers; split another "
+                "axis, or use jit with NamedSharding."
+            )
+        names.extend(parts)
+    return tuple(names)
+
+
+def _is_names(axis_name: Any) -> bool:
+    return isinstance(axis_name, str) or (
+        isinstance(axis_name, tuple)
+        and len(axis_name) > 0
+        and all(isinstance(name, str) for name in axis_name)
+    )
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, jax.sharding.PartitionSpec)

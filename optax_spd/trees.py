@@ -1,0 +1,209 @@
+"""Parameter trees as lists of (path, leaf), matched by path whatever their containers.
+
+A parameter travels under many coats: dict, FrozenDict or nnx.State around it, a linen
+``Partitioned`` or an NNX ``Variable`` box on it, ``MaskedNode`` or ``None`` in its place. All of
+them spell the same path, so trees are matched here by path and never by container type.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Path = tuple[str, ...]
+PyTree = Any
+
+
+class FlatTree(NamedTuple):
+    """A tree's paths (boxes' own keys removed), its leaves in the same order, and its treedef."""
+
+    paths: list[Path]
+    leaves: list[Any]
+    treedef: Any
+
+    def unflatten(self, leaves: Iterable[Any]) -> PyTree:
+        """The tree with other leaves in the same places."""
+        return jax.tree_util.tree_unflatten(self.treedef, leaves)
+
+
+def is_gap(node: Any) -> bool:
+    """Whether ``node`` stands where a leaf is absent: ``None`` or ``optax.MaskedNode``."""
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
+def path_name(path: Path) -> str:
+    """"/"-joined name of a path, as patterns and layer names see it."""
+    return "/".join(path)
+
+
+def shown(path: Path) -> str:
+    """A path as error messages show it."""
+    return repr(path_name(path)) if path else "the tree itself"
+
+
+def flatten(tree: PyTree, is_leaf: Callable[[Any], bool] = is_gap) -> FlatTree:
+    """Flattens ``tree``, keeping gaps as leaves."""
+    with_path, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    paths = _without_box_keys([keys for keys, _ in with_path])
+    return FlatTree(paths, [leaf for _, leaf in with_path], treedef)
+
+
+def _without_box_keys(key_paths: list[tuple[Any, ...]]) -> list[Path]:
+    """Names the keys, leaving out those that boxes add.
+
+    A box (linen ``Partitioned``, NNX ``Variable``) is a node with one child, the attribute
+    ``value``. A dict key "value" (Flax attention has one) is not an attribute and stays, and so
+    does a field ``value`` that has sisters.
+    """
+    children: dict[tuple[Any, ...], set[Any]] = {}
+    for keys in key_paths:
+        for depth, key in enumerate(keys):
+            children.setdefault(keys[:depth], set()).add(key)
+
+    def is_box_key(keys: tuple[Any, ...], depth: int) -> bool:
+        key = keys[depth]
+        return (
+            isinstance(key, jax.tree_util.GetAttrKey)
+            and key.name == "value"
+            and len(children[keys[:depth]]) == 1
+        )
+
+    return [
+        tuple(
+            jax.tree_util.keystr((key,), simple=True)
+            for depth, key in enumerate(keys)
+            if not is_box_key(keys, depth)
+        )
+        for keys in key_paths
+    ]
+
+
+def align(
+    reference: FlatTree,
+    tree: PyTree,
+    what: str,
+    reference_name: str = "params",
+    is_leaf: Callable[[Any], bool] = is_gap,
+) -> list[Any]:
+    """The leaves of ``tree`` in the order of ``reference``, matched by path.
+
+    Where ``tree`` has a gap at a path or above it, the gap is returned; where ``reference`` has
+    one, the answer is that gap and whatever ``tree`` holds there is not looked at.
+
+    Args:
+      reference: what decides paths and order.
+      tree: the tree to look the leaves up in, of any container and box types.
+      what: what ``tree`` is, for the message.
+      reference_name: what ``reference`` is, for the message.
+      is_leaf: which nodes of ``tree`` count as leaves.
+
+    Raises:
+      ValueError: a path or a shape differs; names the first path and both shapes.
+    """
+    flat = flatten(tree, is_leaf)
+    found = dict(zip(flat.paths, flat.leaves, strict=True))
+    gaps = {p for p, leaf in found.items() if is_leaf(leaf)}
+    aligned = []
+    for path, leaf in zip(reference.paths, reference.leaves, strict=True):
+        if is_gap(leaf):
+            aligned.append(leaf)
+            continue
+        here = path if path in found else _prefix_in(path, gaps)
+        if here is None:
+            raise ValueError(
+                f"{what} does not match {reference_name}: it has no leaf at {shown(path)}, where "
+                f"{reference_name} has shape {jnp.shape(leaf)}. Pass a tree with the same paths; "
+                f"the nearest in {what}: {nearest_paths(path, flat.paths)}."
+            )
+        match = found[here]
+        if not is_leaf(match) and jnp.shape(match) != jnp.shape(leaf):
+            raise ValueError(
+                f"{what} does not match {reference_name} at {shown(path)}: {what} has shape "
+                f"{jnp.shape(match)}, {reference_name} has shape {jnp.shape(leaf)}."
+            )
+        aligned.append(match)
+    _refuse_unknown_paths(reference, flat, gaps, what, reference_name)
+    return aligned
+
+
+def _refuse_unknown_paths(
+    reference: FlatTree, flat: FlatTree, gaps: set[Path], what: str, reference_name: str
+) -> None:
+    known = set(reference.paths)
+    reference_gaps = {
+        p for p, leaf in zip(reference.paths, reference.leaves, strict=True) if is_gap(leaf)
+    }
+    for path in flat.paths:
+        if path in known or path in gaps or _prefix_in(path, reference_gaps) is not None:
+            continue
+        raise ValueError(
+            f"{what} does not match {reference_name}: it has a leaf at {shown(path)}, where "
+            f"{reference_name} has none. The nearest paths in {reference_name}: "
+            f"{nearest_paths(path, reference.paths)}."
+        )
+
+
+def _prefix_in(path: Path, paths: set[Path]) -> Path | None:
+    """The longest prefix of ``path`` (itself included) that is one of ``paths``."""
+    for depth in range(len(path), -1, -1):
+        if path[:depth] in paths:
+            return path[:depth]
+    return None
+
+
+def broadcast_prefix(
+    reference: FlatTree, prefix: PyTree, what: str, is_leaf: Callable[[Any], bool]
+) -> list[Any]:
+    """For each leaf of ``reference`` the leaf of the prefix tree that covers it.
+
+    Raises:
+      ValueError: some path of ``reference`` is not covered, or ``prefix`` has a path that covers
+        nothing.
+    """
+    flat = flatten(prefix, lambda node: is_gap(node) or is_leaf(node))
+    found = dict(zip(flat.paths, flat.leaves, strict=True))
+    used, covering = set(), []
+    for path, leaf in zip(reference.paths, reference.leaves, strict=True):
+        here = _prefix_in(path, set(found))
+        if here is not None:
+            used.add(here)
+        elif not is_gap(leaf):
+            raise ValueError(
+                f"{what} has no entry for the parameter {shown(path)}. Give it the structure of "
+                f"params or a prefix of it; its own paths: {nearest_paths(path, flat.paths)}."
+            )
+        covering.append(None if here is None else found[here])
+    gaps = {p for p, leaf in zip(reference.paths, reference.leaves, strict=True) if is_gap(leaf)}
+    for path, leaf in found.items():
+        if path not in used and not is_gap(leaf) and _prefix_in(path, gaps) is None:
+            raise ValueError(
+                f"{what} has an entry at {shown(path)}, where params has nothing. The nearest "
+                f"paths in params: {nearest_paths(path, reference.paths)}."
+            )
+    return covering
+
+
+def replace_leaves(tree: PyTree, changed: dict[Path, Any]) -> PyTree:
+    """``tree`` with the leaves at some paths replaced."""
+    flat = flatten(tree)
+    return flat.unflatten(
+        changed.get(path, leaf) for path, leaf in zip(flat.paths, flat.leaves, strict=True)
+    )
+
+
+def nearest_paths(wanted: Path | str, paths: Iterable[Path], count: int = 3) -> str:
+    """The paths most like ``wanted``, quoted, for an error message."""
+    name = wanted if isinstance(wanted, str) else path_name(wanted)
+    names = list(dict.fromkeys(path_name(p) for p in paths))
+    close = difflib.get_close_matches(name, names, n=count, cutoff=0.3) or names[:count]
+    return ", ".join(repr(n) for n in close) if close else "none"
+
+
+def require_params(params: PyTree) -> None:
+    """Raises Optax's own error if ``params`` is None."""
+    if params is None:
+        # Optax does not export its message; its decay stage raises it, word for word.
+        optax.add_decayed_weights(0.0).update((), optax.EmptyState(), None)

@@ -1,0 +1,89 @@
+"""How the raw gradient reaches the stages that need it.
+
+Optax hands extra information to stages as extra arguments; the raw gradient goes by the name
+``grad``, as in its line searches. Most training loops pass no extra arguments, hence the wrapper.
+"""
+
+from typing import Any
+
+import optax
+
+PyTree = Any
+
+
+def with_gradient(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Hands the gradient that ``update`` receives to every stage inside, as ``grad=``.
+
+    Put it around the whole optimizer, so that what it receives *is* the gradient. With gradient
+    clipping inside, the stages see the unclipped gradient. Around ``optax.MultiSteps`` goes
+    nothing: write ``MultiSteps(with_gradient(...), k)``, and the stages see the accumulated one.
+
+    Args:
+      inner: a transformation, usually a chain.
+
+    Returns:
+      A transformation with a plain three-argument ``update``. A ``grad=`` that the caller passes
+      wins.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_spd
+      >>> tx = optax_spd.with_gradient(
+      ...     optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-4), optax_spd.spd(1.0)))
+      >>> params = {"kernel": jnp.ones((2, 2))}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update({"kernel": jnp.ones((2, 2))}, state, params)
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
+        if extra_args.get("grad") is None:
+            extra_args["grad"] = updates
+        return inner.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def chain(*stages: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """``optax.chain`` whose stages get the raw gradient: ``with_gradient(optax.chain(*stages))``.
+
+    Args:
+      *stages: transformations of this library and of Optax, in order.
+
+    Returns:
+      A transformation that works in any training loop.
+
+    Raises:
+      ValueError: no stage is given.
+
+    Example:
+      >>> import optax
+      >>> import optax_spd
+      >>> tx = optax_spd.chain(optax.adam(1e-4), optax_spd.spd(1.0))
+    """
+    if not stages:
+        raise ValueError("chain needs at least one stage, got none.")
+    return with_gradient(optax.chain(*stages))
+
+
+def require_gradient(extra_args: dict[str, Any], stage: str) -> PyTree:
+    """The raw gradient among an update's extra arguments.
+
+    Raises:
+      ValueError: there is none; shows the three mends. Never falls back on the update: judged by
+        that, SPD almost never acts.
+    """
+    grad = extra_args.get("grad")
+    if grad is None:
+        raise ValueError(
+            f"{stage} needs the raw gradient and update got none. Either pass it "
+            "(tx.update(grads, state, params, grad=grads)), or build the optimizer with "
+            "optax_spd.chain(...) in place of optax.chain(...), or wrap it in "
+            "optax_spd.with_gradient(...)."
+        )
+    return grad

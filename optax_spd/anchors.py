@@ -50,10 +50,16 @@ def check_anchor(
             f"anchor_dtype={anchor_dtype!r} says how the state stores the anchor, but with "
             f"anchor={anchor!r} the state stores none. Leave anchor_dtype out."
         )
-    return _check_dtype(anchor_dtype)
+    return check_dtype(anchor_dtype)
 
 
-def _check_dtype(anchor_dtype: Any) -> np.dtype:
+def check_dtype(anchor_dtype: Any) -> np.dtype:
+    """The dtype named by ``anchor_dtype=``.
+
+    Raises:
+      TypeError: it names no dtype.
+      ValueError: it is not floating.
+    """
     dtype = jnp.dtype(anchor_dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"anchor_dtype must be a floating dtype, got {dtype}.")
@@ -85,18 +91,15 @@ def init_anchor(
     flat = trees.flatten(params)
     if not flat.leaves:
         return params
-    sources = flat.leaves if isinstance(anchor, str) else trees.align(flat, anchor, "anchor")
+    kept = flat if selected is None else flat.only(selected)
+    sources = kept.leaves if isinstance(anchor, str) else trees.align(kept, anchor, "anchor")
     return flat.unflatten(
-        optax.MaskedNode()
-        if selected is not None and not selected[i] and not trees.is_gap(leaf)
-        else _copied(source, leaf, anchor_dtype, path)
-        for i, (path, leaf, source) in enumerate(
-            zip(flat.paths, flat.leaves, sources, strict=True)
-        )
+        copied(source, leaf, anchor_dtype, path)
+        for path, leaf, source in zip(kept.paths, kept.leaves, sources, strict=True)
     )
 
 
-def _copied(source: Any, like: Any, dtype: np.dtype | None, path: trees.Path) -> Any:
+def copied(source: Any, like: Any, dtype: np.dtype | None, path: trees.Path) -> Any:
     """A copy of ``source`` in a buffer of its own, placed as the leaf ``like`` if it is host data.
 
     A ``jax.Array`` keeps its sharding and memory kind.
@@ -111,7 +114,9 @@ def _copied(source: Any, like: Any, dtype: np.dtype | None, path: trees.Path) ->
     if dtype is None or not jnp.issubdtype(jnp.result_type(source), jnp.floating):
         dtype = jnp.result_type(source)
     if isinstance(like, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(like.shape, dtype, sharding=like.sharding)
+        return jax.ShapeDtypeStruct(  # type: ignore[no-untyped-call]
+            like.shape, dtype, sharding=like.sharding
+        )
     if isinstance(source, jax.ShapeDtypeStruct):
         raise TypeError(
             f"anchor is a ShapeDtypeStruct at {trees.shown(path)}; it must hold the weights."
@@ -156,18 +161,19 @@ def resolve_anchor(
                 "(tx.update(grads, state, params, anchor=pretrained)), wrap the chain in "
                 "optax_spd.with_anchor, or build the stage with anchor='initial'."
             )
-    leaves = trees.align(flat_params, held, "anchor", is_leaf=_is_anchor_leaf)
+    wanted = flat_params.only(needed)  # a head that is masked out need not be in the anchor
+    leaves = trees.align(wanted, held, "anchor", is_leaf=is_anchor_leaf)
     for path, leaf, need in zip(flat_params.paths, leaves, needed, strict=True):
-        if need and _is_anchor_leaf(leaf):
+        if need and is_anchor_leaf(leaf):
             raise ValueError(
-                f"There is no anchor at {trees.shown(path)} ({leaf!r} stands there): the anchor was "
-                "dropped; call set_anchor(state, pretrained_params) before the next update. (It is "
-                "missing after drop_anchor, or when a checkpoint was saved without it.)"
+                f"There is no anchor at {trees.shown(path)} ({leaf!r} stands there): the anchor "
+                "was dropped; call set_anchor(state, pretrained_params) before the next update. "
+                "(It is missing after drop_anchor, or when a checkpoint was saved without it.)"
             )
     return [leaf if need else None for leaf, need in zip(leaves, needed, strict=True)]
 
 
-def _is_anchor_leaf(node: Any) -> bool:
+def is_anchor_leaf(node: Any) -> bool:
     """A place in an anchor tree that holds no array."""
     return trees.is_gap(node) or isinstance(node, DroppedAnchor)
 
@@ -181,7 +187,7 @@ def with_anchor(
       inner: a transformation, usually a chain.
       anchor: "initial", the parameters given to ``init``, or a tree like params. It is copied.
         In a jitted ``init`` a tree becomes a constant of the program: there use "initial", and
-        :func:`set_anchor` afterwards.
+        :func:`optax_spd.set_anchor` afterwards.
       anchor_dtype: dtype to store it in; None for its own. bfloat16 loses nothing of a bfloat16
         checkpoint.
 
@@ -223,142 +229,3 @@ def with_anchor(
         return updates, WithAnchorState(state.anchor, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-# Replacing and dropping anchors inside a nested optimizer state ---------------------------------
-
-
-def set_anchor(state: PyTree, anchor: PyTree, *, anchor_dtype: Any = None) -> PyTree:
-    """Replaces every anchor in a nested optimizer state.
-
-    For trainers that load the pretrained weights after ``tx.init``, and after restoring a state
-    saved without its anchor (:func:`drop_anchor`).
-
-    Args:
-      state: the state of a whole optimizer, through any ``chain``, ``masked``, ``partition``,
-        ``MultiSteps``, ``inject_hyperparams``, ``apply_if_finite``, or an ``nnx.Optimizer``'s
-        ``opt_state``.
-      anchor: the full parameter tree, whatever masks lie in between. Leaves are matched by path;
-        containers (dict, FrozenDict, nnx.State) and boxes may differ from the state's.
-      anchor_dtype: the dtype to store floating leaves in; None for the replaced leaf's, or for
-        the new leaf's own where the anchor had been dropped.
-
-    Returns:
-      The state with copies of the given arrays. A ``jax.Array`` keeps its own sharding and memory
-      kind, a NumPy array takes the replaced leaf's.
-
-    Raises:
-      ValueError: the state holds no anchor, or paths or shapes differ (names the first).
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> import optax_spd
-      >>> tx = optax_spd.adam_spd(1e-3)
-      >>> state = tx.init({"kernel": jnp.zeros(2)})
-      >>> state = optax_spd.set_anchor(state, {"kernel": jnp.ones(2)})
-      >>> optax.tree.get(state, "anchor")
-      {'kernel': Array([1., 1.], dtype=float32)}
-    """
-    dtype = None if anchor_dtype is None else _check_dtype(anchor_dtype)
-    return _map_anchors(lambda held: _replaced(held, anchor, dtype), state)
-
-
-def _replaced(held: PyTree, anchor: PyTree, dtype: np.dtype | None) -> PyTree:
-    flat = trees.flatten(held, is_leaf=_is_anchor_leaf)
-    new = trees.flatten(anchor)
-    found = dict(zip(new.paths, new.leaves, strict=True))
-    reference = trees.FlatTree(
-        flat.paths,
-        # A dropped leaf has no shape to compare with, nor has None, which a partial restore leaves
-        # behind: where the new anchor has an array, that stands in for it.
-        [
-            found.get(path, leaf) if leaf is None or isinstance(leaf, DroppedAnchor) else leaf
-            for path, leaf in zip(flat.paths, flat.leaves, strict=True)
-        ],
-        flat.treedef,
-    )
-    sources = trees.align(reference, anchor, "anchor", "the state's anchor")
-    return flat.unflatten(
-        _copied(
-            source,
-            like,
-            dtype or (None if _is_anchor_leaf(old) else jnp.result_type(old)),
-            path,
-        )
-        for path, old, like, source in zip(
-            flat.paths, flat.leaves, reference.leaves, sources, strict=True
-        )
-    )
-
-
-def drop_anchor(state: PyTree) -> PyTree:
-    """Takes every anchor out of a nested optimizer state, to save it without.
-
-    The pretrained checkpoint has those weights already. A dropped state is for saving only: an
-    update refuses it until :func:`set_anchor` has put the anchor back.
-
-    Args:
-      state: as for :func:`set_anchor`.
-
-    Returns:
-      The state with a leafless marker in place of each anchor array.
-
-    Raises:
-      ValueError: the state holds no anchor.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> import optax_spd
-      >>> params = {"kernel": jnp.ones((8, 8))}
-      >>> state = optax_spd.adam_spd(1e-3).init(params)
-      >>> size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
-      >>> size(state) - size(optax_spd.drop_anchor(state)) == size(params)
-      True
-    """
-
-    def dropped(held: PyTree) -> PyTree:
-        flat = trees.flatten(held, is_leaf=_is_anchor_leaf)
-        return flat.unflatten(
-            leaf if _is_anchor_leaf(leaf) else DroppedAnchor() for leaf in flat.leaves
-        )
-
-    return _map_anchors(dropped, state)
-
-
-def _map_anchors(change: Any, state: PyTree) -> PyTree:
-    count = 0
-
-    def walk(node: PyTree) -> PyTree:
-        nonlocal count
-        if not _holds_anchor(node):
-            return node
-        count += 1
-        others = {
-            field: jax.tree.map(walk, getattr(node, field), is_leaf=_holds_anchor)
-            for field in node._fields
-            if field != "anchor"
-        }
-        return node._replace(anchor=change(node.anchor), **others)
-
-    new_state = jax.tree.map(walk, state, is_leaf=_holds_anchor)
-    if count == 0:
-        raise ValueError(
-            "The state holds no anchor: its stages use anchor='zero' or 'argument', or it is not "
-            "the state of an optax_spd stage (a checkpoint restored without the structure of "
-            "tx.init(params) is plain dicts and lists; restore it into that structure)."
-        )
-    return new_state
-
-
-def _holds_anchor(node: Any) -> bool:
-    """Whether ``node`` is a state of ours that keeps an anchor.
-
-    By class and not by field name alone: a parameter tree may have a field called "anchor".
-    """
-    return (
-        isinstance(node, tuple)
-        and "anchor" in getattr(node, "_fields", ())
-        and type(node).__module__.partition(".")[0] == __name__.partition(".")[0]
-        and not isinstance(node.anchor, optax.EmptyState)
-    )

@@ -1,6 +1,7 @@
 """Checks of hyperparameters, made when a transformation is built."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,20 @@ def check_finite(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be numeric, got {value!r}.")
     if not np.all(np.isfinite(np.asarray(value, np.float64))):
         raise ValueError(f"{name} must be finite, got {value}.")
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """Compiles a path pattern.
+
+    Raises:
+      TypeError, ValueError: it is not a string, or not a regular expression.
+    """
+    if not isinstance(pattern, str):
+        raise TypeError(f"A path pattern is a regular expression (str), got {pattern!r}.")
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"The path pattern {pattern!r} is not valid: {error}.") from error
 
 
 def value_at(hyperparameter: ScalarOrSchedule, count: jax.Array, dtype: Any) -> jax.Array:

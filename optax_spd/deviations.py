@@ -18,14 +18,6 @@ PyTree = Any
 AxisNames = tuple[str, ...]
 
 
-def compute_dtype(*arrays: Any) -> Any:
-    """The dtype to compute one array's reductions in: the widest given, at least float32."""
-    dtype = jnp.dtype(jnp.float32)
-    for array in arrays:
-        dtype = jnp.promote_types(dtype, jnp.result_type(array))
-    return dtype
-
-
 def layer_sums(
     plan: LayerPlan,
     products: Sequence[tuple[jax.Array, ...] | None],
@@ -58,7 +50,7 @@ def layer_sums(
         blocks[start] = blocks[start] + block if start in blocks else block
     table = _joined(plan, blocks, count)
     if all_axes:
-        table = jax.lax.psum(table, all_axes)
+        table = jax.lax.psum(table, all_axes)  # type: ignore[no-untyped-call]
     return tuple(table[i] for i in range(count))
 
 
@@ -116,9 +108,7 @@ def check_axis_name(axis_name: Any) -> None:
         )
 
 
-def sharded_axes(
-    axis_name: Any, flat: trees.FlatTree, plan: LayerPlan
-) -> list[AxisNames] | None:
+def sharded_axes(axis_name: Any, flat: trees.FlatTree, plan: LayerPlan) -> list[AxisNames] | None:
     """Per leaf the mesh axes it is split over by hand.
 
     Args:

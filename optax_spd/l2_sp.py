@@ -29,7 +29,7 @@ class L2SPState(NamedTuple):
       anchor: θ₀, a tree like params, or ``optax.EmptyState()`` if none is held.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
     anchor: PyTree
 
 
@@ -40,12 +40,13 @@ def l2_sp(
     anchor_dtype: Any = None,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adds :math:`\lambda(\theta - \theta_0)`, as ``optax.add_decayed_weights`` adds :math:`\lambda\theta`.
+    r"""Adds :math:`\lambda(\theta - \theta_0)` to the update: weight decay toward the anchor.
 
-    So it stands where that stands. First in the chain, before ``scale_by_adam``, it is the paper's
-    penalty :math:`\frac{\lambda}{2}\|\theta - \theta_0\|^2`; between ``scale_by_adam`` and the
-    learning rate it is decoupled as in AdamW (:func:`optax_spd.adamw_l2_sp`), and multiplied by
-    the learning rate. After the learning rate its sign would be wrong.
+    As ``optax.add_decayed_weights`` adds :math:`\lambda\theta`. So it stands where that stands.
+    First in the chain, before ``scale_by_adam``, it is the paper's penalty
+    :math:`\frac{\lambda}{2}\|\theta - \theta_0\|^2`; between ``scale_by_adam`` and the learning
+    rate it is decoupled as in AdamW (:func:`optax_spd.adamw_l2_sp`), and multiplied by the
+    learning rate. After the learning rate its sign would be wrong.
 
     Args:
       weight_decay: λ >= 0, or a schedule of it.
@@ -90,9 +91,7 @@ def l2_sp(
         trees.require_params(params)
         view = options.view(updates, state.anchor, params, extra_args)
         decay = checks.value_at(weight_decay, state.count, view.plan.dtype)
-        new_updates = view.rebuild(
-            lambda _, d: d.step + jnp.asarray(decay, d.step.dtype) * d.delta
-        )
+        new_updates = view.rebuild(lambda _, d: d.step + jnp.asarray(decay, d.step.dtype) * d.delta)
         return new_updates, L2SPState(optax.safe_increment(state.count), state.anchor)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -8,16 +8,13 @@ are judged together as one *group*.
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from optax_spd import trees
+from optax_spd import checks, masks, trees
 
 PyTree = Any
 
@@ -94,9 +91,7 @@ def stacked(
     return _refined(pattern, layers, stacked_axes=axes)
 
 
-def outputs(
-    pattern: str, axes: int | Sequence[int], *, layers: LayerFn | None = None
-) -> LayerFn:
+def outputs(pattern: str, axes: int | Sequence[int], *, layers: LayerFn | None = None) -> LayerFn:
     """Says which axes of the matching arrays count output units.
 
     Args:
@@ -123,7 +118,7 @@ def outputs(
 
 def _refined(pattern: str, layers: LayerFn | None, **changes: Any) -> LayerFn:
     base = layers or _per_array
-    regex = compile_pattern(pattern)
+    regex = checks.compile_pattern(pattern)
 
     def describe(path: str, array: Any) -> LayerSpec:
         spec = base(path, array)
@@ -201,8 +196,10 @@ class LayerPlan:
 
     @property
     def vector_size(self) -> int:
-        """Length of a per-layer vector: one unused entry where there is no layer, since Orbax
-        cannot save an empty array."""
+        """Length of a per-layer vector: one unused entry where there is no layer.
+
+        Orbax cannot save an empty array.
+        """
         return max(1, len(self.names))
 
 
@@ -224,7 +221,6 @@ def plan_layers(
     arrays: list[ArrayLayers | None] = []
     names: list[str] = []
     groups: dict[Hashable, ArrayLayers] = {}
-    dtype = jnp.dtype(jnp.float32)
     for index, (path, leaf) in enumerate(zip(flat.paths, flat.leaves, strict=True)):
         if (selected is not None and not selected[index]) or not _is_layer(path, leaf):
             arrays.append(None)
@@ -232,7 +228,6 @@ def plan_layers(
         name = trees.path_name(path)
         spec = describe(name, leaf)
         entry = _place(name, leaf, spec, start=len(names))
-        dtype = jnp.promote_types(dtype, jnp.result_type(leaf))
         if spec.group is not None and spec.group in groups:
             first = groups[spec.group]
             if entry.stacked_shape != first.stacked_shape:
@@ -247,7 +242,14 @@ def plan_layers(
             groups[spec.group] = entry
         arrays.append(entry)
         names.extend(_layer_names(str(name if spec.group is None else spec.group), entry))
-    return LayerPlan(tuple(arrays), tuple(names), dtype)
+    layered = [x for x, entry in zip(flat.leaves, arrays, strict=True) if entry is not None]
+    return LayerPlan(tuple(arrays), tuple(names), compute_dtype(*layered))
+
+
+def compute_dtype(*arrays: Any) -> Any:
+    """The dtype to reduce arrays in: float64 if one of them is, else float32."""
+    wide = any(jnp.result_type(array) == jnp.float64 for array in arrays)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
 def _is_layer(path: trees.Path, leaf: Any) -> bool:
@@ -280,7 +282,9 @@ def _place(name: str, array: Any, spec: LayerSpec, start: int) -> ArrayLayers:
                 f"layers= gives {name!r} of shape {shape} the stacked axes {stacked_axes} and the "
                 f"output axes {output_axes}; an axis cannot be both."
             )
-    return ArrayLayers(name, stacked_axes, output_axes, tuple(shape[a] for a in stacked_axes), start)
+    return ArrayLayers(
+        name, stacked_axes, output_axes, tuple(shape[a] for a in stacked_axes), start
+    )
 
 
 def _normalized(
@@ -289,8 +293,8 @@ def _normalized(
     for axis in axes:
         if not -len(shape) <= axis < len(shape):
             raise ValueError(
-                f"layers= names the {kind} axis {axis} of {name!r}, which has shape {shape}. Narrow "
-                "the pattern or mend the axis."
+                f"layers= names the {kind} axis {axis} of {name!r}, which has shape {shape}. "
+                "Narrow the pattern or mend the axis."
             )
     normalized = sorted(axis % len(shape) for axis in axes)
     if len(set(normalized)) != len(normalized):
@@ -301,9 +305,7 @@ def _normalized(
 def _layer_names(name: str, entry: ArrayLayers) -> list[str]:
     if not entry.stacked_axes:
         return [name]
-    return [
-        f"{name}[{','.join(map(str, index))}]" for index in np.ndindex(*entry.stacked_shape)
-    ]
+    return [f"{name}[{','.join(map(str, index))}]" for index in np.ndindex(*entry.stacked_shape)]
 
 
 def layer_names(
@@ -329,109 +331,4 @@ def layer_names(
       ['dense/bias', 'dense/kernel']
     """
     flat = trees.flatten(params)
-    return list(plan_layers(flat, layers, resolve_mask(mask, params, flat)).names)
-
-
-# Masks -----------------------------------------------------------------------------------------
-
-
-def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """Compiles a path pattern.
-
-    Raises:
-      TypeError, ValueError: it is not a string, or not a regular expression.
-    """
-    if not isinstance(pattern, str):
-        raise TypeError(f"A path pattern is a regular expression (str), got {pattern!r}.")
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"The path pattern {pattern!r} is not valid: {error}.") from error
-
-
-def path_mask(*patterns: str) -> Callable[[PyTree], PyTree]:
-    """A mask by path: True for parameters whose path matches one of the patterns.
-
-    Args:
-      *patterns: regular expressions searched in the "/"-joined path ("encoder/layer_0/kernel").
-
-    Returns:
-      A function from params to a tree of bools of the same structure, for every ``mask=`` here and
-      in Optax (``optax.masked``).
-
-    Raises:
-      TypeError, ValueError: no pattern, or one that is no regular expression. When called: a
-        pattern that matches nothing, with the nearest paths; unless the tree holds ``MaskedNode``s
-        or no arrays, where another mask may have taken what it would match.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import optax_spd
-      >>> optax_spd.path_mask("kernel$")({"bias": jnp.ones(2), "kernel": jnp.ones((2, 2))})
-      {'bias': False, 'kernel': True}
-    """
-    if not patterns:
-        raise ValueError("path_mask needs at least one pattern.")
-    compiled = [compile_pattern(pattern) for pattern in patterns]
-
-    def mask(params: PyTree) -> PyTree:
-        flat = trees.flatten(params)
-        names = [trees.path_name(path) for path in flat.paths]
-        if _is_whole(flat):
-            present = [
-                n for n, leaf in zip(names, flat.leaves, strict=True) if not trees.is_gap(leaf)
-            ]
-            for regex in compiled:
-                if not any(regex.search(name) for name in present):
-                    raise ValueError(
-                        f"The pattern {regex.pattern!r} matches no parameter path. The nearest: "
-                        f"{trees.nearest_paths(regex.pattern, flat.paths)}."
-                    )
-        return flat.unflatten(
-            leaf if trees.is_gap(leaf) else any(regex.search(name) for regex in compiled)
-            for name, leaf in zip(names, flat.leaves, strict=True)
-        )
-
-    return mask
-
-
-def _is_whole(flat: trees.FlatTree) -> bool:
-    """Whether the tree has array leaves and no other mask has taken some of them."""
-    masked = any(isinstance(leaf, optax.MaskedNode) for leaf in flat.leaves)
-    return not masked and any(not trees.is_gap(leaf) for leaf in flat.leaves)
-
-
-def resolve_mask(
-    mask: PyTree | Callable[..., Any] | None, params: PyTree, flat: trees.FlatTree
-) -> list[bool] | None:
-    """Per leaf of ``flat`` whether the method applies; None where there is no mask.
-
-    Raises:
-      TypeError: an entry is not a bool.
-      ValueError: the mask does not fit the tree, or selects nothing of a whole tree.
-    """
-    if mask is None:
-        return None
-    tree = mask(params) if _is_mask_function(mask) else mask
-    covering = trees.broadcast_prefix(flat, tree, "mask", lambda node: False)
-    selected = []
-    for path, leaf, value in zip(flat.paths, flat.leaves, covering, strict=True):
-        if trees.is_gap(leaf):
-            selected.append(False)
-        elif isinstance(value, bool | np.bool_):
-            selected.append(bool(value))
-        else:
-            raise TypeError(f"mask must hold True or False, got {value!r} at {trees.shown(path)}.")
-    if _is_whole(flat) and not any(selected):
-        raise ValueError(
-            "mask is False for every parameter, so the method would never act. The parameter "
-            f"paths: {trees.nearest_paths('', flat.paths, count=5)}."
-        )
-    return selected
-
-
-def _is_mask_function(mask: Any) -> bool:
-    """A function, and not a tree of bools that happens to be callable (an Equinox module)."""
-    return callable(mask) and not all(
-        isinstance(leaf, bool | np.bool_) for leaf in jax.tree.leaves(mask)
-    )
+    return list(plan_layers(flat, layers, masks.resolve_mask(mask, params, flat)).names)

@@ -43,7 +43,7 @@ class SPDState(NamedTuple):
       spd_ratio: r of the last update, one entry per layer in ``layer_names`` order.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
     anchor: PyTree
     spd_ratio: jax.Array
 
@@ -175,8 +175,6 @@ def _products(d: stages.Deviation, g: jax.Array) -> tuple[jax.Array, ...]:
     return g * d.delta, d.step * (d.delta + d.tentative), d.tentative**2, d.delta**2
 
 
-def _decayed(
-    u: jax.Array, d: stages.Deviation, ratio: jax.Array, decay: jax.Array
-) -> jax.Array:
-    """u - λ r Δ̃ where r > 0; else u itself, so that a NaN in Δ̃ or λ cannot reach it."""
+def _decayed(u: jax.Array, d: stages.Deviation, ratio: jax.Array, decay: jax.Array) -> jax.Array:
+    """The update u - λ r Δ̃ where r > 0; else u itself, so that a NaN in Δ̃ or λ cannot reach it."""
     return jnp.where(ratio > 0, d.step - decay * d.tentative, jnp.asarray(u, d.step.dtype))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_spd import anchors, deviations, layers as layers_lib, trees
+from optax_spd import anchors, deviations as deviations_lib, layers as layers_lib, masks, trees
 
 PyTree = Any
 
@@ -48,7 +48,7 @@ class StageView:
     flat: trees.FlatTree
     updates: list[Any]
     deviations: list[Deviation | None]
-    axes: list[deviations.AxisNames] | None
+    axes: list[deviations_lib.AxisNames] | None
     tree: PyTree
 
     def match(self, tree: PyTree, what: str) -> list[jax.Array | None]:
@@ -75,11 +75,9 @@ class StageView:
             None if deviation is None else products(deviation, *others)
             for deviation, *others in zip(self.deviations, *matched, strict=True)
         ]
-        return deviations.layer_sums(self.plan, terms, count, self.axes)
+        return deviations_lib.layer_sums(self.plan, terms, count, self.axes)
 
-    def rebuild(
-        self, change: Callable[..., jax.Array], *vectors: jax.Array
-    ) -> PyTree:
+    def rebuild(self, change: Callable[..., jax.Array], *vectors: jax.Array) -> PyTree:
         """The updates with ``change(update, deviation, *per-layer values)`` where the method acts.
 
         The per-layer values come shaped to broadcast against the array; the result is cast to the
@@ -93,7 +91,7 @@ class StageView:
                 continue
             dtype = deviation.delta.dtype
             values = [
-                deviations.spread(entry, v, deviation.delta.ndim).astype(dtype) for v in vectors
+                deviations_lib.spread(entry, v, deviation.delta.ndim).astype(dtype) for v in vectors
             ]
             changed[path] = change(leaf, deviation, *values).astype(jnp.result_type(leaf))
         return trees.replace_leaves(self.tree, changed)
@@ -110,13 +108,14 @@ class StageOptions:
     axis_name: Any = None
 
     def __post_init__(self) -> None:
+        """Refuses arguments that are wrong whatever the parameters."""
         anchors.check_anchor(self.anchor, self.anchor_dtype)
         layers_lib.check_layers(self.layers)
-        deviations.check_axis_name(self.axis_name)
+        deviations_lib.check_axis_name(self.axis_name)
 
     def _plan(self, params: PyTree) -> tuple[trees.FlatTree, list[bool] | None, Any]:
         flat = trees.flatten(params)
-        selected = layers_lib.resolve_mask(self.mask, params, flat)
+        selected = masks.resolve_mask(self.mask, params, flat)
         return flat, selected, layers_lib.plan_layers(flat, self.layers, selected)
 
     def init(self, params: PyTree) -> tuple[layers_lib.LayerPlan, PyTree]:
@@ -150,12 +149,12 @@ class StageOptions:
             _deviation(leaf, theta, theta_0) if act else None
             for act, leaf, theta, theta_0 in zip(acts, leaves, flat.leaves, anchor, strict=True)
         ]
-        axes = deviations.sharded_axes(self.axis_name, flat, plan)
+        axes = deviations_lib.sharded_axes(self.axis_name, flat, plan)
         return StageView(plan, flat, leaves, steps, axes, updates)
 
 
 def _deviation(update: Any, theta: Any, theta_0: Any) -> Deviation:
-    dtype = deviations.compute_dtype(theta, update)
+    dtype = layers_lib.compute_dtype(theta, update)
     delta = jnp.asarray(theta, dtype) - jnp.asarray(theta_0, dtype)
     step = jnp.asarray(update, dtype)
     return Deviation(delta, step, delta + step)

@@ -24,6 +24,14 @@ class FlatTree(NamedTuple):
     leaves: list[Any]
     treedef: Any
 
+    def only(self, wanted: Iterable[bool]) -> "FlatTree":
+        """The same, with a gap where ``wanted`` is False."""
+        leaves = [
+            leaf if want or is_gap(leaf) else optax.MaskedNode()
+            for leaf, want in zip(self.leaves, wanted, strict=True)
+        ]
+        return self._replace(leaves=leaves)
+
     def unflatten(self, leaves: Iterable[Any]) -> PyTree:
         """The tree with other leaves in the same places."""
         return jax.tree_util.tree_unflatten(self.treedef, leaves)
@@ -35,7 +43,7 @@ def is_gap(node: Any) -> bool:
 
 
 def path_name(path: Path) -> str:
-    """"/"-joined name of a path, as patterns and layer names see it."""
+    """The keys of a path joined by "/", as patterns and layer names see it."""
     return "/".join(path)
 
 
@@ -115,8 +123,8 @@ def align(
         if here is None:
             raise ValueError(
                 f"{what} does not match {reference_name}: it has no leaf at {shown(path)}, where "
-                f"{reference_name} has shape {jnp.shape(leaf)}. Pass a tree with the same paths; "
-                f"the nearest in {what}: {nearest_paths(path, flat.paths)}."
+                f"{reference_name} has one{_of_shape(leaf)}. Pass a tree with the same paths; the "
+                f"nearest in {what}: {nearest_paths(path, flat.paths)}."
             )
         match = found[here]
         if not is_leaf(match) and jnp.shape(match) != jnp.shape(leaf):
@@ -127,6 +135,10 @@ def align(
         aligned.append(match)
     _refuse_unknown_paths(reference, flat, gaps, what, reference_name)
     return aligned
+
+
+def _of_shape(leaf: Any) -> str:
+    return f" of shape {jnp.shape(leaf)}" if hasattr(leaf, "shape") else ""
 
 
 def _refuse_unknown_paths(
@@ -165,9 +177,10 @@ def broadcast_prefix(
     """
     flat = flatten(prefix, lambda node: is_gap(node) or is_leaf(node))
     found = dict(zip(flat.paths, flat.leaves, strict=True))
-    used, covering = set(), []
+    entries, used = set(found), set()
+    covering = []
     for path, leaf in zip(reference.paths, reference.leaves, strict=True):
-        here = _prefix_in(path, set(found))
+        here = _prefix_in(path, entries)
         if here is not None:
             used.add(here)
         elif not is_gap(leaf):

@@ -44,7 +44,8 @@ def with_gradient(
     ) -> tuple[PyTree, Any]:
         if extra_args.get("grad") is None:
             extra_args["grad"] = updates
-        return inner.update(updates, state, params, **extra_args)
+        new_updates, new_state = inner.update(updates, state, params, **extra_args)
+        return new_updates, new_state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 

@@ -1,0 +1,155 @@
+"""Changing the anchors inside a finished optimizer state: replace them, or leave them out.
+
+An optimizer's state nests (chain, masked, partition, MultiSteps, ...), but a stage's own state
+stays the NamedTuple that its ``init`` made, so anchors are found wherever they are.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_spd import anchors, trees
+
+PyTree = Any
+
+
+def set_anchor(state: PyTree, anchor: PyTree, *, anchor_dtype: Any = None) -> PyTree:
+    """Replaces every anchor in a nested optimizer state.
+
+    For trainers that load the pretrained weights after ``tx.init``, and after restoring a state
+    saved without its anchor (:func:`drop_anchor`).
+
+    Args:
+      state: the state of a whole optimizer, through any ``chain``, ``masked``, ``partition``,
+        ``MultiSteps``, ``inject_hyperparams``, ``apply_if_finite``, or an ``nnx.Optimizer``'s
+        ``opt_state``.
+      anchor: the full parameter tree, whatever masks lie in between. Leaves are matched by path;
+        containers (dict, FrozenDict, nnx.State) and boxes may differ from the state's.
+      anchor_dtype: the dtype to store floating leaves in; None for the replaced leaf's, or for
+        the new leaf's own where the anchor had been dropped.
+
+    Returns:
+      The state with copies of the given arrays. A ``jax.Array`` keeps its own sharding and memory
+      kind, a NumPy array takes the replaced leaf's.
+
+    Raises:
+      ValueError: the state holds no anchor, or paths or shapes differ (names the first).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_spd
+      >>> tx = optax_spd.adam_spd(1e-3)
+      >>> state = tx.init({"kernel": jnp.zeros(2)})
+      >>> state = optax_spd.set_anchor(state, {"kernel": jnp.ones(2)})
+      >>> optax.tree.get(state, "anchor")
+      {'kernel': Array([1., 1.], dtype=float32)}
+    """
+    dtype = None if anchor_dtype is None else anchors.check_dtype(anchor_dtype)
+    return _map_anchors(lambda held: _replaced(held, anchor, dtype), state)
+
+
+def _replaced(held: PyTree, anchor: PyTree, dtype: np.dtype | None) -> PyTree:
+    flat = trees.flatten(held, is_leaf=anchors.is_anchor_leaf)
+    new = trees.flatten(anchor)
+    found = dict(zip(new.paths, new.leaves, strict=True))
+    reference = trees.FlatTree(
+        flat.paths,
+        # A dropped leaf has no shape to compare with, nor has None, which a partial restore leaves
+        # behind: where the new anchor has an array, that stands in for it.
+        [
+            found.get(path, leaf)
+            if leaf is None or isinstance(leaf, anchors.DroppedAnchor)
+            else leaf
+            for path, leaf in zip(flat.paths, flat.leaves, strict=True)
+        ],
+        flat.treedef,
+    )
+    sources = trees.align(reference, anchor, "anchor", "the state's anchor")
+    return flat.unflatten(
+        anchors.copied(
+            source,
+            like,
+            dtype or (None if anchors.is_anchor_leaf(old) else jnp.result_type(old)),
+            path,
+        )
+        for path, old, like, source in zip(
+            flat.paths, flat.leaves, reference.leaves, sources, strict=True
+        )
+    )
+
+
+def drop_anchor(state: PyTree) -> PyTree:
+    """Takes every anchor out of a nested optimizer state, to save it without.
+
+    The pretrained checkpoint has those weights already. A dropped state is for saving only: an
+    update refuses it until :func:`set_anchor` has put the anchor back.
+
+    Args:
+      state: as for :func:`set_anchor`.
+
+    Returns:
+      The state with a leafless marker in place of each anchor array.
+
+    Raises:
+      ValueError: the state holds no anchor.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import optax_spd
+      >>> params = {"kernel": jnp.ones((8, 8))}
+      >>> state = optax_spd.adam_spd(1e-3).init(params)
+      >>> size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+      >>> size(state) - size(optax_spd.drop_anchor(state)) == size(params)
+      True
+    """
+
+    def dropped(held: PyTree) -> PyTree:
+        flat = trees.flatten(held, is_leaf=anchors.is_anchor_leaf)
+        return flat.unflatten(
+            leaf if anchors.is_anchor_leaf(leaf) else anchors.DroppedAnchor()
+            for leaf in flat.leaves
+        )
+
+    return _map_anchors(dropped, state)
+
+
+def _map_anchors(change: Callable[[PyTree], PyTree], state: PyTree) -> PyTree:
+    count = 0
+
+    def walk(node: PyTree) -> PyTree:
+        nonlocal count
+        if not _holds_anchor(node):
+            return node
+        count += 1
+        others = {
+            field: jax.tree.map(walk, getattr(node, field), is_leaf=_holds_anchor)
+            for field in node._fields
+            if field != "anchor"
+        }
+        return node._replace(anchor=change(node.anchor), **others)
+
+    new_state = jax.tree.map(walk, state, is_leaf=_holds_anchor)
+    if count == 0:
+        raise ValueError(
+            "The state holds no anchor: its stages use anchor='zero' or 'argument', or it is not "
+            "the state of an optax_spd stage (a checkpoint restored without the structure of "
+            "tx.init(params) is plain dicts and lists; restore it into that structure)."
+        )
+    return new_state
+
+
+def _holds_anchor(node: Any) -> bool:
+    """Whether ``node`` is a state of ours that keeps an anchor.
+
+    By class and not by field name alone: a parameter tree may have a field called "anchor".
+    """
+    return (
+        "anchor" in getattr(node, "_fields", ())
+        and type(node).__module__.partition(".")[0] == __name__.partition(".")[0]
+        and not isinstance(node.anchor, optax.EmptyState)
+    )

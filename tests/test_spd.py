@@ -1,5 +1,6 @@
-"""SPD against the original implementation, against float64 NumPy, and its own properties."""
+"""SPD against the original implementation and against float64 NumPy; precision; the jaxpr."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import golden
@@ -110,3 +111,236 @@ def test_replays_the_original(settings: dict[str, Any], form: str, x64: None) ->
         )
         fired += int((expected > 0).sum())
     assert fired == settings["stats"]["ratio_pos"] > 0
+
+
+# Behind any optimizer --------------------------------------------------------------------------
+
+
+def numpy_spd(
+    update: np.ndarray, theta: np.ndarray, anchor: np.ndarray, grad: np.ndarray, decay: float
+) -> tuple[np.ndarray, float]:
+    """Algorithm 2 as the paper writes it, in float64; returns the next θ and r."""
+    u, theta, anchor, grad = (np.asarray(x, np.float64) for x in (update, theta, anchor, grad))
+    new = theta + u
+    if not np.sum(grad * (theta - anchor)) > 0:
+        return new, 0.0
+    new_norm, old_norm = np.linalg.norm(new - anchor), np.linalg.norm(theta - anchor)
+    if new_norm == 0:
+        return new, 0.0
+    ratio = float(np.clip((new_norm - old_norm) / new_norm, 0, 1))
+    return new - decay * ratio * (new - anchor), ratio
+
+
+def swinging_gradient(theta: Any, theta_0: Any, step: int, rng: np.random.Generator) -> Any:
+    """Pulls θ away from θ₀ and back again, so that momentum and gradient often disagree."""
+
+    def one(x: jax.Array, x_0: jax.Array) -> np.ndarray:
+        target = np.asarray(x_0) + 0.3 * np.sin(step / 3) * np.cos(np.arange(x.size)).reshape(
+            x.shape
+        )
+        return np.asarray(x) - target + 0.02 * rng.normal(size=x.shape)
+
+    return jax.tree.map(one, theta, theta_0)
+
+
+RATE = optax.warmup_cosine_decay_schedule(0.0, 0.05, 5, 60)
+INNER: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "sgd with momentum": lambda: optax.sgd(0.1, momentum=0.9),
+    "adam": lambda: optax.adam(0.03),
+    "adamw": lambda: optax.adamw(0.03, weight_decay=0.01),
+    "lion": lambda: optax.lion(0.02),
+    "adafactor": lambda: optax.adafactor(0.2, min_dim_size_to_factor=2, momentum=0.9),
+    "muon": lambda: optax.contrib.muon(0.05),
+    "adam on a schedule": lambda: optax.adam(RATE),
+}
+
+
+@pytest.mark.parametrize("decay", ["constant", "scheduled"])
+@pytest.mark.parametrize("inner_name", INNER)
+def test_agrees_with_numpy_behind_any_optimizer(inner_name: str, decay: str, x64: None) -> None:
+    inner = INNER[inner_name]()
+    schedule = optax.piecewise_constant_schedule(2.0, {15: 0.25, 30: 2.0})  # exact in float32
+    weight_decay = schedule if decay == "scheduled" else 1.0
+    tx = optax_spd.chain(inner, optax_spd.spd(weight_decay))
+    rng = np.random.default_rng(0)
+    params = {
+        "bias": jnp.asarray(rng.normal(size=5)),
+        "kernel": jnp.asarray(rng.normal(size=(4, 5))),
+    }
+    theta_0, state, inner_state = params, tx.init(params), inner.init(params)
+    update, inner_update = jax.jit(tx.update), jax.jit(inner.update)
+    fired = 0
+    steps = 40
+    for step in range(steps):
+        grads = swinging_gradient(params, theta_0, step, rng)
+        inner_updates, inner_state = inner_update(grads, inner_state, params)
+        updates, state = update(grads, state, params)
+        new_params = optax.apply_updates(params, updates)
+        ratios = dict(zip(optax_spd.layer_names(params), state[1].spd_ratio, strict=True))
+        lam = float(schedule(jnp.int32(step))) if decay == "scheduled" else 1.0
+        for name in params:
+            expected, ratio = numpy_spd(
+                inner_updates[name], params[name], theta_0[name], grads[name], lam
+            )
+            np.testing.assert_allclose(new_params[name], expected, rtol=0, atol=1e-12)
+            np.testing.assert_allclose(ratios[name], ratio, rtol=0, atol=1e-12)
+            fired += ratio > 0
+        params = new_params
+    assert fired >= 0.15 * steps * len(params), f"SPD fired only {fired} times"
+
+
+# Precision -------------------------------------------------------------------------------------
+
+
+def random_layers(
+    relative_step: float, size: int, seed: int, count: int = 128
+) -> dict[str, np.ndarray]:
+    """float32 layers (rows) with ‖u‖ = relative_step ‖Δ‖, where SPD fires."""
+    rng = np.random.default_rng(seed)
+    anchor = rng.normal(size=(count, size))
+    delta = 0.1 * rng.normal(size=(count, size))
+    step = delta * rng.uniform(0.1, 1, (count, 1)) + 0.1 * rng.normal(size=(count, size))
+    step *= (
+        relative_step
+        * np.linalg.norm(delta, axis=1, keepdims=True)
+        / np.linalg.norm(step, axis=1, keepdims=True)
+    )
+    arrays = {"params": anchor + delta, "anchor": anchor, "updates": step, "grad": delta}
+    return {name: array.astype(np.float32) for name, array in arrays.items()}
+
+
+def ratios_of(layers: dict[str, np.ndarray]) -> np.ndarray:
+    """r of each row, from the stage itself."""
+    tx = optax_spd.spd(anchor="argument", layers=optax_spd.stacked("", 0))
+    params, updates = jnp.asarray(layers["params"]), jnp.asarray(layers["updates"])
+    _, state = jax.jit(tx.update)(
+        updates, tx.init(params), params, grad=layers["grad"], anchor=layers["anchor"]
+    )
+    return np.asarray(state.spd_ratio)
+
+
+def textbook_ratio(layers: dict[str, np.ndarray], dtype: Any) -> np.ndarray:
+    """(‖Δ̃‖ - ‖Δ‖) / ‖Δ̃‖ as written in the paper, in a given dtype."""
+    theta, theta_0, u = (jnp.asarray(layers[k], dtype) for k in ("params", "anchor", "updates"))
+    delta = theta - theta_0
+    new_norm, old_norm = (jnp.linalg.norm(d, axis=1) for d in (delta + u, delta))
+    return np.asarray(jnp.clip((new_norm - old_norm) / new_norm, 0, 1), np.float64)
+
+
+@pytest.mark.parametrize("size", [7, 1000, 50_000])
+@pytest.mark.parametrize("relative_step", [1e-2, 1e-3, 1e-5])
+def test_small_steps_lose_no_digits(relative_step: float, size: int) -> None:
+    layers = random_layers(relative_step, size, seed=1, count=128 if size < 10_000 else 24)
+    ours, textbook = ratios_of(layers), textbook_ratio(layers, jnp.float32)
+    jax.config.update("jax_enable_x64", True)
+    try:
+        exact = textbook_ratio(layers, jnp.float64)
+    finally:
+        jax.config.update("jax_enable_x64", False)
+    fires = exact > 0
+    assert fires.mean() > 0.5
+    our_error, textbook_error = (np.median(np.abs(r - exact)[fires]) for r in (ours, textbook))
+    assert textbook_error > 0
+    assert our_error <= textbook_error / 100
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000, 50_000])
+@pytest.mark.parametrize("relative_step", [0.02, 0.3, 1.0, 5.0, 1e3])
+def test_large_steps_stay_within_a_millionth(relative_step: float, size: int, x64: None) -> None:
+    layers = random_layers(relative_step, size, seed=2, count=128 if size < 10_000 else 24)
+    exact = textbook_ratio(layers, jnp.float64)
+    assert (exact > 0).mean() > 0.5
+    np.testing.assert_allclose(ratios_of(layers), exact, rtol=0, atol=1e-6)
+
+
+# One layer's decision --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("alignment", "growth", "new_square", "old_square", "expected"),
+    [
+        (1.0, 5.0, 9.0, 4.0, 1 / 3),  # (3 - 2) / 3
+        (0.0, 5.0, 9.0, 4.0, 0.0),  # c = 0 does not fire: the inequality is strict
+        (-1.0, 5.0, 9.0, 4.0, 0.0),
+        (1.0, -5.0, 4.0, 9.0, 0.0),  # moving toward the anchor anyway
+        (1.0, 9.0, 9.0, 0.0, 1.0),
+        (1.0, -4.0, 0.0, 4.0, 0.0),  # lands on the anchor
+        (1.0, 0.0, 0.0, 0.0, 0.0),  # 0/0
+        (np.inf, 5.0, 9.0, 4.0, 0.0),
+        (np.nan, 5.0, 9.0, 4.0, 0.0),
+        (1.0, np.inf, np.inf, 4.0, 0.0),
+        (1.0, 5.0, np.inf, np.inf, 0.0),
+        (1.0, np.nan, 9.0, 4.0, 0.0),
+    ],
+)
+def test_decay_ratio(
+    alignment: float, growth: float, new_square: float, old_square: float, expected: float
+) -> None:
+    ratio = decay_ratio(*map(jnp.asarray, (alignment, growth, new_square, old_square)))
+    np.testing.assert_allclose(ratio, expected, rtol=1e-6)
+
+
+def test_large_decay_passes_through_the_anchor() -> None:
+    tx = optax_spd.spd(3.0, anchor="zero")
+    params, updates = jnp.array([1.0]), jnp.array([1.0])
+    updates, _ = tx.update(updates, tx.init(params), params, grad=jnp.array([1.0]))
+    # r = 1/2, so λ r = 1.5 and θ' = 2 - 1.5 * 2
+    np.testing.assert_allclose(optax.apply_updates(params, updates), [-1.0], rtol=1e-6)
+
+
+def test_decay_is_not_multiplied_by_the_learning_rate() -> None:
+    def distance(rate: float) -> float:
+        tx = optax_spd.chain(optax.sign_sgd(rate), optax_spd.spd(1.0, anchor="zero"))
+        params = jnp.array([3.0, 4.0])
+        updates, state = tx.update(jnp.array([2.0, -1.0]), tx.init(params), params)
+        assert state[1].spd_ratio[0] > 0
+        return float(jnp.linalg.norm(optax.apply_updates(params, updates)))
+
+    np.testing.assert_allclose([distance(0.1), distance(0.01)], 5.0, rtol=1e-6)
+
+
+# What a step may not do ------------------------------------------------------------------------
+
+
+def primitives(jaxpr: Any) -> Iterator[str]:
+    """Names of all primitives of a jaxpr, inner ones included."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for parameter in equation.params.values():
+            for inner in parameter if isinstance(parameter, tuple | list) else (parameter,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from primitives(inner)
+
+
+@pytest.mark.parametrize("layers", [None, optax_spd.by_module()])
+def test_step_has_no_callback_and_no_transfer(layers: Any) -> None:
+    tx = optax_spd.adam_spd(optax.cosine_decay_schedule(0.1, 10), layers=layers)
+    params = {"dense": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}}
+    jaxpr = jax.make_jaxpr(tx.update)(params, tx.init(params), params)
+    found = set(primitives(jaxpr.jaxpr))
+    assert "mul" in found
+    forbidden = ("callback", "device_put", "infeed", "outfeed", "print")
+    assert not [name for name in found if any(word in name for word in forbidden)]
+
+
+def test_second_step_compiles_nothing() -> None:
+    tx = optax_spd.adam_spd(0.1, weight_decay=optax.linear_schedule(1.0, 0.5, 3))
+    traces = 0
+
+    @jax.jit
+    def step(params: Any, state: Any, grads: Any) -> Any:
+        nonlocal traces
+        traces += 1
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params = {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4, jnp.bfloat16)}
+    state = tx.init(params)
+    structures = []
+    for scale in (1.0, -1.0, 0.5):
+        params, state = step(params, state, optax.tree.full_like(params, scale))
+        structures.append(jax.tree.map(jax.typeof, state))
+    assert traces == 1
+    assert step._cache_size() == 1
+    assert structures[0] == structures[1] == structures[2]

@@ -114,9 +114,7 @@ def copied(source: Any, like: Any, dtype: np.dtype | None, path: trees.Path) -> 
     if dtype is None or not jnp.issubdtype(jnp.result_type(source), jnp.floating):
         dtype = jnp.result_type(source)
     if isinstance(like, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(  # type: ignore[no-untyped-call]
-            like.shape, dtype, sharding=like.sharding
-        )
+        return jax.ShapeDtypeStruct(like.shape, dtype, sharding=like.sharding)
     if isinstance(source, jax.ShapeDtypeStruct):
         raise TypeError(
             f"anchor is a ShapeDtypeStruct at {trees.shown(path)}; it must hold the weights."

@@ -50,7 +50,7 @@ def layer_sums(
         blocks[start] = blocks[start] + block if start in blocks else block
     table = _joined(plan, blocks, count)
     if all_axes:
-        table = jax.lax.psum(table, all_axes)  # type: ignore[no-untyped-call]
+        table = jax.lax.psum(table, all_axes)
     return tuple(table[i] for i in range(count))
 
 
@@ -58,7 +58,19 @@ def _sums_of_array(entry: ArrayLayers, terms: tuple[jax.Array, ...]) -> jax.Arra
     """The sums of one array's terms, shape (len(terms), its number of layers)."""
     over = tuple(a for a in range(terms[0].ndim) if a not in entry.stacked_axes)
     sums = jnp.stack([jnp.sum(term, axis=over) for term in terms])
-    return sums.reshape(len(terms), entry.count)
+    return _replicated(sums).reshape(len(terms), entry.count)
+
+
+def _replicated(sums: jax.Array) -> jax.Array:
+    """The same numbers on every device, where an explicit-sharding mesh splits a stacked axis.
+
+    Such a mesh refuses to join vectors that are split differently. These are a few numbers a layer.
+    """
+    spec = jax.typeof(sums).sharding.spec
+    if all(part is None for part in spec):
+        return sums
+    replicated: jax.Array = jax.sharding.reshard(sums, jax.sharding.PartitionSpec())
+    return replicated
 
 
 def _counted_once(block: jax.Array, axes: AxisNames, all_axes: AxisNames) -> jax.Array:

@@ -155,9 +155,16 @@ class StageOptions:
 
 def _deviation(update: Any, theta: Any, theta_0: Any) -> Deviation:
     dtype = layers_lib.compute_dtype(theta, update)
-    delta = jnp.asarray(theta, dtype) - jnp.asarray(theta_0, dtype)
+    delta = jnp.asarray(theta, dtype) - jnp.asarray(_on_device(theta_0), dtype)
     step = jnp.asarray(update, dtype)
     return Deviation(delta, step, delta + step)
+
+
+def _on_device(theta_0: Any) -> Any:
+    """The anchor array, brought in if it lives in host memory; the state's own copy stays there."""
+    if jax.typeof(theta_0).memory_space == jax.memory.Space.Device:
+        return theta_0
+    return jax.device_put(theta_0, jax.memory.Space.Device)
 
 
 def check_vector(field: str, vector: jax.Array, plan: layers_lib.LayerPlan) -> None:

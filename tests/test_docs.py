@@ -1,0 +1,53 @@
+"""The README's and the docs' code blocks run as written, and the README shows the real files."""
+
+import pathlib
+import re
+import runpy
+from typing import Any
+
+import pytest
+
+import optax_spd
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: pathlib.Path) -> list[str]:
+    return BLOCK.findall(page.read_text())
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.name)
+def test_code_blocks_run(page: pathlib.Path) -> None:
+    namespace: dict[str, Any] = {"__name__": "__docs__"}
+    for number, block in enumerate(blocks(page)):
+        exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
+
+
+def test_the_readme_shows_the_quickstart_and_it_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    path = ROOT / "examples" / "quickstart.py"
+    code = path.read_text().split('"""')[-1].strip()
+    assert code in (ROOT / "README.md").read_text()
+    namespace = runpy.run_path(str(path))
+    assert capsys.readouterr().out
+    assert namespace["params"] is not None
+
+
+def test_every_public_name_is_in_the_api_page() -> None:
+    api = (ROOT / "docs" / "api.md").read_text()
+    missing = [name for name in optax_spd.__all__ if not re.search(rf"\b{name}\b", api)]
+    assert not missing
+
+
+def test_every_public_name_has_a_runnable_example() -> None:
+    without = [
+        name for name in optax_spd.__all__ if ">>>" not in (getattr(optax_spd, name).__doc__ or "")
+    ]
+    assert not without
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    assert f'version = "{optax_spd.__version__}"' in pyproject
+    assert f"[{optax_spd.__version__}]" in (ROOT / "CHANGELOG.md").read_text()

@@ -1,0 +1,90 @@
+"""A sharded step is the unsharded one; anchors in host memory stay there."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import optax_spd
+
+SPECS = {
+    "rows": {"kernel": P("x", None), "blocks": P("x", None, None), "bias": P("x")},
+    "columns": {"kernel": P(None, "x"), "blocks": P(None, None, "x"), "bias": P()},
+    "both": {"kernel": P("x", "y"), "blocks": P("y", None, "x"), "bias": P(("x", "y"))},
+}
+LAYERS = {
+    "per array": None,
+    "stacked": optax_spd.stacked("blocks", 0),
+    "two stacked axes": optax_spd.stacked("blocks", (0, 1)),
+}
+
+
+def start() -> Any:
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (8, 16), "blocks": (8, 4, 16), "bias": (16,)}
+    return {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
+
+
+def train(tx: Any, params: Any, state: Any = None) -> tuple[Any, Any, list[np.ndarray]]:
+    """Pushes away and pulls back; SPD with the zero anchor fires on the way."""
+    state = tx.init(params) if state is None else state
+    update, ratios, initial = jax.jit(tx.update), [], params
+    for pull in (-1.0, -1.0, 0.2, 0.2, 0.2, -0.5):
+        updates, state = update(optax.tree.scale(pull, initial), state, params)
+        params = optax.apply_updates(params, updates)
+        ratios.append(np.asarray(optax.tree.get(state, "spd_ratio")))
+    return params, state, ratios
+
+
+def assert_same(actual: Any, desired: Any) -> None:
+    jax.tree.map(
+        lambda a, d: np.testing.assert_allclose(np.asarray(a), np.asarray(d), rtol=2e-5, atol=1e-6),
+        actual,
+        desired,
+    )
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("layers", LAYERS)
+@pytest.mark.parametrize("specs", SPECS)
+def test_a_sharded_step_is_the_unsharded_one(specs: str, layers: str, axis_type: AxisType) -> None:
+    tx = optax_spd.adam_spd(0.1, anchor="initial", layers=LAYERS[layers])
+    expected, _, ratios = train(tx, start())
+    assert np.mean(np.stack(ratios) > 0) > 0.2
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    with jax.set_mesh(mesh):
+        params = {
+            name: jax.device_put(array, NamedSharding(mesh, SPECS[specs][name]))
+            for name, array in start().items()
+        }
+        first = tx.init(params)
+        actual, last, new_ratios = train(tx, params, first)
+    assert_same(actual, expected)
+    np.testing.assert_allclose(np.stack(new_ratios), np.stack(ratios), rtol=1e-4, atol=1e-6)
+    assert jax.tree.map(jax.typeof, first) == jax.tree.map(jax.typeof, last)
+    for name, array in params.items():
+        for held in (first[1].anchor[name], last[1].anchor[name]):
+            assert held.sharding.is_equivalent_to(array.sharding, array.ndim)
+
+
+@pytest.mark.parametrize("donate", [(), (1,)])
+@pytest.mark.parametrize("spec", [P(), P("x", None)])
+def test_an_anchor_in_host_memory_stays_there(spec: P, donate: tuple[int, ...]) -> None:
+    tx = optax_spd.adam_spd(0.1)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    on_host = NamedSharding(mesh, spec, memory_kind="pinned_host")
+    params = {"kernel": jax.device_put(start()["kernel"], NamedSharding(mesh, spec))}
+    expected, _, ratios = train(tx, params)
+    assert (np.stack(ratios) > 0).any()
+
+    state = optax_spd.set_anchor(tx.init(params), jax.device_put(params, on_host))
+    step, initial = jax.jit(tx.update, donate_argnums=donate), params
+    for pull in (-1.0, -1.0, 0.2, 0.2, 0.2, -0.5):
+        updates, state = step(optax.tree.scale(pull, initial), state, params)
+        params = optax.apply_updates(params, updates)
+        assert state[1].anchor["kernel"].sharding.memory_kind == "pinned_host"
+    assert_same(params, expected)

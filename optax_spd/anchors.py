@@ -76,7 +76,7 @@ def init_anchor(
 
     Args:
       anchor: the stage's ``anchor=``.
-      params: as given to ``init``: arrays, tracers, ``ShapeDtypeStruct``s (answered in kind), or
+      params: as given to ``init``: arrays, tracers, ``ShapeDtypeStruct`` leaves (answered in kind), or
         Optax's placeholder for any parameter tree, which has no leaves (answered with itself, so
         that ``optax.tree_map_params`` knows the anchor for a copy of the parameters).
       selected: per leaf whether the stage's mask selects it; the others are not copied.

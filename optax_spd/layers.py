@@ -209,7 +209,7 @@ def plan_layers(
     """Finds the layers of a flattened parameter tree.
 
     Args:
-      flat: the parameters; arrays, ``ShapeDtypeStruct``s or tracers.
+      flat: the parameters; arrays, ``ShapeDtypeStruct`` leaves or tracers.
       layers: describes an array, or None for one layer per array.
       selected: per leaf whether the method applies, or None for all.
 
@@ -314,7 +314,7 @@ def layer_names(
     """Names the layers, in the order of the state's per-layer vectors.
 
     Args:
-      params: the parameter tree (arrays or ``ShapeDtypeStruct``s), as given to ``init``.
+      params: the parameter tree (arrays or ``ShapeDtypeStruct`` leaves), as given to ``init``.
       layers: the stage's ``layers=``.
       mask: the stage's ``mask=``.
 

@@ -24,7 +24,7 @@ def path_mask(*patterns: str) -> Callable[[PyTree], PyTree]:
 
     Raises:
       TypeError, ValueError: no pattern, or one that is no regular expression. When called: a
-        pattern that matches nothing, with the nearest paths; unless the tree holds ``MaskedNode``s
+        pattern that matches nothing, with the nearest paths; unless the tree holds ``MaskedNode`` leaves
         or no arrays, where another mask may have taken what it would match.
 
     Example:

@@ -24,7 +24,8 @@ TEXTS = [
     "the battery died after a week & the shop won't take it back!!! :(",
     "@anonymous LOL, best. concert. EVER \u2764 so happy I could cry http://url_removed",
     "The senator's proposal, which the committee rejected in 1996, would have cost $3.5 billion.",
-    "Caf\u00e9 na\u00efve \u2014 \u201cd\u00e9j\u00e0 vu\u201d, it's all a bit much; still, I'd go again.",
+    "Caf\u00e9 na\u00efve \u2014 \u201cd\u00e9j\u00e0 vu\u201d, "
+    "it's all a bit much; still, I'd go again.",
     "This sentence is much longer than the thirty-two tokens that the demonstration keeps, because "
     "truncation has to be compared as well, and so it goes on and on, past the point at which "
     "anybody would still be reading it with pleasure, until it finally ends.",

@@ -76,9 +76,9 @@ def init_anchor(
 
     Args:
       anchor: the stage's ``anchor=``.
-      params: as given to ``init``: arrays, tracers, ``ShapeDtypeStruct`` leaves (answered in kind), or
-        Optax's placeholder for any parameter tree, which has no leaves (answered with itself, so
-        that ``optax.tree_map_params`` knows the anchor for a copy of the parameters).
+      params: as given to ``init``: arrays, tracers, ``ShapeDtypeStruct`` leaves (answered in
+        kind), or Optax's placeholder for any parameter tree, which has no leaves (answered with
+        itself, so that ``optax.tree_map_params`` knows the anchor for a copy of the parameters).
       selected: per leaf whether the stage's mask selects it; the others are not copied.
       anchor_dtype: the dtype to store floating leaves in; None for their own.
 

@@ -24,8 +24,8 @@ def path_mask(*patterns: str) -> Callable[[PyTree], PyTree]:
 
     Raises:
       TypeError, ValueError: no pattern, or one that is no regular expression. When called: a
-        pattern that matches nothing, with the nearest paths; unless the tree holds ``MaskedNode`` leaves
-        or no arrays, where another mask may have taken what it would match.
+        pattern that matches nothing, with the nearest paths; unless the tree has no array or a
+        ``MaskedNode``, where another mask may have taken what it would match.
 
     Example:
       >>> import jax.numpy as jnp

@@ -69,7 +69,7 @@ def _replaced(held: PyTree, anchor: PyTree, dtype: np.dtype | None) -> PyTree:
         ],
         flat.treedef,
     )
-    sources = trees.align(reference, anchor, "anchor", "the state's anchor")
+    sources = anchors.match_anchor(reference, anchor)
     return flat.unflatten(
         anchors.copied(
             source,

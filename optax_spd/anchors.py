@@ -92,11 +92,27 @@ def init_anchor(
     if not flat.leaves:
         return params
     kept = flat if selected is None else flat.only(selected)
-    sources = kept.leaves if isinstance(anchor, str) else trees.align(kept, anchor, "anchor")
+    sources = kept.leaves if isinstance(anchor, str) else match_anchor(kept, anchor)
     return flat.unflatten(
         copied(source, leaf, anchor_dtype, path)
         for path, leaf, source in zip(kept.paths, kept.leaves, sources, strict=True)
     )
+
+
+def match_anchor(flat: trees.FlatTree, anchor: PyTree) -> list[Any]:
+    """The anchor's leaves in the order of the parameters; each parameter must have one.
+
+    Raises:
+      ValueError: paths or shapes differ, or the anchor has a gap where params has an array.
+    """
+    leaves = trees.align(flat, anchor, "anchor")
+    for path, like, leaf in zip(flat.paths, flat.leaves, leaves, strict=True):
+        if trees.is_gap(leaf) and not trees.is_gap(like):
+            raise ValueError(
+                f"anchor is {leaf!r} at {trees.shown(path)}, where params has an array. Give the "
+                "pretrained value of every parameter."
+            )
+    return leaves
 
 
 def copied(source: Any, like: Any, dtype: np.dtype | None, path: trees.Path) -> Any:
@@ -106,11 +122,6 @@ def copied(source: Any, like: Any, dtype: np.dtype | None, path: trees.Path) -> 
     """
     if trees.is_gap(like):
         return like
-    if trees.is_gap(source):
-        raise ValueError(
-            f"anchor is {source!r} at {trees.shown(path)}, where params has an array. Give the "
-            "pretrained value of every parameter."
-        )
     if dtype is None or not jnp.issubdtype(jnp.result_type(source), jnp.floating):
         dtype = jnp.result_type(source)
     if isinstance(like, jax.ShapeDtypeStruct):

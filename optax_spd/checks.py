@@ -28,13 +28,16 @@ def check_scalar(name: str, value: Any, *, low: float = 0.0, high: float = math.
     """
     if callable(value) or isinstance(value, jax.core.Tracer):
         return
-    if value is None or isinstance(value, str | bytes):
-        raise TypeError(f"{name} must be a number or a schedule, got {value!r}.")
-    if np.ndim(value) != 0:
-        raise ValueError(
-            f"{name} must be a scalar or a schedule, got an array of shape {np.shape(value)}."
-        )
-    number = float(value)
+    try:
+        if np.ndim(value) != 0:
+            raise ValueError(
+                f"{name} must be a scalar or a schedule, got an array of shape {np.shape(value)}."
+            )
+        if isinstance(value, str | bytes):  # float() would read the number in it
+            raise TypeError
+        number = float(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a number or a schedule, got {value!r}.") from error
     if not (math.isfinite(number) and low <= number <= high):
         allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
         raise ValueError(f"{name} must be finite and {allowed}, got {number}.")

@@ -66,18 +66,18 @@ def _replicated(sums: jax.Array) -> jax.Array:
 
     Such a mesh refuses to join vectors that are split differently. These are a few numbers a layer.
     """
-    spec = jax.typeof(sums).sharding.spec
-    if all(part is None for part in spec):
+    sharding = jax.typeof(sums).sharding
+    if all(part is None for part in sharding.spec):
         return sums
-    replicated: jax.Array = jax.sharding.reshard(sums, jax.sharding.PartitionSpec())
+    everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    replicated: jax.Array = jax.sharding.reshard(sums, everywhere)
     return replicated
 
 
 def _counted_once(block: jax.Array, axes: AxisNames, all_axes: AxisNames) -> jax.Array:
     """Zeroes a replica's contribution on all devices but one along the axes it is replicated over.
 
-    So that a single psum over all axes counts a replicated bias once. By select: a NaN must not
-    survive a multiplication by zero.
+    So that a single psum over all axes counts a replicated bias once.
     """
     for name in all_axes:
         if name not in axes:
@@ -145,6 +145,11 @@ def sharded_axes(axis_name: Any, flat: trees.FlatTree, plan: LayerPlan) -> list[
 
 
 def _axes_of_spec(spec: Any, entry: ArrayLayers) -> AxisNames:
+    if not _is_spec(spec):
+        raise ValueError(
+            f"axis_name holds {spec!r} for {entry.name!r}; give it a PartitionSpec, an empty one if "
+            "every device has the whole array."
+        )
     names: list[str] = []
     for axis, part in enumerate(spec):
         parts = () if part is None else (part,) if isinstance(part, str) else tuple(part)

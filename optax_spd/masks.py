@@ -97,6 +97,6 @@ def resolve_mask(
 
 def _is_mask_function(mask: Any) -> bool:
     """A function, and not a tree of bools that happens to be callable (an Equinox module)."""
-    return callable(mask) and not all(
-        isinstance(leaf, bool | np.bool_) for leaf in jax.tree.leaves(mask)
-    )
+    leaves = jax.tree.leaves(mask)
+    is_tree = bool(leaves) and all(isinstance(leaf, bool | np.bool_) for leaf in leaves)
+    return callable(mask) and not is_tree

@@ -177,4 +177,7 @@ def _products(d: stages.Deviation, g: jax.Array) -> tuple[jax.Array, ...]:
 
 def _decayed(u: jax.Array, d: stages.Deviation, ratio: jax.Array, decay: jax.Array) -> jax.Array:
     """The update u - λ r Δ̃ where r > 0; else u itself, so that a NaN in Δ̃ or λ cannot reach it."""
-    return jnp.where(ratio > 0, d.step - decay * d.tentative, jnp.asarray(u, d.step.dtype))
+    # On an explicit-sharding mesh a predicate must be sharded as the array is; this one is
+    # replicated if the array's only axes are stacked ones, and takes the sharding from here.
+    fires = (ratio > 0) | jnp.zeros_like(d.step, bool)
+    return jnp.where(fires, d.step - decay * d.tentative, jnp.asarray(u, d.step.dtype))

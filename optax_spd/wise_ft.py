@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_spd import checks, deviations, layers as layers_lib, trees
+from optax_spd import anchors, checks, deviations, layers as layers_lib, trees
 
 PyTree = Any
 
@@ -64,7 +64,7 @@ def wise_ft(
         if entry is None
         else _blend(theta, theta_0, deviations.spread(entry, vector, jnp.ndim(theta)))
         for theta, theta_0, entry in zip(
-            flat.leaves, trees.align(flat, anchor, "anchor"), plan.arrays, strict=True
+            flat.leaves, anchors.match_anchor(flat, anchor), plan.arrays, strict=True
         )
     ]
     return flat.unflatten(blended)
@@ -79,6 +79,7 @@ def _blend(theta: Any, theta_0: Any, alpha: jax.Array) -> jax.Array:
 
 def _per_layer(alpha: jax.typing.ArrayLike, plan: layers_lib.LayerPlan) -> jax.Array:
     checks.check_finite("alpha", alpha)
+    alpha = jnp.asarray(alpha)
     if jnp.ndim(alpha) == 0:
         return jnp.full(plan.vector_size, alpha, plan.dtype)
     if jnp.shape(alpha) != (len(plan.names),):

@@ -1,0 +1,176 @@
+"""L2-SP: the gradient of its penalty, AdamW around another point than zero."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_spd
+
+STEPS = 10
+
+
+def trees_of(dtype: Any = np.float32) -> tuple[Any, Any, Any]:
+    """Parameters, pretrained parameters, and what the loss pulls toward."""
+    draw = np.random.default_rng(0)
+    make = lambda: {
+        "dense": {
+            "bias": draw.normal(size=3).astype(dtype),
+            "kernel": draw.normal(size=(2, 3)).astype(dtype),
+        },
+        "head": draw.normal(size=4).astype(dtype),
+    }
+    return make(), make(), make()
+
+
+def data_loss(params: Any, target: Any) -> jax.Array:
+    errors = jax.tree.map(lambda p, t: jnp.sum((p - t) ** 4), params, target)
+    return 0.1 * jax.tree.reduce(jnp.add, errors)
+
+
+def penalty(params: Any, anchor: Any, decay: Any) -> jax.Array:
+    squares = jax.tree.map(lambda p, a: jnp.sum((p - a) ** 2), params, anchor)
+    return decay / 2 * jax.tree.reduce(jnp.add, squares)
+
+
+def train(tx: optax.GradientTransformation, params: Any, gradient: Any) -> Any:
+    """``gradient`` is a function of the parameters and the step."""
+
+    @jax.jit
+    def run(params: Any) -> Any:
+        def step(carry: Any, count: jax.Array) -> Any:
+            params, state = carry
+            updates, state = tx.update(gradient(params, count), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), jnp.arange(STEPS))[0][0]
+
+    return jax.device_get(run(params))
+
+
+def assert_close(a: Any, b: Any, atol: float = 1e-6) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=atol), a, b)
+
+
+def differ(a: Any, b: Any) -> bool:
+    return all(
+        np.abs(x - y).max() > 1e-3
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+INNER = {
+    "sgd": functools.partial(optax.sgd, 0.1, momentum=0.9),
+    "adam": functools.partial(optax.adam, 0.1),
+}
+DECAYS = {"constant": 0.3, "schedule": optax.linear_schedule(0.5, 0.0, STEPS)}
+
+
+@pytest.mark.parametrize("decay", DECAYS.values(), ids=DECAYS)
+@pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
+def test_first_in_the_chain_it_is_the_gradient_of_the_penalty(inner: Any, decay: Any) -> None:
+    params, anchor, target = trees_of()
+    value = decay if callable(decay) else lambda count: decay
+
+    def whole(params: Any, count: jax.Array) -> Any:
+        return jax.grad(lambda p: data_loss(p, target) + penalty(p, anchor, value(count)))(params)
+
+    plain = lambda params, count: jax.grad(data_loss)(params, target)
+    expected = train(inner(), params, whole)
+    ours = train(optax.chain(optax_spd.l2_sp(decay, anchor=anchor), inner()), params, plain)
+    assert_close(ours, expected, atol=2e-5)
+    assert differ(ours, train(inner(), params, plain))
+
+
+def everything_but_bias(params: Any) -> Any:
+    return {"dense": {"bias": False, "kernel": True}, "head": True}
+
+
+@pytest.mark.parametrize("mask", [None, everything_but_bias], ids=["all", "masked"])
+@pytest.mark.parametrize(
+    "rate", [0.1, optax.cosine_decay_schedule(0.1, STEPS)], ids=["rate", "schedule"]
+)
+def test_around_zero_it_is_adamw(mask: Any, rate: Any) -> None:
+    params, _, target = trees_of()
+    plain = lambda params, count: jax.grad(data_loss)(params, target)
+    ours = optax_spd.adamw_l2_sp(rate, weight_decay=0.2, anchor="zero", mask=mask)
+    expected = train(optax.adamw(rate, weight_decay=0.2, mask=mask), params, plain)
+    assert_close(train(ours, params, plain), expected)
+    assert differ(
+        expected["dense"]["kernel"], train(optax.adam(rate), params, plain)["dense"]["kernel"]
+    )
+
+
+def test_around_an_anchor_it_is_adamw_in_the_coordinates_of_the_deviation() -> None:
+    # With φ = θ - θ₀ as the parameters, decay toward the anchor is decay toward zero.
+    params, anchor, target = trees_of()
+    minus = lambda a, b: jax.tree.map(lambda x, y: x - y, a, b)
+    plain = lambda params, count: jax.grad(data_loss)(params, target)
+    shifted = lambda phi, count: jax.grad(data_loss)(phi, minus(target, anchor))
+    ours = train(optax_spd.adamw_l2_sp(0.05, weight_decay=0.5, anchor=anchor), params, plain)
+    phi = train(optax.adamw(0.05, weight_decay=0.5), minus(params, anchor), shifted)
+    assert_close(minus(ours, anchor), phi, atol=1e-5)
+    assert differ(ours, train(optax.adam(0.05), params, plain))
+
+
+@pytest.mark.parametrize("policy", ["tree", "initial", "zero", "argument"])
+def test_every_anchor_policy_adds_the_same_pull(policy: str) -> None:
+    params, anchor, _ = trees_of()
+    if policy == "zero":
+        anchor = jax.tree.map(np.zeros_like, anchor)
+    tx = optax_spd.l2_sp(0.5, anchor=anchor if policy == "tree" else policy)
+    state = tx.init(anchor if policy == "initial" else params)
+    extra = {"anchor": anchor} if policy == "argument" else {}
+    updates, state = tx.update(params, state, params, **extra)
+    for u, theta, theta_0 in zip(*map(jax.tree.leaves, (updates, params, anchor)), strict=True):
+        np.testing.assert_allclose(u, theta + 0.5 * (theta - theta_0), rtol=1e-5, atol=1e-6)
+    held = jax.tree.leaves(state.anchor)
+    assert len(held) == (0 if policy in ("zero", "argument") else 3)
+    assert state.count == 1
+
+
+def test_masked_arrays_pass_through_and_keep_no_anchor() -> None:
+    params, _, target = trees_of()
+    tx = optax_spd.l2_sp(0.5, anchor="initial", mask=everything_but_bias)
+    state = tx.init(target)
+    updates, _ = tx.update(params, state, params)
+    assert updates["dense"]["bias"] is params["dense"]["bias"]
+    assert state.anchor["dense"]["bias"] == optax.MaskedNode()
+    np.testing.assert_allclose(
+        updates["head"], params["head"] + 0.5 * (params["head"] - target["head"]), rtol=1e-5
+    )
+
+
+def test_bfloat16_deviations_are_not_taken_in_bfloat16() -> None:
+    # λΔ = 2⁻⁹ on top of u = 2⁻⁹: a bfloat16 product of a bfloat16 difference has other digits.
+    theta, theta_0 = (jnp.full(2, x, jnp.bfloat16) for x in (1.0, 0.9921875))
+    step = jnp.full(2, 2.0**-9, jnp.bfloat16)
+    tx = optax_spd.l2_sp(1 / 3, anchor=[theta_0])
+    (update,), _ = tx.update([step], tx.init([theta]), [theta])
+    assert update.dtype == jnp.bfloat16
+    exact = 2.0**-9 + (1.0 - 0.9921875) / 3
+    np.testing.assert_array_equal(update, jnp.full(2, exact, jnp.bfloat16))
+
+
+def test_an_anchor_in_bfloat16_is_exact_for_a_bfloat16_checkpoint() -> None:
+    params, anchor, _ = trees_of()
+    checkpoint = jax.tree.map(lambda x: np.asarray(x, jnp.bfloat16), anchor)
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float32), checkpoint)
+    narrow = optax_spd.l2_sp(0.5, anchor=checkpoint, anchor_dtype=jnp.bfloat16)
+    full = optax_spd.l2_sp(0.5, anchor=wide)
+    state = narrow.init(params)
+    assert {x.dtype for x in jax.tree.leaves(state.anchor)} == {jnp.dtype(jnp.bfloat16)}
+    updates, _ = narrow.update(params, state, params)
+    expected, _ = full.update(params, full.init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+
+
+def test_zero_decay_adds_nothing() -> None:
+    params, anchor, _ = trees_of()
+    tx = optax_spd.l2_sp(0.0, anchor=anchor)
+    updates, _ = tx.update(params, tx.init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, updates, params)

@@ -1,0 +1,196 @@
+"""Optax's own tests - for contributed optimizers, sharding and float64 - on our optimizers."""
+
+import unittest
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax_suite
+import pytest
+
+import optax_spd
+
+CONTRIB = "optax.contrib._common_test"
+SHARDING = "optax._src.sharding_test"
+FLOAT64 = "optax._src.float64_test"
+
+
+# The factories annotate learning_rate as Optax does: only then does its suite try a schedule.
+def sgd_spd(learning_rate: optax.ScalarOrSchedule, weight_decay: float = 1.0) -> Any:
+    return optax_spd.chain(optax.sgd(learning_rate, momentum=0.9), optax_spd.spd(weight_decay))
+
+
+def clipped_adam_spd(learning_rate: optax.ScalarOrSchedule, weight_decay: float = 1.0) -> Any:
+    return optax_spd.with_gradient(
+        optax.chain(
+            optax.clip_by_global_norm(1.0), optax.adam(learning_rate), optax_spd.spd(weight_decay)
+        )
+    )
+
+
+def shared_anchor(learning_rate: optax.ScalarOrSchedule, weight_decay: float = 1e-4) -> Any:
+    return optax_spd.with_gradient(
+        optax_spd.with_anchor(
+            optax.chain(
+                optax_spd.l2_sp(weight_decay, anchor="argument"),
+                optax.adam(learning_rate),
+                optax_spd.spd(1.0, anchor="argument"),
+            )
+        )
+    )
+
+
+FACTORIES = {
+    "adam_spd": optax_spd.adam_spd,
+    "adamw_l2_sp": optax_spd.adamw_l2_sp,
+    "sgd_spd": sgd_spd,
+    "clipped_adam_spd": clipped_adam_spd,
+    "shared_anchor": shared_anchor,
+}
+
+# One row per optimizer: a name for the test class, the factory and its arguments. The suite
+# minimizes four functions in 30,000 steps, to 3e-2: the rates must allow that.
+CONTRIB_TABLE = {
+    "adam_spd": ("adam_spd", {"learning_rate": 1e-2}),
+    "adam_spd_strong": ("adam_spd", {"learning_rate": 1e-2, "weight_decay": 1.5}),
+    "adam_spd_from_zero": ("adam_spd", {"learning_rate": 1e-2, "anchor": "zero"}),
+    "adamw_l2_sp": ("adamw_l2_sp", {"learning_rate": 1e-2, "weight_decay": 1e-4}),
+    "sgd_spd": ("sgd_spd", {"learning_rate": 1e-3}),
+    "clipped_adam_spd": ("clipped_adam_spd", {"learning_rate": 1e-2}),
+    "shared_anchor": ("shared_anchor", {"learning_rate": 1e-2}),
+}
+
+SHARDING_TABLE = {
+    "adam_spd": optax_spd.adam_spd(1.0),
+    "adam_spd_anchor_dtype": optax_spd.adam_spd(1.0, anchor_dtype=jnp.bfloat16),
+    "adam_spd_from_zero": optax_spd.adam_spd(1.0, anchor="zero"),
+    "adam_spd_stacked": optax_spd.adam_spd(1.0, layers=optax_spd.stacked("", axis=0)),
+    "adam_spd_stacked_axis_is_sharded": optax_spd.adam_spd(
+        1.0, layers=optax_spd.stacked("", axis=1)
+    ),
+    "adamw_l2_sp": optax_spd.adamw_l2_sp(1.0),
+    "l2_sp": optax_spd.l2_sp(0.1),
+    "sgd_spd": sgd_spd(1.0),
+    "clipped_adam_spd": clipped_adam_spd(1.0),
+    "shared_anchor": shared_anchor(1.0),
+}
+
+FLOAT64_TABLE = [
+    ("adam_spd", optax_spd.adam_spd, {"learning_rate": 0.1}),
+    ("adam_spd_schedule", optax_spd.adam_spd, {"learning_rate": lambda count: 0.1 / (1 + count)}),
+    (
+        "adam_spd_scheduled_decay",
+        optax_spd.adam_spd,
+        {"learning_rate": 0.1, "weight_decay": lambda count: 1.0 / (1 + count)},
+    ),
+    (
+        "adam_spd_anchor_dtype",
+        optax_spd.adam_spd,
+        {"learning_rate": 0.1, "anchor_dtype": jnp.bfloat16},
+    ),
+    ("adam_spd_from_zero", optax_spd.adam_spd, {"learning_rate": 0.1, "anchor": "zero"}),
+    ("adam_spd_by_module", optax_spd.adam_spd, {"learning_rate": 0.1, "layers": lambda *_: ONE}),
+    ("adamw_l2_sp", optax_spd.adamw_l2_sp, {"learning_rate": 0.1, "weight_decay": 0.1}),
+    ("l2_sp", optax_spd.l2_sp, {"weight_decay": 0.1}),
+    ("sgd_spd", sgd_spd, {"learning_rate": 0.1}),
+    ("clipped_adam_spd", clipped_adam_spd, {"learning_rate": 0.1}),
+    ("shared_anchor", shared_anchor, {"learning_rate": 0.1}),
+]
+ONE = optax_spd.LayerSpec(group="one")
+
+
+def contrib_suite(rows: dict[str, Any]) -> Any:
+    entries = tuple(
+        {"opt_name": name, "opt_kwargs": kwargs, "wrapper_name": None, "wrapper_kwargs": None}
+        for name, kwargs in rows.values()
+    )
+    tables = {"_MAIN_OPTIMIZERS_UNDER_TEST": entries, "_ALL_OPTIMIZERS_UNDER_TEST": entries}
+    return optax_suite.load(CONTRIB, {**tables, "_get_opt_factory": FACTORIES.__getitem__})
+
+
+# Kept in a dictionary besides: pytest would collect a class again under a second name.
+# One class per optimizer: the suite numbers its cases, and a number says nothing of what failed.
+CASES: dict[str, type[unittest.TestCase]] = {
+    label: optax_suite.adopt(
+        contrib_suite({label: row}).ContribTest, f"ContribTest_{label}", globals()
+    )
+    for label, row in CONTRIB_TABLE.items()
+}
+CASES[FLOAT64] = optax_suite.adopt(
+    optax_suite.load(FLOAT64, {"ALL_MODULES": FLOAT64_TABLE}).Float64Test, "Float64Test", globals()
+)
+if optax_suite.exists(SHARDING):  # from Optax 0.2.7 on
+    CASES[SHARDING] = optax_suite.adopt(
+        optax_suite.load(SHARDING, {"OPTIMIZERS": SHARDING_TABLE}).ShardingTest,
+        "ShardingTest",
+        globals(),
+    )
+
+
+def assert_complete(
+    module: str, class_name: str, case: type[unittest.TestCase], sizes: dict[str, int]
+) -> int:
+    """Checks that each of Optax's tests has the cases that tables of these sizes imply."""
+    assert globals()[case.__name__] is case  # or pytest does not see it
+    original = optax_suite.load(module, {})
+    theirs = optax_suite.cases_by_test(module, getattr(original, class_name))
+    ours = optax_suite.cases_by_test(module, case)
+    for test, table in optax_suite.parametrized_tests(module).items():
+        per_entry = theirs[test] / len(vars(original)[table])
+        assert ours[test] == per_entry * sizes[table] > 0, test
+    assert ours.total() == len(unittest.TestLoader().getTestCaseNames(case))
+    return ours.total()
+
+
+@pytest.mark.parametrize("label", CONTRIB_TABLE)
+def test_collects_the_whole_suite_for_contributed_optimizers(label: str) -> None:
+    sizes = {"_MAIN_OPTIMIZERS_UNDER_TEST": 1, "_ALL_OPTIMIZERS_UNDER_TEST": 1}
+    assert assert_complete(CONTRIB, "ContribTest", CASES[label], sizes) >= 16
+
+
+def test_collects_the_whole_float64_suite() -> None:
+    sizes = {"ALL_MODULES": len(FLOAT64_TABLE)}
+    found = assert_complete(FLOAT64, "Float64Test", CASES[FLOAT64], sizes)
+    assert found >= len(FLOAT64_TABLE)
+
+
+@pytest.mark.filterwarnings("ignore:Specifying a key will be required")  # of Optax's own table
+def test_collects_the_whole_sharding_suite() -> None:
+    if SHARDING not in CASES:
+        assert tuple(map(int, optax.__version__.split(".")[:3])) < (0, 2, 7)
+        return
+    sizes = {"OPTIMIZERS": len(SHARDING_TABLE)}
+    found = assert_complete(SHARDING, "ShardingTest", CASES[SHARDING], sizes)
+    assert found >= 3 * len(SHARDING_TABLE)
+
+
+def test_a_suite_that_would_skip_fails() -> None:
+    """So that no case above passes by being skipped, for JAX's version or anything else."""
+
+    class Skipping(unittest.TestCase):
+        def test_it(self) -> None:
+            self.skipTest("some version")
+
+    result = optax_suite.adopt(Skipping, "Adopted", {"__name__": __name__})("test_it").run()
+    assert result is not None
+    assert not result.skipped
+    assert "would skip this test: some version" in result.failures[0][1]
+
+
+@pytest.mark.parametrize("label", [label for label in CONTRIB_TABLE if label != "adamw_l2_sp"])
+def test_spd_acts_where_the_suite_converges(label: str) -> None:
+    """The suite's target is reached although SPD holds back, not because it never acts."""
+    suite = contrib_suite({label: CONTRIB_TABLE[label]})
+    params, _, objective = suite._setup_rosenbrock(jnp.float32)
+    name, kwargs = CONTRIB_TABLE[label]
+    tx = FACTORIES[name](**kwargs)
+
+    def step(carry: Any, _: None) -> Any:
+        params, state = carry
+        updates, state = tx.update(jax.grad(objective)(params), state, params)
+        return (optax.apply_updates(params, updates), state), optax.tree.get(state, "spd_ratio")
+
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=3000)[1])
+    ratios = run((params, tx.init(params)))
+    assert jnp.sum(ratios > 0) > 0

@@ -1,0 +1,226 @@
+"""Trees matched by path: what a path is, and what is said where two trees differ."""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.core import freeze
+
+from optax_spd import trees
+
+
+class Value(NamedTuple):
+    """Not a box: its field ``value`` has a sister."""
+
+    value: Any
+    scale: Any
+
+
+def names(tree: Any) -> list[str]:
+    return [trees.path_name(path) for path in trees.flatten(tree).paths]
+
+
+def flat(**leaves: Any) -> trees.FlatTree:
+    return trees.flatten(leaves)
+
+
+def boxed(array: jax.Array) -> nn.Partitioned[jax.Array]:
+    return nn.Partitioned(array, names=(None,) * array.ndim)
+
+
+# Paths -------------------------------------------------------------------------------------------
+
+
+def test_path_of_a_parameter_is_the_same_in_every_container_and_box() -> None:
+    kernel, bias = jnp.ones((2, 3)), jnp.ones(3)
+    plain = {"dense": {"bias": bias, "kernel": kernel}}
+    coats = {
+        "FrozenDict": freeze(plain),
+        "Partitioned": {"dense": {"bias": boxed(bias), "kernel": boxed(kernel)}},
+        "nnx.State": nnx.State(
+            {"dense": {"bias": nnx.Param(bias), "kernel": nnx.Param(kernel)}},
+        ),
+    }
+    assert names(plain) == ["dense/bias", "dense/kernel"]
+    for coat, tree in coats.items():
+        assert names(tree) == names(plain), coat
+
+
+def test_only_the_key_of_a_box_is_left_out() -> None:
+    # Flax attention has a submodule called "value", and a NamedTuple may have such a field.
+    array = jnp.ones((1, 1))
+    assert names({"attention": {"value": {"kernel": array}}}) == ["attention/value/kernel"]
+    assert names({"value": boxed(array)}) == ["value"]
+    assert names({"head": Value(array, array)}) == ["head/value", "head/scale"]
+    assert names({"head": Value(boxed(array), array)}) == ["head/value", "head/scale"]
+
+
+def test_lists_are_numbered_and_a_bare_array_has_the_empty_path() -> None:
+    array = jnp.ones(1)
+    assert names([array, (array, {"x": array})]) == ["0", "1/0", "1/1/x"]
+    assert names(array) == [""]
+    assert trees.shown(()) == "the tree itself"
+    assert trees.shown(("a", "b")) == "'a/b'"
+
+
+def test_gaps_are_leaves_and_survive_a_round_trip() -> None:
+    tree = {"a": None, "b": optax.MaskedNode(), "c": jnp.ones(2)}
+    flattened = trees.flatten(tree)
+    assert trees.path_name(flattened.paths[1]) == "b"
+    assert [trees.is_gap(leaf) for leaf in flattened.leaves] == [True, True, False]
+    again = flattened.unflatten(flattened.leaves)
+    assert again["a"] is None
+    assert again["b"] == optax.MaskedNode()
+    assert again["c"] is tree["c"]
+
+
+def test_only_puts_gaps_where_a_leaf_is_not_wanted_and_keeps_those_there_are() -> None:
+    array = jnp.ones(2)
+    kept = flat(a=None, b=array, c=array).only([True, False, True])
+    assert kept.leaves[0] is None
+    assert kept.leaves[1] == optax.MaskedNode()
+    assert kept.leaves[2] is array
+
+
+# Matching two trees ------------------------------------------------------------------------------
+
+
+def test_align_ignores_containers_boxes_and_order() -> None:
+    params = {"b": jnp.zeros(2), "a": {"x": jnp.zeros((2, 1))}}
+    reference = trees.flatten(nnx.State(jax.tree.map(nnx.Param, params)))
+    tree = freeze({"a": {"x": boxed(jnp.full((2, 1), 7.0))}, "b": jnp.full(2, 8.0)})
+    aligned = trees.align(reference, tree, "grad")
+    by_name = dict(zip(map(trees.path_name, reference.paths), aligned, strict=True))
+    np.testing.assert_array_equal(by_name["a/x"], np.full((2, 1), 7.0))
+    np.testing.assert_array_equal(by_name["b"], np.full(2, 8.0))
+
+
+def test_align_answers_with_the_gap_of_either_side() -> None:
+    array = jnp.ones(2)
+    reference = flat(a=optax.MaskedNode(), b=None, c={"x": array, "y": array}, d=array)
+    # What stands under the reference's gaps is not looked at, whatever its shape.
+    tree = {"a": {"deep": jnp.ones(9)}, "b": jnp.ones(9), "c": None, "d": optax.MaskedNode()}
+    aligned = trees.align(reference, tree, "grad")
+    assert aligned[0] == optax.MaskedNode()
+    assert aligned[1:4] == [None, None, None]
+    assert aligned[4] == optax.MaskedNode()
+
+
+def test_align_needs_nothing_where_the_reference_has_a_gap() -> None:
+    array = jnp.ones(2)
+    aligned = trees.align(flat(a=array, b=None, head=optax.MaskedNode()), {"a": array}, "anchor")
+    assert aligned[0] is array
+    assert aligned[1:] == [None, optax.MaskedNode()]
+
+
+def test_align_names_the_first_missing_path_its_shape_and_the_nearest_ones() -> None:
+    reference = trees.flatten({"encoder": {"bias": jnp.ones(3), "kernel": jnp.ones((2, 3))}})
+    with pytest.raises(ValueError, match="grad does not match params") as error:
+        trees.align(reference, {"encoder": {"bias": jnp.ones(3), "kernels": 0}}, "grad")
+    message = str(error.value)
+    assert "no leaf at 'encoder/kernel'" in message
+    assert "of shape (2, 3)" in message
+    assert "nearest in grad: 'encoder/kernels'" in message
+
+
+def test_align_names_the_first_path_too_many() -> None:
+    with pytest.raises(ValueError, match="'extra', where params has none") as error:
+        trees.align(flat(a=jnp.ones(1)), {"a": jnp.ones(1), "extra": jnp.ones(1)}, "anchor")
+    assert "anchor does not match params" in str(error.value)
+
+
+def test_align_names_the_first_path_with_another_shape_and_both_shapes() -> None:
+    reference = flat(a=jnp.ones(1), b=jnp.ones((2, 3)), c=jnp.ones(4))
+    tree = {"a": jnp.ones(1), "b": jnp.ones((3, 2)), "c": jnp.ones(5)}
+    with pytest.raises(ValueError, match="does not match") as error:
+        trees.align(reference, tree, "grad", reference_name="the updates")
+    message = str(error.value)
+    assert "at 'b'" in message
+    assert "grad has shape (3, 2)" in message
+    assert "the updates has shape (2, 3)" in message
+
+
+def test_align_on_a_bare_array_speaks_of_the_tree_itself() -> None:
+    with pytest.raises(ValueError, match="the tree itself"):
+        trees.align(trees.flatten(jnp.ones(2)), jnp.ones(3), "grad")
+
+
+# Prefixes ----------------------------------------------------------------------------------------
+
+
+def is_number(node: Any) -> bool:
+    return isinstance(node, int)
+
+
+def test_the_longest_prefix_covers_a_leaf() -> None:
+    array = jnp.ones(1)
+    reference = trees.flatten({"a": {"x": array, "y": {"z": array}}, "b": array})
+    covering = trees.broadcast_prefix(reference, {"a": {"x": 1, "y": 2}, "b": 3}, "mask", is_number)
+    assert covering == [1, 2, 3]
+    assert trees.broadcast_prefix(reference, 5, "mask", is_number) == [5, 5, 5]
+    assert trees.broadcast_prefix(reference, {"a": 1, "b": 2}, "mask", is_number) == [1, 1, 2]
+
+
+def test_a_prefix_need_not_cover_a_gap_and_may_have_entries_under_one() -> None:
+    reference = flat(a=jnp.ones(1), b=None, c=optax.MaskedNode())
+    assert trees.broadcast_prefix(reference, {"a": 1}, "mask", is_number) == [1, None, None]
+    prefix = {"a": 1, "b": 2, "c": {"deep": 3}}
+    assert trees.broadcast_prefix(reference, prefix, "mask", is_number) == [1, 2, None]
+
+
+def test_a_prefix_that_leaves_a_parameter_uncovered_is_refused() -> None:
+    with pytest.raises(ValueError, match="mask has no entry for the parameter 'a/kernel'") as error:
+        trees.broadcast_prefix(
+            trees.flatten({"a": {"kernel": jnp.ones(1)}}), {"a": {"kernels": 1}}, "mask", is_number
+        )
+    assert "its own paths: 'a/kernels'" in str(error.value)
+
+
+def test_a_prefix_with_an_entry_for_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="entry at 'heads', where params has nothing") as error:
+        trees.broadcast_prefix(flat(head=jnp.ones(1)), {"head": 1, "heads": 2}, "mask", is_number)
+    assert "paths in params: 'head'" in str(error.value)
+
+
+# The rest ----------------------------------------------------------------------------------------
+
+
+def test_replace_leaves_changes_the_given_paths_only() -> None:
+    tree = {"a": boxed(jnp.ones((1, 2))), "b": {"x": jnp.ones(3)}, "c": None}
+    new = trees.replace_leaves(tree, {("a",): jnp.zeros((1, 2))})
+    np.testing.assert_array_equal(new["a"].value, np.zeros((1, 2)))
+    assert new["a"].names == tree["a"].names
+    assert new["b"]["x"] is tree["b"]["x"]
+    assert new["c"] is None
+
+
+def test_nearest_paths_come_most_alike_first_and_quoted() -> None:
+    paths = [("encoder", "kernel"), ("encoder", "bias"), ("zzz",)]
+    assert trees.nearest_paths("encoder/kernle", paths).split(", ")[0] == "'encoder/kernel'"
+    assert "zzz" not in trees.nearest_paths("encoder/kernle", paths)
+    # Nothing is alike: some paths are shown all the same, to say what the tree looks like.
+    assert trees.nearest_paths("#", paths, count=2) == "'encoder/kernel', 'encoder/bias'"
+    assert trees.nearest_paths("x", []) == "none"
+
+
+def test_a_thousand_leaves_match_one_to_one() -> None:
+    tree = {f"layer_{i}": {"kernel": np.full(1, i), "bias": np.full(2, -i)} for i in range(500)}
+    reference = trees.flatten(tree)
+    aligned = trees.align(reference, freeze(dict(reversed(tree.items()))), "grad")
+    assert len(aligned) == 1000
+    assert all(a is b for a, b in zip(aligned, reference.leaves, strict=True))
+
+
+def test_missing_params_raise_the_words_of_optax() -> None:
+    with pytest.raises(ValueError, match="params") as ours:
+        trees.require_params(None)
+    decay = optax.add_decayed_weights(0.1)
+    with pytest.raises(ValueError, match="params") as theirs:
+        decay.update({"a": jnp.ones(1)}, decay.init({"a": jnp.ones(1)}), None)
+    assert str(ours.value) == str(theirs.value)
+    trees.require_params({})

@@ -1,0 +1,127 @@
+"""WiSE-FT: exact at both ends, linear in between, and a tree like params whatever comes in."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import optax_spd
+
+
+def pair() -> tuple[Any, Any]:
+    """Parameters whose magnitudes differ so much that θ₀ + α(θ - θ₀) would not return θ."""
+    draw = np.random.default_rng(0)
+    params = {
+        "bias": draw.normal(size=4).astype(np.float32),
+        "blocks": draw.normal(size=(2, 3)).astype(np.float32),
+    }
+    anchor = jax.tree.map(lambda x: (1e6 * draw.normal(size=x.shape)).astype(np.float32), params)
+    return params, anchor
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_both_ends_are_exact(dtype: Any) -> None:
+    params, anchor = jax.tree.map(lambda x: jnp.asarray(x * 1e-2, dtype), pair())
+    for alpha, end in ((0.0, anchor), (1.0, params), (0, anchor), (np.float32(1), params)):
+        blended = optax_spd.wise_ft(params, anchor, alpha)
+        jax.tree.map(np.testing.assert_array_equal, blended, end)
+        assert {x.dtype for x in jax.tree.leaves(blended)} == {jnp.dtype(dtype)}
+
+
+@pytest.mark.parametrize("alpha", [0.25, 0.9, -0.5, 1.5])
+def test_it_interpolates_and_extrapolates_linearly(alpha: float) -> None:
+    params, anchor = pair()
+    blended = optax_spd.wise_ft(params, anchor, alpha)
+    for name, theta in params.items():
+        expected = (1 - alpha) * anchor[name].astype(np.float64) + alpha * theta.astype(np.float64)
+        np.testing.assert_allclose(blended[name], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [list, np.array, jnp.array], ids=lambda kind: kind.__name__)
+def test_alpha_per_layer_follows_layer_names(kind: Callable[[Any], Any]) -> None:
+    params, anchor = pair()
+    layers = optax_spd.stacked("blocks")
+    assert optax_spd.layer_names(params, layers=layers) == ["bias", "blocks[0]", "blocks[1]"]
+    blended = optax_spd.wise_ft(params, anchor, kind([1.0, 0.0, 0.5]), layers=layers)
+    np.testing.assert_array_equal(blended["bias"], params["bias"])
+    np.testing.assert_array_equal(blended["blocks"][0], anchor["blocks"][0])
+    middle = (anchor["blocks"][1].astype(np.float64) + params["blocks"][1]) / 2
+    np.testing.assert_allclose(blended["blocks"][1], middle, rtol=1e-6)
+
+
+def test_the_arithmetic_of_halves_is_in_float32_and_the_result_in_the_dtype_of_params() -> None:
+    # In bfloat16 1 - α rounds to 1, an error of one digit of the result.
+    params = {"a": jnp.full(3, -384.0, jnp.bfloat16), "b": jnp.ones(2, jnp.float16)}
+    anchor = {"a": np.ones(3, np.float32), "b": np.zeros(2, np.float32)}
+    blended = optax_spd.wise_ft(params, anchor, 0.0019)
+    assert blended["a"].dtype == jnp.bfloat16
+    assert blended["b"].dtype == jnp.float16
+    exact = (1 - 0.0019) - 0.0019 * 384
+    np.testing.assert_array_equal(blended["a"], jnp.full(3, exact, jnp.bfloat16))
+    np.testing.assert_array_equal(blended["b"], jnp.full(2, 0.0019, jnp.float16))
+
+
+def test_leaves_that_are_no_layers_are_those_of_params() -> None:
+    params = {"n": np.arange(3), "e": np.ones((0, 2), np.float32), "w": np.ones(2, np.float32)}
+    anchor = {"n": np.zeros(3, int), "e": np.ones((0, 2), np.float32), "w": np.zeros(2, np.float32)}
+    blended = optax_spd.wise_ft(params | {"x": None}, anchor | {"x": None}, 0.0)
+    assert blended["n"] is params["n"]
+    assert blended["e"] is params["e"]
+    assert blended["x"] is None
+    np.testing.assert_array_equal(blended["w"], [0.0, 0.0])
+
+
+def test_it_may_be_jitted_and_differentiated_in_alpha() -> None:
+    params, anchor = pair()
+    blend = jax.jit(lambda alpha: optax_spd.wise_ft(params, anchor, alpha))
+    expected = optax_spd.wise_ft(params, anchor, 0.3)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), blend(0.3), expected)
+    # d/dα of the sum over all parameters is the sum of the deviations.
+    total = lambda alpha: sum(x.sum() for x in jax.tree.leaves(blend(alpha)))
+    slope = sum((theta.astype(np.float64) - anchor[name]).sum() for name, theta in params.items())
+    np.testing.assert_allclose(jax.grad(total)(0.3), slope, rtol=1e-5)
+
+
+def test_containers_and_boxes_of_the_two_trees_may_differ() -> None:
+    params, anchor = pair()
+    state = nnx.State(jax.tree.map(nnx.Param, params))
+    boxed = jax.tree.map(lambda x: nn.Partitioned(x, names=(None,) * x.ndim), anchor)
+    blended = optax_spd.wise_ft(state, boxed, 0.0)
+    assert jax.tree.structure(blended) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(blended), anchor)
+
+
+@pytest.mark.parametrize("alpha", [np.nan, np.inf, [0.5, np.nan]])
+def test_alpha_must_be_finite(alpha: Any) -> None:
+    with pytest.raises(ValueError, match="alpha must be finite"):
+        optax_spd.wise_ft(*pair(), alpha)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 1)])
+def test_alpha_is_a_scalar_or_has_one_entry_per_layer(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="each of the 2 layers") as error:
+        optax_spd.wise_ft(*pair(), np.ones(shape))
+    assert f"got shape {shape}" in str(error.value)
+
+
+def test_trees_that_do_not_match_are_refused() -> None:
+    params, anchor = pair()
+    with pytest.raises(ValueError, match=r"anchor does not match params: .* no leaf at 'blocks'"):
+        optax_spd.wise_ft(params, {"bias": anchor["bias"]}, 0.5)
+    with pytest.raises(ValueError, match=r"at 'bias': anchor has shape \(5,\)"):
+        optax_spd.wise_ft(params, anchor | {"bias": np.ones(5)}, 0.5)
+    # No value to blend with is no value: not a silent α = 1.
+    for gap in (None, optax.MaskedNode()):
+        with pytest.raises(ValueError, match=rf"anchor is {re.escape(repr(gap))} at 'bias'"):
+            optax_spd.wise_ft(params, anchor | {"bias": gap}, 0.5)
+    with pytest.raises(TypeError, match="complex"):
+        optax_spd.wise_ft({"a": jnp.ones(1, complex)}, {"a": jnp.ones(1, complex)}, 0.5)
+    with pytest.raises(TypeError, match="layers must be a function"):
+        optax_spd.wise_ft(params, anchor, 0.5, layers="blocks")  # type: ignore[arg-type]

@@ -147,7 +147,7 @@ def sharded_axes(axis_name: Any, flat: trees.FlatTree, plan: LayerPlan) -> list[
 def _axes_of_spec(spec: Any, entry: ArrayLayers) -> AxisNames:
     if not _is_spec(spec):
         raise ValueError(
-            f"axis_name holds {spec!r} for {entry.name!r}; give it a PartitionSpec, an empty one if "
+            f"axis_name holds {spec!r} for {entry.name!r}; give it a PartitionSpec, empty if "
             "every device has the whole array."
         )
     names: list[str] = []

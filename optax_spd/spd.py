@@ -48,21 +48,19 @@ class SPDState(NamedTuple):
     spd_ratio: jax.Array
 
 
-def decay_ratio(
-    alignment: jax.Array, growth: jax.Array, new_square: jax.Array, old_square: jax.Array
-) -> jax.Array:
+def decay_ratio(alignment: jax.Array, growth: jax.Array, old_square: jax.Array) -> jax.Array:
     """The ratio r of Algorithm 2, for one layer or elementwise for a vector of layers.
 
     Args:
       alignment: ⟨g, Δ⟩ = -c.
       growth: ⟨u, Δ + Δ̃⟩ = ‖Δ̃‖² - ‖Δ‖².
-      new_square: ‖Δ̃‖².
       old_square: ‖Δ‖².
 
     Returns:
       r in [0, 1]; 0 where c >= 0, where ‖Δ̃‖ = 0, and where c or the ratio is not finite.
     """
-    new_norm, old_norm = jnp.sqrt(new_square), jnp.sqrt(old_square)
+    # r > 0 needs growth > 0, and then this sum has no cancellation: ‖Δ̃‖² need not be measured.
+    new_norm, old_norm = jnp.sqrt(jnp.maximum(old_square + growth, 0)), jnp.sqrt(old_square)
     moved = new_norm > 0
     ratio = growth / jnp.where(moved, new_norm * (new_norm + old_norm), 1)
     fires = (alignment > 0) & moved & jnp.isfinite(alignment) & jnp.isfinite(ratio)
@@ -161,8 +159,7 @@ def spd(
         view = options.view(updates, state.anchor, params, extra_args)
         stages.check_vector("spd_ratio", state.spd_ratio, view.plan)
 
-        sums = view.sums(4, _products, view.match(grad, "grad"))
-        ratio = decay_ratio(*sums)
+        ratio = decay_ratio(*view.sums(3, _products, view.match(grad, "grad")))
         decay = checks.value_at(weight_decay, state.count, view.plan.dtype)
         new_updates = view.rebuild(_decayed, ratio, decay * ratio)
         return new_updates, SPDState(optax.safe_increment(state.count), state.anchor, ratio)
@@ -171,8 +168,8 @@ def spd(
 
 
 def _products(d: stages.Deviation, g: jax.Array) -> tuple[jax.Array, ...]:
-    """What is summed over a layer: ⟨g, Δ⟩, ⟨u, Δ + Δ̃⟩, ‖Δ̃‖², ‖Δ‖²."""
-    return g * d.delta, d.step * (d.delta + d.tentative), d.tentative**2, d.delta**2
+    """What is summed over a layer: ⟨g, Δ⟩, ⟨u, Δ + Δ̃⟩, ‖Δ‖²."""
+    return g * d.delta, d.step * (d.delta + d.tentative), d.delta**2
 
 
 def _decayed(u: jax.Array, d: stages.Deviation, ratio: jax.Array, decay: jax.Array) -> jax.Array:

@@ -7,6 +7,9 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+# Scripts that made test data need packages that the tests do not.
+collect_ignore = ["data"]
+
 
 @pytest.fixture
 def x64() -> Iterator[None]:

@@ -71,20 +71,36 @@ def test_a_sharded_step_is_the_unsharded_one(specs: str, layers: str, axis_type:
             assert held.sharding.is_equivalent_to(array.sharding, array.ndim)
 
 
-@pytest.mark.parametrize("donate", [(), (1,)])
-@pytest.mark.parametrize("spec", [P(), P("x", None)])
-def test_an_anchor_in_host_memory_stays_there(spec: P, donate: tuple[int, ...]) -> None:
-    tx = optax_spd.adam_spd(0.1)
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
-    on_host = NamedSharding(mesh, spec, memory_kind="pinned_host")
-    params = {"kernel": jax.device_put(start()["kernel"], NamedSharding(mesh, spec))}
-    expected, _, ratios = train(tx, params)
-    assert (np.stack(ratios) > 0).any()
+def host_memory_works() -> bool:
+    """Whether this JAX leaves an array in host memory where it is: on CPU only since 0.10.2."""
+    on_host = jax.device_put(jnp.ones(2), jax.memory.Space.Host)
+    try:
+        kept = jax.jit(lambda x: x)(on_host)
+    except Exception:
+        return False
+    return bool(kept.sharding.memory_kind == on_host.sharding.memory_kind)
 
-    state = optax_spd.set_anchor(tx.init(params), jax.device_put(params, on_host))
-    step, initial = jax.jit(tx.update, donate_argnums=donate), params
-    for pull in (-1.0, -1.0, 0.2, 0.2, 0.2, -0.5):
-        updates, state = step(optax.tree.scale(pull, initial), state, params)
-        params = optax.apply_updates(params, updates)
-        assert state[1].anchor["kernel"].sharding.memory_kind == "pinned_host"
-    assert_same(params, expected)
+
+def test_host_memory_is_tested_where_it_works() -> None:
+    assert host_memory_works() or jax.__version_info__ < (0, 10, 2)
+
+
+if host_memory_works():
+
+    @pytest.mark.parametrize("donate", [(), (1,)])
+    @pytest.mark.parametrize("spec", [P(), P("x", None)])
+    def test_an_anchor_in_host_memory_stays_there(spec: P, donate: tuple[int, ...]) -> None:
+        tx = optax_spd.adam_spd(0.1)
+        mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+        on_host = NamedSharding(mesh, spec, memory_kind="pinned_host")
+        params = {"kernel": jax.device_put(start()["kernel"], NamedSharding(mesh, spec))}
+        expected, _, ratios = train(tx, params)
+        assert (np.stack(ratios) > 0).any()
+
+        state = optax_spd.set_anchor(tx.init(params), jax.device_put(params, on_host))
+        step, initial = jax.jit(tx.update, donate_argnums=donate), params
+        for pull in (-1.0, -1.0, 0.2, 0.2, 0.2, -0.5):
+            updates, state = step(optax.tree.scale(pull, initial), state, params)
+            params = optax.apply_updates(params, updates)
+            assert state[1].anchor["kernel"].sharding.memory_kind == "pinned_host"
+        assert_same(params, expected)

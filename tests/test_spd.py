@@ -257,26 +257,27 @@ def test_large_steps_stay_within_a_millionth(relative_step: float, size: int, x6
 
 
 @pytest.mark.parametrize(
-    ("alignment", "growth", "new_square", "old_square", "expected"),
+    ("alignment", "growth", "old_square", "expected"),
     [
-        (1.0, 5.0, 9.0, 4.0, 1 / 3),  # (3 - 2) / 3
-        (0.0, 5.0, 9.0, 4.0, 0.0),  # c = 0 does not fire: the inequality is strict
-        (-1.0, 5.0, 9.0, 4.0, 0.0),
-        (1.0, -5.0, 4.0, 9.0, 0.0),  # moving toward the anchor anyway
-        (1.0, 9.0, 9.0, 0.0, 1.0),
-        (1.0, -4.0, 0.0, 4.0, 0.0),  # lands on the anchor
-        (1.0, 0.0, 0.0, 0.0, 0.0),  # 0/0
-        (np.inf, 5.0, 9.0, 4.0, 0.0),
-        (np.nan, 5.0, 9.0, 4.0, 0.0),
-        (1.0, np.inf, np.inf, 4.0, 0.0),
-        (1.0, 5.0, np.inf, np.inf, 0.0),
-        (1.0, np.nan, 9.0, 4.0, 0.0),
+        (1.0, 5.0, 4.0, 1 / 3),  # (3 - 2) / 3
+        (0.0, 5.0, 4.0, 0.0),  # c = 0 does not fire: the inequality is strict
+        (-1.0, 5.0, 4.0, 0.0),
+        (1.0, -5.0, 9.0, 0.0),  # moving toward the anchor anyway
+        (1.0, 9.0, 0.0, 1.0),
+        (1.0, -4.0, 4.0, 0.0),  # lands on the anchor
+        (1.0, -4.0000005, 4.0, 0.0),  # the same, rounded to the other side
+        (1.0, 0.0, 0.0, 0.0),  # 0/0
+        (np.inf, 5.0, 4.0, 0.0),
+        (np.nan, 5.0, 4.0, 0.0),
+        (1.0, np.inf, 4.0, 0.0),
+        (1.0, 5.0, np.inf, 0.0),
+        (1.0, -np.inf, np.inf, 0.0),
+        (1.0, np.nan, 4.0, 0.0),
+        (1.0, 3e38, 3e38, 0.0),  # the sum overflows
     ],
 )
-def test_decay_ratio(
-    alignment: float, growth: float, new_square: float, old_square: float, expected: float
-) -> None:
-    ratio = decay_ratio(*map(jnp.asarray, (alignment, growth, new_square, old_square)))
+def test_decay_ratio(alignment: float, growth: float, old_square: float, expected: float) -> None:
+    ratio = decay_ratio(*map(jnp.asarray, (alignment, growth, old_square)))
     np.testing.assert_allclose(ratio, expected, rtol=1e-6)
 
 

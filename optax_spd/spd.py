@@ -168,8 +168,12 @@ def spd(
 
 
 def _products(d: stages.Deviation, g: jax.Array) -> tuple[jax.Array, ...]:
-    """What is summed over a layer: ⟨g, Δ⟩, ⟨u, Δ + Δ̃⟩, ‖Δ‖²."""
-    return g * d.delta, d.step * (d.delta + d.tentative), d.delta**2
+    """What is summed over a layer: ⟨g, Δ⟩, ⟨u, Δ + Δ̃⟩, ‖Δ‖².
+
+    Δ + Δ̃ is written 2Δ + u: with Δ̃ in this sum and in the update, XLA on CPU keeps every Δ̃ of the
+    tree alive in between (1385 in place of 1067 MB of temporaries for a ViT-B).
+    """
+    return g * d.delta, d.step * (2 * d.delta + d.step), d.delta**2
 
 
 def _decayed(u: jax.Array, d: stages.Deviation, ratio: jax.Array, decay: jax.Array) -> jax.Array:

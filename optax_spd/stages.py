@@ -23,12 +23,15 @@ class Deviation(NamedTuple):
     Attributes:
       delta: Δ = θ - θ₀.
       step: u, the incoming update.
-      tentative: Δ̃ = Δ + u.
     """
 
     delta: jax.Array
     step: jax.Array
-    tentative: jax.Array
+
+    @property
+    def tentative(self) -> jax.Array:
+        """Δ̃ = Δ + u, where the inner optimizer would take the deviation."""
+        return self.delta + self.step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +159,7 @@ class StageOptions:
 def _deviation(update: Any, theta: Any, theta_0: Any) -> Deviation:
     dtype = layers_lib.compute_dtype(theta, update)
     delta = jnp.asarray(theta, dtype) - jnp.asarray(_on_device(theta_0), dtype)
-    step = jnp.asarray(update, dtype)
-    return Deviation(delta, step, delta + step)
+    return Deviation(delta, jnp.asarray(update, dtype))
 
 
 def _on_device(theta_0: Any) -> Any:

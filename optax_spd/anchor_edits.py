@@ -28,13 +28,17 @@ def set_anchor(state: PyTree, anchor: PyTree, *, anchor_dtype: Any = None) -> Py
         ``MultiSteps``, ``inject_hyperparams``, ``apply_if_finite``, or an ``nnx.Optimizer``'s
         ``opt_state``.
       anchor: the full parameter tree, whatever masks lie in between. Leaves are matched by path;
-        containers (dict, FrozenDict, nnx.State) and boxes may differ from the state's.
+        containers (dict, FrozenDict, nnx.State) and boxes may differ from the state's. Where the
+        state has None an array given here fills it, since a partial restore leaves None in place
+        of arrays: give the tree with None where the parameters have None (Equinox: filtered as
+        they are).
       anchor_dtype: the dtype to store floating leaves in; None for the replaced leaf's, or for
         the new leaf's own where the anchor had been dropped.
 
     Returns:
       The state with copies of the given arrays. A ``jax.Array`` keeps its own sharding and memory
-      kind, a NumPy array takes the replaced leaf's.
+      kind, a NumPy array takes the replaced leaf's (a dropped anchor has none: give sharded arrays
+      in a sharded run).
 
     Raises:
       ValueError: the state holds no anchor, or paths or shapes differ (names the first).
@@ -57,19 +61,10 @@ def _replaced(held: PyTree, anchor: PyTree, dtype: np.dtype | None) -> PyTree:
     flat = trees.flatten(held, is_leaf=anchors.is_anchor_leaf)
     new = trees.flatten(anchor)
     found = dict(zip(new.paths, new.leaves, strict=True))
-    reference = trees.FlatTree(
-        flat.paths,
-        # A dropped leaf has no shape to compare with, nor has None, which a partial restore leaves
-        # behind: where the new anchor has an array, that stands in for it.
-        [
-            found.get(path, leaf)
-            if leaf is None or isinstance(leaf, anchors.DroppedAnchor)
-            else leaf
-            for path, leaf in zip(flat.paths, flat.leaves, strict=True)
-        ],
-        flat.treedef,
-    )
-    sources = anchors.match_anchor(reference, anchor)
+    wanted = [
+        _what_belongs(path, leaf, found) for path, leaf in zip(flat.paths, flat.leaves, strict=True)
+    ]
+    sources = anchors.match_anchor(flat._replace(leaves=wanted), anchor)
     return flat.unflatten(
         anchors.copied(
             source,
@@ -77,10 +72,30 @@ def _replaced(held: PyTree, anchor: PyTree, dtype: np.dtype | None) -> PyTree:
             dtype or (None if anchors.is_anchor_leaf(old) else jnp.result_type(old)),
             path,
         )
-        for path, old, like, source in zip(
-            flat.paths, flat.leaves, reference.leaves, sources, strict=True
-        )
+        for path, old, like, source in zip(flat.paths, flat.leaves, wanted, sources, strict=True)
     )
+
+
+def _what_belongs(path: trees.Path, held: Any, found: dict[trees.Path, Any]) -> Any:
+    """What the new anchor is compared with at ``path``: the held array, or what fills its place.
+
+    A dropped array left no shape to compare with, and neither did one that a partial restore
+    turned into None: whatever array the new anchor has there is taken.
+    """
+    given = found.get(path)
+    is_array = hasattr(given, "shape") and hasattr(given, "dtype")
+    if isinstance(held, anchors.DroppedAnchor):
+        return given if is_array else held
+    if held is not None:
+        return held
+    below = [p for p in found if len(p) > len(path) and p[: len(path)] == path]
+    if below:
+        raise ValueError(
+            f"The state's anchor is None at {trees.shown(path)}, where the new anchor has a whole "
+            f"subtree ({trees.shown(below[0])}, ...). Restore the checkpoint into the structure of "
+            "tx.init(params), or of drop_anchor(tx.init(params)), and call set_anchor then."
+        )
+    return given if is_array else None
 
 
 def drop_anchor(state: PyTree) -> PyTree:
@@ -137,8 +152,9 @@ def _map_anchors(change: Callable[[PyTree], PyTree], state: PyTree) -> PyTree:
     if count == 0:
         raise ValueError(
             "The state holds no anchor: its stages use anchor='zero' or 'argument', or it is not "
-            "the state of an optax_spd stage (a checkpoint restored without the structure of "
-            "tx.init(params) is plain dicts and lists; restore it into that structure)."
+            "the state of an optax_spd stage. A checkpoint restored without the structure of "
+            "tx.init(params) is plain dicts and lists: restore it into that structure. Of an "
+            "nnx.Optimizer give optimizer.opt_state; nnx.state(optimizer) has lost the structure."
         )
     return new_state
 

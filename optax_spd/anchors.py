@@ -92,11 +92,25 @@ def init_anchor(
     if not flat.leaves:
         return params
     kept = flat if selected is None else flat.only(selected)
-    sources = kept.leaves if isinstance(anchor, str) else match_anchor(kept, anchor)
+    if isinstance(anchor, str):
+        sources = kept.leaves
+    else:
+        sources = [
+            _beside(leaf, like)
+            for leaf, like in zip(match_anchor(kept, anchor), kept.leaves, strict=True)
+        ]
     return flat.unflatten(
         copied(source, leaf, anchor_dtype, path)
         for path, leaf, source in zip(kept.paths, kept.leaves, sources, strict=True)
     )
+
+
+def _beside(source: Any, like: Any) -> Any:
+    """An anchor array that was put nowhere in particular, put where the parameter is."""
+    loose = isinstance(source, jax.Array) and not isinstance(source, jax.core.Tracer)
+    if loose and not source.committed and _is_placed(like):
+        return jax.device_put(source, like.sharding)
+    return source
 
 
 def match_anchor(flat: trees.FlatTree, anchor: PyTree) -> list[Any]:
@@ -132,10 +146,15 @@ def copied(source: Any, like: Any, dtype: np.dtype | None, path: trees.Path) -> 
         )
     if isinstance(source, jax.Array):
         return jnp.copy(source) if source.dtype == dtype else source.astype(dtype)
-    array = jnp.array(source, dtype)
-    if isinstance(like, jax.Array) and not isinstance(like, jax.core.Tracer):
-        return jax.device_put(array, like.sharding) if like.committed else array
-    return array
+    if _is_placed(like):  # straight to its shards: whole, it may not fit on one device
+        return jax.device_put(np.asarray(source).astype(dtype), like.sharding)
+    return jnp.array(source, dtype)
+
+
+def _is_placed(leaf: Any) -> bool:
+    """Whether the caller chose the devices that an array is on."""
+    concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    return concrete and leaf.committed
 
 
 def resolve_anchor(
@@ -185,6 +204,13 @@ def resolve_anchor(
 def is_anchor_leaf(node: Any) -> bool:
     """A place in an anchor tree that holds no array."""
     return trees.is_gap(node) or isinstance(node, DroppedAnchor)
+
+
+def on_device(theta_0: Any) -> Any:
+    """The anchor array, brought in if it lives in host memory; the held one stays there."""
+    if jax.typeof(theta_0).memory_space == jax.memory.Space.Device:
+        return theta_0
+    return jax.device_put(theta_0, jax.memory.Space.Device)
 
 
 def with_anchor(

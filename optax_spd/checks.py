@@ -52,9 +52,10 @@ def check_finite(name: str, value: Any) -> None:
     """
     if isinstance(value, jax.core.Tracer):
         return
-    if value is None or isinstance(value, str | bytes):
-        raise TypeError(f"{name} must be numeric, got {value!r}.")
-    if not np.all(np.isfinite(np.asarray(value, np.float64))):
+    array = np.asarray(value)
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise TypeError(f"{name} must hold real numbers, got {value!r}.")
+    if not np.all(np.isfinite(array)):
         raise ValueError(f"{name} must be finite, got {value}.")
 
 

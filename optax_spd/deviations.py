@@ -96,6 +96,16 @@ def _joined(plan: LayerPlan, blocks: dict[int, jax.Array], count: int) -> jax.Ar
     return jnp.concatenate(columns, axis=1)
 
 
+def norm_of(square: jax.Array) -> jax.Array:
+    """The square root of a sum of squares; 0 where rounding made it negative.
+
+    Its derivative is 0 at 0, where that of a bare ``sqrt`` is infinite and would turn gradients
+    taken *through* an update (meta-learning) into NaN.
+    """
+    gone = square <= 0
+    return jnp.where(gone, 0, jnp.sqrt(jnp.where(gone, 1, square)))
+
+
 def spread(entry: ArrayLayers, vector: jax.Array, ndim: int) -> jax.Array:
     """One array's entries of a per-layer vector, shaped to broadcast against the array."""
     values = jax.lax.slice_in_dim(vector, entry.start, entry.start + entry.count)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_spd import checks, stages, trees
+from optax_spd import checks, stages
 
 PyTree = Any
 
@@ -88,10 +88,9 @@ def l2_sp(
     def update(
         updates: PyTree, state: L2SPState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, L2SPState]:
-        trees.require_params(params)
         view = options.view(updates, state.anchor, params, extra_args)
         decay = checks.value_at(weight_decay, state.count, view.plan.dtype)
-        new_updates = view.rebuild(lambda _, d: d.step + jnp.asarray(decay, d.step.dtype) * d.delta)
+        new_updates = view.rebuild(lambda d: d.step + jnp.asarray(decay, d.step.dtype) * d.delta)
         return new_updates, L2SPState(optax.safe_increment(state.count), state.anchor)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -8,6 +8,7 @@ are judged together as one *group*.
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -87,8 +88,7 @@ def stacked(
       >>> optax_spd.layer_names(params, layers=optax_spd.stacked("blocks", axis=0))
       ['blocks/kernel[0]', 'blocks/kernel[1]', 'head']
     """
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
-    return _refined(pattern, layers, stacked_axes=axes)
+    return _refined(pattern, layers, stacked_axes=_as_axes(axis))
 
 
 def outputs(pattern: str, axes: int | Sequence[int], *, layers: LayerFn | None = None) -> LayerFn:
@@ -112,8 +112,14 @@ def outputs(pattern: str, axes: int | Sequence[int], *, layers: LayerFn | None =
       >>> attention("layer_0/query/kernel", None).output_axes
       (1, 2)
     """
-    chosen = (axes,) if isinstance(axes, int) else tuple(axes)
-    return _refined(pattern, layers, output_axes=chosen)
+    return _refined(pattern, layers, output_axes=_as_axes(axes))
+
+
+def _as_axes(axes: int | Sequence[int]) -> tuple[int, ...]:
+    try:
+        return (operator.index(axes),)  # type: ignore[arg-type]
+    except TypeError:
+        return tuple(operator.index(axis) for axis in axes)  # type: ignore[union-attr]
 
 
 def _refined(pattern: str, layers: LayerFn | None, **changes: Any) -> LayerFn:
@@ -130,7 +136,8 @@ def _refined(pattern: str, layers: LayerFn | None, **changes: Any) -> LayerFn:
 def by_module(*, layers: LayerFn | None = None) -> LayerFn:
     """Judges all arrays of one module (kernel and bias, scale and bias) as one layer.
 
-    A module is what the path names without its last key. A group given by ``layers`` stays.
+    A module is what the path names without its last key; all arrays at the top of the tree are one
+    module, named "". A group given by ``layers`` stays.
 
     Args:
       layers: the description to refine; by default one layer per array.
@@ -268,15 +275,15 @@ def _place(name: str, array: Any, spec: LayerSpec, start: int) -> ArrayLayers:
     if not isinstance(spec, LayerSpec):
         raise TypeError(f"layers= must return a LayerSpec, got {spec!r} for {name!r}.")
     shape = jnp.shape(array)
-    stacked_axes = _normalized(name, shape, spec.stacked_axes, "stacked")
+    stacked_axes = _normalized(name, shape, _as_axes(spec.stacked_axes), "stacked")
     rest = [axis for axis in range(len(shape)) if axis not in stacked_axes]
     output_axes: tuple[int, ...]
     if len(rest) <= 1:
         output_axes = ()
-    elif tuple(spec.output_axes) == LayerSpec.output_axes:
+    elif _as_axes(spec.output_axes) == LayerSpec.output_axes:
         output_axes = (rest[-1],)
     else:
-        output_axes = _normalized(name, shape, spec.output_axes, "output")
+        output_axes = _normalized(name, shape, _as_axes(spec.output_axes), "output")
         if set(output_axes) & set(stacked_axes):
             raise ValueError(
                 f"layers= gives {name!r} of shape {shape} the stacked axes {stacked_axes} and the "

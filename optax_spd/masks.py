@@ -48,7 +48,7 @@ def path_mask(*patterns: str) -> Callable[[PyTree], PyTree]:
                 if not any(regex.search(name) for name in present):
                     raise ValueError(
                         f"The pattern {regex.pattern!r} matches no parameter path. The nearest: "
-                        f"{trees.nearest_paths(regex.pattern, flat.paths)}."
+                        f"{trees.nearest_paths(regex.pattern, flat.paths)}.{_hint(flat)}"
                     )
         return flat.unflatten(
             leaf if trees.is_gap(leaf) else any(regex.search(name) for regex in compiled)
@@ -56,6 +56,15 @@ def path_mask(*patterns: str) -> Callable[[PyTree], PyTree]:
         )
 
     return mask
+
+
+def _hint(flat: trees.FlatTree) -> str:
+    if flat.paths != [()]:
+        return ""
+    return (
+        " It was called with a bare array: if this is optax.inject_hyperparams, which takes every "
+        "callable for a schedule, name the mask in its static_args."
+    )
 
 
 def _is_whole(flat: trees.FlatTree) -> bool:

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_spd import checks, layers as layers_lib, stages, trees, wrappers
+from optax_spd import checks, deviations, layers as layers_lib, stages, wrappers
 
 PyTree = Any
 
@@ -60,7 +60,8 @@ def decay_ratio(alignment: jax.Array, growth: jax.Array, old_square: jax.Array) 
       r in [0, 1]; 0 where c >= 0, where ‖Δ̃‖ = 0, and where c or the ratio is not finite.
     """
     # r > 0 needs growth > 0, and then this sum has no cancellation: ‖Δ̃‖² need not be measured.
-    new_norm, old_norm = jnp.sqrt(jnp.maximum(old_square + growth, 0)), jnp.sqrt(old_square)
+    new_norm = deviations.norm_of(old_square + growth)
+    old_norm = deviations.norm_of(old_square)
     moved = new_norm > 0
     ratio = growth / jnp.where(moved, new_norm * (new_norm + old_norm), 1)
     fires = (alignment > 0) & moved & jnp.isfinite(alignment) & jnp.isfinite(ratio)
@@ -114,7 +115,8 @@ def spd(
       ``optax_spd.chain`` supplies it). Updates keep their structure and dtypes. The state holds
       ``spd_ratio``, the last r per layer: shape (layers,), the widest parameter dtype and at least
       float32, in the order of :func:`optax_spd.layer_names`. Integer, empty, None and MaskedNode
-      leaves pass through.
+      leaves pass through. Under ``optax.inject_hyperparams`` name ``anchor``, ``anchor_dtype``,
+      ``layers``, ``mask`` and ``axis_name`` in ``static_args``.
 
     Raises:
       TypeError: a complex parameter (in ``init``), a mask that is not bools, a wrong argument type.
@@ -154,9 +156,8 @@ def spd(
     def update(
         updates: PyTree, state: SPDState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, SPDState]:
-        trees.require_params(params)
-        grad = wrappers.require_gradient(extra_args, "spd")
         view = options.view(updates, state.anchor, params, extra_args)
+        grad = wrappers.require_gradient(extra_args, "spd")
         stages.check_vector("spd_ratio", state.spd_ratio, view.plan)
 
         ratio = decay_ratio(*view.sums(3, _products, view.match(grad, "grad")))
@@ -176,9 +177,9 @@ def _products(d: stages.Deviation, g: jax.Array) -> tuple[jax.Array, ...]:
     return g * d.delta, d.step * (2 * d.delta + d.step), d.delta**2
 
 
-def _decayed(u: jax.Array, d: stages.Deviation, ratio: jax.Array, decay: jax.Array) -> jax.Array:
+def _decayed(d: stages.Deviation, ratio: jax.Array, decay: jax.Array) -> jax.Array:
     """The update u - λ r Δ̃ where r > 0; else u itself, so that a NaN in Δ̃ or λ cannot reach it."""
     # On an explicit-sharding mesh a predicate must be sharded as the array is; this one is
     # replicated if the array's only axes are stacked ones, and takes the sharding from here.
     fires = (ratio > 0) | jnp.zeros_like(d.step, bool)
-    return jnp.where(fires, d.step - decay * d.tentative, jnp.asarray(u, d.step.dtype))
+    return jnp.where(fires, d.step - decay * d.tentative, d.step)

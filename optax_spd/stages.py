@@ -67,7 +67,7 @@ class StageView:
                     f"{what} is {leaf!r} at {trees.shown(path)}, where the update is an array. "
                     f"Pass the whole {what}."
                 )
-            matched.append(jnp.asarray(leaf, deviation.delta.dtype))
+            matched.append(_as_real(leaf, deviation.delta.dtype, what, path))
         return matched
 
     def sums(
@@ -81,7 +81,7 @@ class StageView:
         return deviations_lib.layer_sums(self.plan, terms, count, self.axes)
 
     def rebuild(self, change: Callable[..., jax.Array], *vectors: jax.Array) -> PyTree:
-        """The updates with ``change(update, deviation, *per-layer values)`` where the method acts.
+        """The updates with ``change(deviation, *per-layer values)`` where the method acts.
 
         The per-layer values come shaped to broadcast against the array; the result is cast to the
         update's dtype. Everything else is passed through as it is.
@@ -96,7 +96,7 @@ class StageView:
             values = [
                 deviations_lib.spread(entry, v, deviation.delta.ndim).astype(dtype) for v in vectors
             ]
-            changed[path] = change(leaf, deviation, *values).astype(jnp.result_type(leaf))
+            changed[path] = change(deviation, *values).astype(jnp.result_type(leaf))
         return trees.replace_leaves(self.tree, changed)
 
 
@@ -149,24 +149,30 @@ class StageOptions:
         ]
         anchor = anchors.resolve_anchor(self.anchor, held, extra_args, flat, acts)
         steps = [
-            _deviation(leaf, theta, theta_0) if act else None
-            for act, leaf, theta, theta_0 in zip(acts, leaves, flat.leaves, anchor, strict=True)
+            _deviation(path, *arrays) if act else None
+            for act, path, *arrays in zip(
+                acts, flat.paths, leaves, flat.leaves, anchor, strict=True
+            )
         ]
         axes = deviations_lib.sharded_axes(self.axis_name, flat, plan)
         return StageView(plan, flat, leaves, steps, axes, updates)
 
 
-def _deviation(update: Any, theta: Any, theta_0: Any) -> Deviation:
+def _deviation(path: trees.Path, update: Any, theta: Any, theta_0: Any) -> Deviation:
     dtype = layers_lib.compute_dtype(theta, update)
-    delta = jnp.asarray(theta, dtype) - jnp.asarray(_on_device(theta_0), dtype)
-    return Deviation(delta, jnp.asarray(update, dtype))
+    pretrained = _as_real(anchors.on_device(theta_0), dtype, "anchor", path)
+    delta = jnp.asarray(theta, dtype) - pretrained
+    return Deviation(delta, _as_real(update, dtype, "updates", path))
 
 
-def _on_device(theta_0: Any) -> Any:
-    """The anchor array, brought in if it lives in host memory; the state's own copy stays there."""
-    if jax.typeof(theta_0).memory_space == jax.memory.Space.Device:
-        return theta_0
-    return jax.device_put(theta_0, jax.memory.Space.Device)
+def _as_real(leaf: Any, dtype: Any, what: str, path: trees.Path) -> jax.Array:
+    """``leaf`` in a real dtype; never by dropping an imaginary part."""
+    if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+        raise TypeError(
+            f"{what} is complex at {trees.shown(path)}, where the parameter is real. Take its real "
+            "part, or wrap the optimizer in optax.contrib.split_real_and_imaginary."
+        )
+    return jnp.asarray(leaf, dtype)
 
 
 def check_vector(field: str, vector: jax.Array, plan: layers_lib.LayerPlan) -> None:

@@ -212,7 +212,7 @@ def nearest_paths(wanted: Path | str, paths: Iterable[Path], count: int = 3) -> 
     name = wanted if isinstance(wanted, str) else path_name(wanted)
     names = list(dict.fromkeys(path_name(p) for p in paths))
     close = difflib.get_close_matches(name, names, n=count, cutoff=0.3) or names[:count]
-    return ", ".join(repr(n) for n in close) if close else "none"
+    return ", ".join(repr(n) if n else "the tree itself" for n in close) if close else "none"
 
 
 def require_params(params: PyTree) -> None:
@@ -220,3 +220,4 @@ def require_params(params: PyTree) -> None:
     if params is None:
         # Optax does not export its message; its decay stage raises it, word for word.
         optax.add_decayed_weights(0.0).update((), optax.EmptyState(), None)
+        raise ValueError("params is None; this transformation needs the current parameters.")

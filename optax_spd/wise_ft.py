@@ -73,7 +73,9 @@ def wise_ft(
 def _blend(theta: Any, theta_0: Any, alpha: jax.Array) -> jax.Array:
     dtype = layers_lib.compute_dtype(theta, theta_0)
     alpha = alpha.astype(dtype)
-    mixed = (1 - alpha) * jnp.asarray(theta_0, dtype) + alpha * jnp.asarray(theta, dtype)
+    mixed = (1 - alpha) * jnp.asarray(anchors.on_device(theta_0), dtype) + alpha * jnp.asarray(
+        theta, dtype
+    )
     return mixed.astype(jnp.result_type(theta))
 
 

@@ -27,6 +27,10 @@ def with_gradient(
       A transformation with a plain three-argument ``update``. A ``grad=`` that the caller passes
       wins.
 
+    Raises:
+      TypeError: ``inner`` is no transformation.
+      ValueError: ``inner`` is an ``optax.MultiSteps``.
+
     Example:
       >>> import jax.numpy as jnp
       >>> import optax
@@ -37,6 +41,7 @@ def with_gradient(
       >>> state = tx.init(params)
       >>> updates, state = tx.update({"kernel": jnp.ones((2, 2))}, state, params)
     """
+    _check_stage(inner, "with_gradient")
     inner = optax.with_extra_args_support(inner)
 
     def update(
@@ -60,7 +65,8 @@ def chain(*stages: optax.GradientTransformation) -> optax.GradientTransformation
       A transformation that works in any training loop.
 
     Raises:
-      ValueError: no stage is given.
+      TypeError: a stage is no transformation.
+      ValueError: no stage is given, or one is an ``optax.MultiSteps``.
 
     Example:
       >>> import optax
@@ -69,7 +75,22 @@ def chain(*stages: optax.GradientTransformation) -> optax.GradientTransformation
     """
     if not stages:
         raise ValueError("chain needs at least one stage, got none.")
+    for stage in stages:
+        _check_stage(stage, "chain")
     return with_gradient(optax.chain(*stages))
+
+
+def _check_stage(stage: Any, where: str) -> None:
+    if isinstance(stage, optax.MultiSteps):
+        raise ValueError(
+            f"{where} around optax.MultiSteps would hand over the micro-step's gradient, if any. "
+            "Put it inside: optax.MultiSteps(optax_spd.chain(...), k)."
+        )
+    if not (hasattr(stage, "init") and hasattr(stage, "update")):
+        raise TypeError(
+            f"{where} takes gradient transformations, got {stage!r}. A stage must be called "
+            "(spd(1.0), not spd), and a list of stages unpacked (chain(*stages))."
+        )
 
 
 def require_gradient(extra_args: dict[str, Any], stage: str) -> PyTree:

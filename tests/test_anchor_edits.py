@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import flax.core
 import flax.linen as nn
 import jax
@@ -302,3 +303,33 @@ def test_nnx_optimizer_state() -> None:
         optimizer.update(model, grad(model))
     optimizer.opt_state = nnx.data(optax_spd.set_anchor(optimizer.opt_state, pretrained))
     optimizer.update(model, grad(model))
+
+
+def test_a_whole_nnx_optimizer() -> None:
+    model = Model()
+    optimizer = nnx.Optimizer(model, optax_spd.adam_spd(0.3), wrt=nnx.Param)
+    pretrained = jax.tree.map(lambda x: x + 0.3, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    with pytest.raises(ValueError, match=r"give optimizer.opt_state"):
+        optax_spd.set_anchor(nnx.state(optimizer), pretrained)
+
+
+def test_an_unfiltered_equinox_model_is_a_full_tree() -> None:
+    model = eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(0))
+    params = eqx.filter(model, eqx.is_inexact_array)
+    state = stages().init(params)
+    new_state = optax_spd.set_anchor(state, model)  # holds functions where params has None
+    assert jax.tree.structure(new_state) == jax.tree.structure(state)
+
+
+def test_no_array_for_a_dropped_one_is_an_error() -> None:
+    dropped = optax_spd.drop_anchor(stages().init(PARAMS))
+    with pytest.raises(ValueError, match="anchor is None at 'head', where params has an array"):
+        optax_spd.set_anchor(dropped, {**PRETRAINED, "head": None})
+
+
+def test_a_lost_subtree_is_an_error() -> None:
+    state = stages().init(PARAMS)
+    for anchor in (None, {"dense": None, "head": PARAMS["head"]}):
+        lost = (state[0], state[1]._replace(anchor=anchor))
+        with pytest.raises(ValueError, match="the new anchor has a whole subtree"):
+            optax_spd.set_anchor(lost, PRETRAINED)

@@ -364,3 +364,20 @@ def test_a_nan_gradient_in_training_stays_in_its_layer() -> None:
     np.testing.assert_array_equal(trained["b"], expected["b"])
     assert np.any(ratios[3:, 1] > 0)
     np.testing.assert_array_equal(sick_ratios[:, 1], ratios[:, 1])
+
+
+@pytest.mark.parametrize("what", ["updates", "grad", "anchor"])
+def test_imaginary_parts_are_not_dropped(what: str) -> None:
+    trees = {name: {"w": jnp.ones(2)} for name in ("updates", "grad", "anchor")}
+    trees[what] = {"w": jnp.ones(2) * 1j}
+    tx = optax_spd.spd(anchor="argument")
+    params = {"w": jnp.zeros(2)}
+    updates = trees.pop("updates")
+    with pytest.raises(TypeError, match=f"{what} is complex at 'w', where the parameter is real"):
+        tx.update(updates, tx.init(params), params, **trees)
+
+
+def test_a_mask_taken_for_a_schedule_says_so() -> None:
+    recipe = optax.inject_hyperparams(optax_spd.adam_spd)
+    with pytest.raises(ValueError, match="name the mask in its static_args"):
+        recipe(0.1, mask=optax_spd.path_mask("w")).init({"w": jnp.ones(2)})

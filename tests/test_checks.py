@@ -64,7 +64,7 @@ def test_finite_arrays_pass_and_others_do_not() -> None:
         with pytest.raises(ValueError, match="alpha must be finite"):
             checks.check_finite("alpha", bad)
     for wrong in (None, "1"):
-        with pytest.raises(TypeError, match="alpha must be numeric"):
+        with pytest.raises(TypeError, match="alpha must hold real numbers"):
             checks.check_finite("alpha", wrong)
 
 

@@ -14,7 +14,9 @@ from optax_spd import trees
 
 # Few shapes and dtypes, so that eager operations are compiled once and examples stay cheap.
 SHAPES = [(), (1,), (3,), (2, 3), (0,), (2, 0), (2, 2, 3)]
-DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+DTYPES = [jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16]
+
+pytestmark = pytest.mark.usefixtures("x64")
 EXAMPLES = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
@@ -188,7 +190,16 @@ def test_layers_do_not_influence_each_other(tally: Tally, poison: float) -> None
                 for part in step
             )
         )
-        new_updates, _ = apply(poisoned)
+        new_updates, new_ratios = apply(poisoned)
+        paths = [trees.path_name(path) for path in trees.flatten(step.params).paths]
+        present = [
+            p
+            for p, x in zip(paths, trees.flatten(step.params).leaves, strict=True)
+            if x is not None
+        ]
+        names = optax_spd.layer_names(step.params)
+        for name, new_ratio, old_ratio in zip(names, new_ratios, ratios, strict=True):
+            assert name == present[victim] or new_ratio == old_ratio
         pairs = zip(jax.tree.leaves(new_updates), jax.tree.leaves(updates), strict=True)
         for i, (new, old) in enumerate(pairs):
             if i != victim:

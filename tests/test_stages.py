@@ -39,7 +39,7 @@ def test_rebuild_passes_everything_else_through_as_the_same_object() -> None:
         "without update": None,
     }
     mask = {name: name != "masked" for name in params}
-    new = view_of(updates, params, mask=mask).rebuild(lambda u, d: u + 1)
+    new = view_of(updates, params, mask=mask).rebuild(lambda d: d.step + 1)
     assert new.keys() == updates.keys()
     np.testing.assert_array_equal(new["changed"], [4.0, 4.0])
     for name in updates.keys() - {"changed"}:
@@ -50,7 +50,7 @@ def test_rebuild_hands_each_layer_its_own_values_and_keeps_the_updates_dtype() -
     params = {"a": jnp.ones((2, 3), jnp.bfloat16), "b": jnp.ones((4,))}
     updates = {"a": jnp.zeros((2, 3), jnp.float16), "b": jnp.zeros(4, jnp.bfloat16)}
     view = view_of(updates, params, layers=layers.stacked("a", axis=1))
-    new = view.rebuild(lambda u, d, v, w: d.step + v + w, jnp.arange(4.0), 10 * jnp.arange(4.0))
+    new = view.rebuild(lambda d, v, w: d.step + v + w, jnp.arange(4.0), 10 * jnp.arange(4.0))
     np.testing.assert_array_equal(new["a"], np.tile([0.0, 11.0, 22.0], (2, 1)))
     np.testing.assert_array_equal(new["b"], np.full(4, 33.0))
     assert new["a"].dtype == jnp.float16
@@ -60,7 +60,7 @@ def test_rebuild_hands_each_layer_its_own_values_and_keeps_the_updates_dtype() -
 def test_rebuild_keeps_the_callers_containers() -> None:
     # EasyDeL and others hand over plain dicts for boxed parameters, or the reverse.
     updates = {"list": [jnp.ones(1), (jnp.ones(2),)]}
-    new = view_of(updates, updates).rebuild(lambda u, d: -u)
+    new = view_of(updates, updates).rebuild(lambda d: -d.step)
     assert jax.tree.structure(new) == jax.tree.structure(updates)
     np.testing.assert_array_equal(new["list"][1][0], [-1.0, -1.0])
 

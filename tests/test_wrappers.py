@@ -137,3 +137,16 @@ def test_multi_steps_around_a_recipe_sees_the_accumulated_gradient() -> None:
 def test_an_empty_chain_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one stage"):
         optax_spd.chain()
+
+
+@pytest.mark.parametrize("wrap", [optax_spd.with_gradient, optax_spd.chain])
+def test_multi_steps_belongs_outside(wrap: Any) -> None:
+    steps = optax.MultiSteps(optax_spd.adam_spd(0.1), 2)
+    with pytest.raises(ValueError, match="Put it inside"):
+        wrap(steps)
+
+
+@pytest.mark.parametrize("stage", [optax_spd.spd, [optax.adam(0.1), optax_spd.spd(1.0)]])
+def test_what_is_no_stage_is_refused(stage: Any) -> None:
+    with pytest.raises(TypeError, match=r"must be called .* unpacked"):
+        optax_spd.chain(stage)

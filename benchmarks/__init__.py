@@ -1,0 +1,1 @@
+"""Measurements of what the methods cost beside plain Optax optimizers."""

@@ -1,0 +1,139 @@
+"""Optimizers measured side by side: time of a step, compile time, and memory."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+Tree = Any
+
+WARMUP_STEPS = 2
+
+# JAX leaves it without annotations.
+wait_for: Callable[[Tree], Tree] = jax.block_until_ready
+
+
+@dataclasses.dataclass
+class Candidate:
+    """One optimizer under measurement: what its next step needs, and what was measured so far.
+
+    Attributes:
+      tx: the optimizer.
+      params: its own copy of the parameters; every step donates it.
+      state: its state; every step donates it.
+      step: the compiled step.
+      trace_seconds: of each compilation, the part in Python.
+      compile_seconds: of each compilation, the part in XLA.
+      step_seconds: per sample, the time of one step.
+      fired: per sample, the shares of layers and of parameters where SPD fired.
+    """
+
+    tx: optax.GradientTransformation
+    params: Tree
+    state: Tree
+    step: Any = None
+    trace_seconds: list[float] = dataclasses.field(default_factory=list)
+    compile_seconds: list[float] = dataclasses.field(default_factory=list)
+    step_seconds: list[float] = dataclasses.field(default_factory=list)
+    fired: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+
+
+def make_candidate(tx: optax.GradientTransformation, anchor: Tree, params: Tree) -> Candidate:
+    """A candidate that was initialized at ``anchor`` and stands at ``params`` now."""
+    state = tx.init(jax.tree.map(jnp.array, anchor))
+    return Candidate(tx, jax.tree.map(jnp.array, params), state)
+
+
+def compile_step(candidate: Candidate, grads: Tree) -> None:
+    """Compiles the candidate's step, anew at every call, and notes how long that took."""
+
+    def step(params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
+        updates, state = candidate.tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    start = time.perf_counter()
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(candidate.params, candidate.state, grads)
+    traced = time.perf_counter()
+    candidate.step = lowered.compile()
+    candidate.trace_seconds.append(traced - start)
+    candidate.compile_seconds.append(time.perf_counter() - traced)
+
+
+def take_steps(candidate: Candidate, grads: Tree, steps: int) -> float:
+    """Seconds per step, from dispatch until the result is there."""
+    start = time.perf_counter()
+    for _ in range(steps):
+        candidate.params, candidate.state = candidate.step(candidate.params, candidate.state, grads)
+    wait_for((candidate.params, candidate.state))
+    return (time.perf_counter() - start) / steps
+
+
+def fired_shares(candidate: Candidate) -> tuple[float, float] | None:
+    """Shares of layers, and of the parameters in them, where the last step fired; None: no SPD."""
+    ratio = optax.tree_utils.tree_get(candidate.state, "spd_ratio")
+    if ratio is None:
+        return None
+    fired = np.asarray(ratio) > 0
+    sizes = [leaf.size for leaf in jax.tree.leaves(candidate.params)]
+    return float(np.mean(fired)), float(np.average(fired, weights=sizes))
+
+
+def measure(
+    candidates: Sequence[Candidate], grads: Tree, *, samples: int, steps: int, compilations: int
+) -> None:
+    """Compiles all candidates and times their steps in turn."""
+    for candidate in [*candidates] * compilations:
+        compile_step(candidate, grads)
+    for candidate in candidates:
+        take_steps(candidate, grads, WARMUP_STEPS)
+    for sample in range(samples):
+        # Turn about, so that neither always finds the caches as the other left them.
+        for candidate in candidates if sample % 2 == 0 else reversed(candidates):
+            candidate.step_seconds.append(take_steps(candidate, grads, steps))
+            shares = fired_shares(candidate)
+            if shares is not None:
+                candidate.fired.append(shares)
+
+
+def state_bytes(candidate: Candidate) -> tuple[int, int]:
+    """Bytes of the state's distinct buffers: of those shaped like parameters, and of the others."""
+
+    def distinct(tree: Tree) -> int:
+        buffers = {leaf.unsafe_buffer_pointer(): leaf.nbytes for leaf in jax.tree.leaves(tree)}
+        return sum(buffers.values())
+
+    like_params = optax.tree_utils.tree_map_params(
+        candidate.tx, lambda leaf: leaf, candidate.state, transform_non_params=lambda _: None
+    )
+    return distinct(like_params), distinct(candidate.state) - distinct(like_params)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, middle, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
+    return {"lower_quartile": low, "median": middle, "upper_quartile": high}
+
+
+def summary(candidate: Candidate) -> dict[str, Any]:
+    """All that was measured of one candidate, as JSON values."""
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(candidate.params))
+    like_params, other = state_bytes(candidate)
+    memory = candidate.step.memory_analysis()
+    layers, inside = zip(*candidate.fired, strict=True) if candidate.fired else ((), ())
+    return {
+        "step_seconds": spread(candidate.step_seconds),
+        "trace_seconds": statistics.median(candidate.trace_seconds),
+        "compile_seconds": statistics.median(candidate.compile_seconds),
+        "state_bytes_per_parameter": like_params / parameters,
+        "state_bytes_other": other,
+        # Not every backend tells.
+        "temporary_bytes": None if memory is None else memory.temp_size_in_bytes,
+        "share_of_layers_fired": statistics.mean(layers) if layers else None,
+        "share_of_parameters_in_them": statistics.mean(inside) if inside else None,
+    }

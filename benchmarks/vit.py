@@ -1,0 +1,85 @@
+"""A ViT's parameter tree, and gradients with which SPD fires in as many layers as asked."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+Tree = Any
+
+# How far the parameters stand from the anchor: so far that no run's steps close the gap.
+OFFSET = 1e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """Sizes of a ViT; the defaults are ViT-B/16 at 224 pixels with 1000 classes."""
+
+    width: int = 768
+    mlp: int = 3072
+    depth: int = 12
+    patch: int = 16
+    tokens: int = 197
+    classes: int = 1000
+
+
+SCALES = {"vit-b16": Scale(), "small": Scale(32, 128, 1, 4, 65, 10)}
+
+
+def vit_shapes(scale: Scale) -> Tree:
+    """The parameter shapes of a ViT with fused query, key and value: 12 arrays a block, and 8."""
+    width, mlp = scale.width, scale.mlp
+
+    def norm() -> Tree:
+        return {"scale": (width,), "bias": (width,)}
+
+    def dense(*sizes: int) -> Tree:
+        return {"kernel": sizes, "bias": sizes[-1:]}
+
+    def block() -> Tree:
+        attention = {"qkv": dense(width, 3 * width), "out": dense(width, width)}
+        feed_forward = {"in": dense(width, mlp), "out": dense(mlp, width)}
+        return {"norm_1": norm(), "attention": attention, "norm_2": norm(), "mlp": feed_forward}
+
+    return {
+        "patch_embedding": dense(scale.patch, scale.patch, 3, width),
+        "class_token": (1, 1, width),
+        "position_embedding": (1, scale.tokens, width),
+        **{f"block_{i:02}": block() for i in range(scale.depth)},
+        "norm": norm(),
+        "head": dense(width, scale.classes),
+    }
+
+
+def is_shape(node: Any) -> bool:
+    """Whether a node of :func:`vit_shapes` is one array's shape."""
+    return isinstance(node, tuple)
+
+
+def make_trees(scale: Scale, fire: float) -> tuple[Tree, Tree, Tree]:
+    """Anchor, parameters and gradients (NumPy) with which SPD fires in a share of the arrays.
+
+    SPD fires where the gradient points along the deviation while the step makes it longer. With
+    Adam and one gradient for all steps that holds forever if few coordinates with large gradients
+    point along Δ and many small ones against it: the sum follows the few, but Adam's step, which
+    is about -η sign(g), follows the many. Where SPD shall not fire, the gradient is negated.
+    """
+    shapes, treedef = jax.tree.flatten(vit_shapes(scale), is_leaf=is_shape)
+    rng = np.random.default_rng(0)
+    anchor = [0.02 * rng.standard_normal(shape, np.float32) for shape in shapes]
+    # Drawn at random, so that kernels and biases fire alike.
+    firing = set(rng.permutation(len(shapes))[: round(fire * len(shapes))].tolist())
+
+    def gradient(index: int, shape: tuple[int, ...]) -> np.ndarray:
+        along = np.arange(np.prod(shape)).reshape(shape) % 4 == 0
+        sign = 1e-3 if index in firing else -1e-3
+        return np.where(along, np.float32(8 * sign), np.float32(-sign))
+
+    grads = [gradient(i, shape) for i, shape in enumerate(shapes)]
+    params = [array + np.float32(OFFSET) for array in anchor]
+    return (
+        jax.tree.unflatten(treedef, anchor),
+        jax.tree.unflatten(treedef, params),
+        jax.tree.unflatten(treedef, grads),
+    )

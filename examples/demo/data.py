@@ -1,0 +1,207 @@
+"""Four human-rated sentiment sets, their labels, splits and batches.
+
+C. J. Hutto and E. Gilbert. VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social
+Media Text. ICWSM 2014. Each line of a set is an id, the mean of about twenty ratings in [-4, 4] and
+a text; the text keeps HTML entities, lines end in CRLF.
+
+The model is tuned on movie reviews; product reviews, newspaper editorials and tweets are the
+out-of-distribution domains.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from examples.demo.errors import DemoError
+
+IN_DISTRIBUTION = "movie"
+OUT_OF_DISTRIBUTION = ("amazon", "nyt", "tweets")
+_FILES = {
+    "movie": "movieReviewSnippets_GroundTruth.txt",
+    "amazon": "amazonReviewSnippets_GroundTruth.txt",
+    "nyt": "nytEditorialSnippets_GroundTruth.txt",
+    "tweets": "tweets_GroundTruth.txt",
+}
+
+NEUTRAL = 0.5  # ratings at most this far from zero carry no clear sign and are dropped
+HELD_OUT = 2000  # movie snippets set aside for validation, and as many for the test
+
+MAX_TOKENS = 32
+# A text is padded to the next of these lengths: every length is one compilation.
+BUCKETS = (16, 24, MAX_TOKENS)
+BATCH = 16
+EVALUATION_BATCH = 32
+
+Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, mask, labels
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Tokenised texts, with 1 for a positive and 0 for a negative one."""
+
+    tokens: Sequence[Sequence[int]]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        """How many texts."""
+        return len(self.tokens)
+
+    def take(self, indices: np.ndarray) -> Texts:
+        """The texts at `indices`, in that order."""
+        return Texts([self.tokens[i] for i in indices], self.labels[indices])
+
+    def first(self, count: int) -> Texts:
+        """The first texts, `count` at most."""
+        return Texts(self.tokens[:count], self.labels[:count])
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Movie snippets for training, validation and test; the other domains whole."""
+
+    pool: Texts
+    validation: Texts
+    test: Texts
+    shifted: dict[str, Texts]
+
+    def training(self, count: int, seed: int) -> Texts:
+        """Draws `count` snippets from the pool, half of them positive."""
+        rng = np.random.default_rng(seed)
+        positive = np.flatnonzero(self.pool.labels == 1)
+        negative = np.flatnonzero(self.pool.labels == 0)
+        chosen = [
+            rng.choice(positive, count // 2, replace=False),
+            rng.choice(negative, count - count // 2, replace=False),
+        ]
+        return self.pool.take(rng.permutation(np.concatenate(chosen)))
+
+
+def parse(content: bytes, name: str) -> dict[str, int]:
+    """Texts and their labels, in file order.
+
+    The label is the sign of the rating. Ratings within `NEUTRAL` of zero are dropped; of equal
+    texts the first counts.
+    """
+    labels: dict[str, int] = {}
+    # Not splitlines(): it would also cut at the odd Unicode separators inside a text.
+    for number, line in enumerate(re.split("\r?\n", content.decode("utf-8")), start=1):
+        if not line.strip():
+            continue
+        fields = line.split("\t")
+        try:
+            _, written, text = fields
+            rating = float(written)
+        except ValueError:
+            rating = math.nan
+        if not -4 <= rating <= 4:  # also catches NaN
+            raise DemoError(f"{name}, line {number}: expected id, rating in [-4, 4] and text")
+        # Entities first: "&nbsp;" becomes white space that the split then removes.
+        text = " ".join(html.unescape(text).split())
+        if text and abs(rating) > NEUTRAL:
+            labels.setdefault(text, int(rating > 0))
+    return labels
+
+
+def read_domains(archive: Path) -> dict[str, dict[str, int]]:
+    """Reads the four sets out of the authors' archive."""
+    domains = {}
+    try:
+        with tarfile.open(archive) as tar:
+            for domain, name in _FILES.items():
+                file = tar.extractfile(f"hutto_ICWSM_2014/{name}")
+                if file is None:
+                    raise KeyError(name)
+                domains[domain] = parse(file.read(), name)
+    except KeyError as error:
+        raise DemoError(f"{archive.name} lacks a data set: {error.args[0]}") from error
+    except (OSError, UnicodeDecodeError, tarfile.TarError, EOFError, zlib.error) as error:
+        raise DemoError(f"cannot read {archive.name}: {error}") from error
+    return domains
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception for anything it cannot read
+        raise DemoError(f"cannot read the tokenizer in {path}: {error}") from error
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(MAX_TOKENS)
+    return tokenizer
+
+
+def make_splits(domains: dict[str, dict[str, int]], tokenizer: Tokenizer) -> Splits:
+    """Tokenises and shuffles every domain; the same split whatever the run's seeds are."""
+    shuffled = {}
+    for domain, labels in domains.items():
+        tokens = [encoding.ids for encoding in tokenizer.encode_batch(list(labels))]
+        texts = Texts(tokens, np.fromiter(labels.values(), np.int32))
+        shuffled[domain] = texts.take(np.random.default_rng(0).permutation(len(texts)))
+    movie = shuffled.pop(IN_DISTRIBUTION)
+    validation, test, pool = np.split(np.arange(len(movie)), [HELD_OUT, 2 * HELD_OUT])
+    return Splits(movie.take(pool), movie.take(validation), movie.take(test), shuffled)
+
+
+def bucket(length: int) -> int:
+    """The length to pad to."""
+    return next(size for size in BUCKETS if length <= size)
+
+
+def pad(texts: Texts) -> Batch:
+    """One batch as arrays; the mask is True on real tokens."""
+    length = bucket(max(len(ids) for ids in texts.tokens))
+    tokens = np.zeros((len(texts), length), np.int32)
+    mask = np.zeros((len(texts), length), bool)
+    for row, ids in enumerate(texts.tokens):
+        tokens[row, : len(ids)] = ids
+        mask[row, : len(ids)] = True
+    return tokens, mask, texts.labels
+
+
+def training_batches(texts: Texts, steps: int, seed: int) -> Iterator[Batch]:
+    """`steps` batches, epoch after epoch, each reshuffled.
+
+    Batches gather texts of similar length - eight batches' worth of random texts are sorted by
+    length before they are cut - so that short texts are not padded to the longest of sixteen
+    strangers. What does not fill a batch waits for the next epoch's shuffle.
+    """
+    rng = np.random.default_rng(seed)
+    lengths = np.array([len(ids) for ids in texts.tokens])
+    made = 0
+    while made < steps:
+        order = rng.permutation(len(texts))[: len(texts) // BATCH * BATCH]
+        batches = []
+        for chunk in np.split(order, range(8 * BATCH, len(order), 8 * BATCH)):
+            batches += np.split(chunk[np.argsort(lengths[chunk])], len(chunk) // BATCH)
+        for index in rng.permutation(len(batches))[: steps - made]:
+            yield pad(texts.take(batches[index]))
+            made += 1
+
+
+def evaluation_indices(texts: Texts) -> Iterator[np.ndarray]:
+    """Which texts go into which batch of an evaluation: each batch from one bucket."""
+    buckets = np.array([bucket(len(ids)) for ids in texts.tokens])
+    for size in BUCKETS:
+        members = np.flatnonzero(buckets == size)
+        for first in range(0, len(members), EVALUATION_BATCH):
+            yield members[first : first + EVALUATION_BATCH]
+
+
+def evaluation_batches(texts: Texts) -> Iterator[tuple[np.ndarray, Batch]]:
+    """All texts once, as (indices, batch).
+
+    The last batch of a bucket is filled up by repeating its last text, to keep the compiled shape;
+    it has fewer indices than rows.
+    """
+    for indices in evaluation_indices(texts):
+        fill = np.full(EVALUATION_BATCH - len(indices), indices[-1])
+        yield indices, pad(texts.take(np.concatenate([indices, fill])))

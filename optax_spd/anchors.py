@@ -147,7 +147,7 @@ def copied(source: Any, like: Any, dtype: np.dtype | None, path: trees.Path) -> 
     if isinstance(source, jax.Array):
         return jnp.copy(source) if source.dtype == dtype else source.astype(dtype)
     if _is_placed(like):  # straight to its shards: whole, it may not fit on one device
-        return jax.device_put(np.asarray(source).astype(dtype), like.sharding)
+        return jax.device_put(np.asarray(source).astype(dtype), like.sharding, may_alias=False)
     return jnp.array(source, dtype)
 
 

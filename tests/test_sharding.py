@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax_support import host_memory_works
 
 import optax_spd
 
@@ -69,16 +70,6 @@ def test_a_sharded_step_is_the_unsharded_one(specs: str, layers: str, axis_type:
     for name, array in params.items():
         for held in (first[1].anchor[name], last[1].anchor[name]):
             assert held.sharding.is_equivalent_to(array.sharding, array.ndim)
-
-
-def host_memory_works() -> bool:
-    """Whether this JAX leaves an array in host memory where it is: on CPU only since 0.10.2."""
-    on_host = jax.device_put(jnp.ones(2), jax.memory.Space.Host)
-    try:
-        kept = jax.jit(lambda x: x)(on_host)
-    except Exception:
-        return False
-    return bool(kept.sharding.memory_kind == on_host.sharding.memory_kind)
 
 
 def test_host_memory_is_tested_where_it_works() -> None:

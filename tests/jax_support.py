@@ -1,0 +1,16 @@
+"""What the installed JAX can do."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+
+def host_memory_works() -> bool:
+    """Whether JAX leaves an array in host memory where it is: on CPU only since 0.10.2."""
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+    on_host = jax.device_put(jnp.ones(2), NamedSharding(mesh, P(), memory_kind="pinned_host"))
+    try:
+        kept = jax.jit(lambda x: x)(on_host)
+    except Exception:
+        return False
+    return bool(kept.sharding.memory_kind == "pinned_host")

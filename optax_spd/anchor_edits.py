@@ -59,12 +59,12 @@ def set_anchor(state: PyTree, anchor: PyTree, *, anchor_dtype: Any = None) -> Py
 
 def _replaced(held: PyTree, anchor: PyTree, dtype: np.dtype | None) -> PyTree:
     flat = trees.flatten(held, is_leaf=anchors.is_anchor_leaf)
-    new = trees.flatten(anchor)
-    found = dict(zip(new.paths, new.leaves, strict=True))
+    found = trees.flatten(anchor).by_path
     wanted = [
         _what_belongs(path, leaf, found) for path, leaf in zip(flat.paths, flat.leaves, strict=True)
     ]
-    sources = anchors.match_anchor(flat._replace(leaves=wanted), anchor)
+    reference = flat._replace(leaves=wanted)
+    sources = anchors.match_anchor(reference, anchor, "the state's anchor")
     return flat.unflatten(
         anchors.copied(
             source,

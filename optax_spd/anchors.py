@@ -30,10 +30,8 @@ class WithAnchorState(NamedTuple):
     inner_state: Any
 
 
-def check_anchor(
-    anchor: Any, anchor_dtype: Any, policies: tuple[str, ...] = POLICIES
-) -> np.dtype | None:
-    """Checks ``anchor=`` and ``anchor_dtype=`` when a stage is built; returns the dtype.
+def check_anchor(anchor: Any, anchor_dtype: Any, policies: tuple[str, ...] = POLICIES) -> None:
+    """Checks ``anchor=`` and ``anchor_dtype=`` when a stage is built.
 
     Raises:
       TypeError: ``anchor_dtype`` is no dtype.
@@ -44,13 +42,13 @@ def check_anchor(
         allowed = ", ".join(repr(p) for p in policies)
         raise ValueError(f"anchor must be one of {allowed} or a tree like params, got {anchor!r}.")
     if anchor_dtype is None:
-        return None
+        return
     if isinstance(anchor, str) and anchor != "initial":
         raise ValueError(
             f"anchor_dtype={anchor_dtype!r} says how the state stores the anchor, but with "
             f"anchor={anchor!r} the state stores none. Leave anchor_dtype out."
         )
-    return check_dtype(anchor_dtype)
+    check_dtype(anchor_dtype)
 
 
 def check_dtype(anchor_dtype: Any) -> np.dtype:
@@ -70,7 +68,7 @@ def init_anchor(
     anchor: Any,
     params: PyTree,
     selected: list[bool] | None = None,
-    anchor_dtype: np.dtype | None = None,
+    anchor_dtype: Any = None,
 ) -> PyTree:
     """What a stage's state holds of the anchor at first.
 
@@ -88,6 +86,7 @@ def init_anchor(
     """
     if isinstance(anchor, str) and anchor != "initial":
         return optax.EmptyState()
+    dtype = None if anchor_dtype is None else check_dtype(anchor_dtype)
     flat = trees.flatten(params)
     if not flat.leaves:
         return params
@@ -100,26 +99,25 @@ def init_anchor(
             for leaf, like in zip(match_anchor(kept, anchor), kept.leaves, strict=True)
         ]
     return flat.unflatten(
-        copied(source, leaf, anchor_dtype, path)
+        copied(source, leaf, dtype, path)
         for path, leaf, source in zip(kept.paths, kept.leaves, sources, strict=True)
     )
 
 
 def _beside(source: Any, like: Any) -> Any:
     """An anchor array that was put nowhere in particular, put where the parameter is."""
-    loose = isinstance(source, jax.Array) and not isinstance(source, jax.core.Tracer)
-    if loose and not source.committed and _is_placed(like):
+    if _is_concrete(source) and not source.committed and _is_placed(like):
         return jax.device_put(source, like.sharding)
     return source
 
 
-def match_anchor(flat: trees.FlatTree, anchor: PyTree) -> list[Any]:
+def match_anchor(flat: trees.FlatTree, anchor: PyTree, reference_name: str = "params") -> list[Any]:
     """The anchor's leaves in the order of the parameters; each parameter must have one.
 
     Raises:
       ValueError: paths or shapes differ, or the anchor has a gap where params has an array.
     """
-    leaves = trees.align(flat, anchor, "anchor")
+    leaves = trees.align(flat, anchor, "anchor", reference_name)
     for path, like, leaf in zip(flat.paths, flat.leaves, leaves, strict=True):
         if trees.is_gap(leaf) and not trees.is_gap(like):
             raise ValueError(
@@ -153,8 +151,11 @@ def copied(source: Any, like: Any, dtype: np.dtype | None, path: trees.Path) -> 
 
 def _is_placed(leaf: Any) -> bool:
     """Whether the caller chose the devices that an array is on."""
-    concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-    return concrete and leaf.committed
+    return _is_concrete(leaf) and leaf.committed
+
+
+def _is_concrete(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
 
 
 def resolve_anchor(
@@ -247,12 +248,13 @@ def with_anchor(
       >>> state = tx.init(params)
       >>> updates, state = tx.update({"kernel": jnp.ones((2, 2))}, state, params)
     """
-    dtype = check_anchor(anchor, anchor_dtype, policies=("initial",))
+    check_anchor(anchor, anchor_dtype, policies=("initial",))
     inner = optax.with_extra_args_support(inner)
 
     def init(params: PyTree) -> WithAnchorState:
         return WithAnchorState(
-            anchor=init_anchor(anchor, params, anchor_dtype=dtype), inner_state=inner.init(params)
+            anchor=init_anchor(anchor, params, anchor_dtype=anchor_dtype),
+            inner_state=inner.init(params),
         )
 
     def update(

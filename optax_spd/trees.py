@@ -24,6 +24,16 @@ class FlatTree(NamedTuple):
     leaves: list[Any]
     treedef: Any
 
+    @property
+    def by_path(self) -> dict[Path, Any]:
+        """The leaves by their paths."""
+        return dict(zip(self.paths, self.leaves, strict=True))
+
+    @property
+    def gaps(self) -> set[Path]:
+        """Where a leaf is absent."""
+        return {p for p, leaf in zip(self.paths, self.leaves, strict=True) if is_gap(leaf)}
+
     def only(self, wanted: Iterable[bool]) -> "FlatTree":
         """The same, with a gap where ``wanted`` is False."""
         leaves = [
@@ -112,7 +122,7 @@ def align(
       ValueError: a path or a shape differs; names the first path and both shapes.
     """
     flat = flatten(tree, is_leaf)
-    found = dict(zip(flat.paths, flat.leaves, strict=True))
+    found = flat.by_path
     gaps = {p for p, leaf in found.items() if is_leaf(leaf)}
     aligned = []
     for path, leaf in zip(reference.paths, reference.leaves, strict=True):
@@ -144,10 +154,7 @@ def _of_shape(leaf: Any) -> str:
 def _refuse_unknown_paths(
     reference: FlatTree, flat: FlatTree, gaps: set[Path], what: str, reference_name: str
 ) -> None:
-    known = set(reference.paths)
-    reference_gaps = {
-        p for p, leaf in zip(reference.paths, reference.leaves, strict=True) if is_gap(leaf)
-    }
+    known, reference_gaps = set(reference.paths), reference.gaps
     for path in flat.paths:
         if path in known or path in gaps or _prefix_in(path, reference_gaps) is not None:
             continue
@@ -176,7 +183,7 @@ def broadcast_prefix(
         nothing.
     """
     flat = flatten(prefix, lambda node: is_gap(node) or is_leaf(node))
-    found = dict(zip(flat.paths, flat.leaves, strict=True))
+    found = flat.by_path
     entries, used = set(found), set()
     covering = []
     for path, leaf in zip(reference.paths, reference.leaves, strict=True):
@@ -189,7 +196,7 @@ def broadcast_prefix(
                 f"params or a prefix of it; its own paths: {nearest_paths(path, flat.paths)}."
             )
         covering.append(None if here is None else found[here])
-    gaps = {p for p, leaf in zip(reference.paths, reference.leaves, strict=True) if is_gap(leaf)}
+    gaps = reference.gaps
     for path, leaf in found.items():
         if path not in used and not is_gap(leaf) and _prefix_in(path, gaps) is None:
             raise ValueError(

@@ -167,6 +167,11 @@ def test_anchor_dtype_is_what_is_stored_and_used(anchor_dtype: Any) -> None:
     assert_close(params, trajectory(reference)[0])
 
 
+def test_anchor_dtype_float64_without_x64_is_float32() -> None:
+    held = optax_spd.spd(anchor_dtype=jnp.float64).init(PARAMS).anchor
+    assert {str(x.dtype) for x in jax.tree.leaves(held)} == {"float32"}
+
+
 def test_bfloat16_stores_a_bfloat16_checkpoint_exactly() -> None:
     checkpoint = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PRETRAINED)
     held = optax_spd.spd(anchor=checkpoint, anchor_dtype=jnp.bfloat16).init(PARAMS).anchor

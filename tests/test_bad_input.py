@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracles
 import pytest
 
 import optax_spd
@@ -219,27 +220,16 @@ def test_a_complex_parameter_is_refused_with_the_wrapper_that_mends_it(build: Bu
     build(mask={"a": True, "wave": False}).init(params)
 
 
-def train(tx: optax.GradientTransformation, params: Any, gradients: Any) -> tuple[Any, np.ndarray]:
-    def one(carry: Any, grads: Any) -> Any:
-        params, state = carry
-        updates, state = tx.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), optax.tree.get(state, "spd_ratio")
-
-    run = jax.jit(lambda params: jax.lax.scan(one, (params, tx.init(params)), gradients))
-    (params, _), ratios = jax.device_get(run(params))
-    return params, ratios
-
-
 def test_complex_parameters_train_as_their_parts_in_optax_wrapper() -> None:
     draw = np.random.default_rng(0)
     parts = lambda *shape: {k: draw.normal(size=shape).astype(np.float32) for k in ("re", "im")}
     joined = lambda tree: {"wave": tree["re"] + 1j * tree["im"]}
     params, gradients = parts(5), parts(12, 5)
     tx = optax_spd.adam_spd(0.3)
-    wrapped, ratios = train(
+    wrapped, ratios = oracles.train(
         optax.contrib.split_real_and_imaginary(tx), joined(params), joined(gradients)
     )
-    expected, apart = train(tx, params, gradients)
+    expected, apart = oracles.train(tx, params, gradients)
     assert np.all(np.any(ratios > 0, axis=0))
     # Sorted by key the imaginary part comes first; in the wrapper it comes second.
     np.testing.assert_allclose(ratios[:, ::-1], apart, atol=1e-6)
@@ -355,9 +345,9 @@ def test_a_nan_gradient_in_training_stays_in_its_layer() -> None:
     draw = np.random.default_rng(1)
     params = {name: draw.normal(size=4).astype(np.float32) for name in "ab"}
     gradients = {name: draw.normal(size=(10, 4)).astype(np.float32) for name in "ab"}
-    expected, ratios = train(optax_spd.adam_spd(0.3), params, gradients)
+    expected, ratios = oracles.train(optax_spd.adam_spd(0.3), params, gradients)
     gradients["a"][3, 2] = np.nan
-    trained, sick_ratios = train(optax_spd.adam_spd(0.3), params, gradients)
+    trained, sick_ratios = oracles.train(optax_spd.adam_spd(0.3), params, gradients)
     # What is NaN is what Adam alone would make NaN.
     np.testing.assert_array_equal(np.isnan(trained["a"]), [False, False, True, False])
     np.testing.assert_array_equal(sick_ratios[3:, 0], np.zeros(7))

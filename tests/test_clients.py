@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracles
 import pytest
 from flax import linen as nn, nnx
 from flax.training.train_state import TrainState
@@ -743,17 +744,6 @@ def typed_tree(dtypes: dict[str, str]) -> Any:
     } | {"steps": jnp.arange(3)}
 
 
-def expected_step(u: Any, theta: Any, theta_0: Any, g: Any) -> tuple[np.ndarray, float]:
-    """SPD's step and ratio in float64, straight from the paper."""
-    u, theta, theta_0, g = (np.asarray(x, np.float64) for x in (u, theta, theta_0, g))
-    delta = theta - theta_0
-    tentative = delta + u
-    c = -np.sum(g * delta)
-    new, old = np.linalg.norm(tentative.ravel()), np.linalg.norm(delta.ravel())
-    r = float(np.clip((new - old) / new, 0, 1)) if c < 0 else 0.0
-    return u - r * tentative, r
-
-
 @pytest.mark.parametrize("x64_on", [False, True], ids=["x64 off", "x64 on"])
 @pytest.mark.parametrize("name", DTYPES)
 def test_parameter_dtypes(name: str, x64_on: bool, request: pytest.FixtureRequest) -> None:
@@ -778,7 +768,7 @@ def test_parameter_dtypes(name: str, x64_on: bool, request: pytest.FixtureReques
     np.testing.assert_array_equal(updates["steps"], u["steps"])
     ratios = []
     for key in "abc":
-        expected, ratio = expected_step(u[key], moved[key], anchor[key], g[key])
+        expected, ratio = oracles.spd_step(u[key], moved[key], anchor[key], g[key])
         ratios.append(ratio)
         eps = float(jnp.finfo(dtypes[key]).eps)
         # One rounding to the dtype, and those of a float32 computation (float64 if it is that).

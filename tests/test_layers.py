@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracles
 import pytest
 from flax import nnx
 from flax.core import freeze
@@ -36,28 +37,9 @@ def plan_of(params: Any, layers: Any = None) -> layers_lib.LayerPlan:
 
 def train(params: Any, gradients: Any, layers: Any = None) -> tuple[Any, dict[str, np.ndarray]]:
     """Trains on recorded gradients (a leading step axis); the ratios of each layer by its name."""
-    tx = optax_spd.adam_spd(0.1, layers=layers)
-
-    def step(carry: Any, grads: Any) -> Any:
-        params, state = carry
-        updates, state = tx.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), optax.tree.get(state, "spd_ratio")
-
-    scan = jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), gradients))
-    (params, _), ratios = jax.device_get(scan(params))
+    params, ratios = oracles.train(optax_spd.adam_spd(0.1, layers=layers), params, gradients)
     names = optax_spd.layer_names(params, layers=layers)
     return params, dict(zip(names, ratios.T, strict=True))
-
-
-def original_spd(
-    g: np.ndarray, u: np.ndarray, delta: np.ndarray, decay: float
-) -> tuple[np.ndarray, float]:
-    """Algorithm 2 as it is printed, on one layer as a float64 vector: the update and r."""
-    g, u, delta = (np.asarray(x, np.float64) for x in (g, u, delta))
-    tentative = delta + u
-    old, new = np.linalg.norm(delta), np.linalg.norm(tentative)
-    ratio = float(np.clip((new - old) / new, 0, 1)) if -(g @ delta) < 0 else 0.0
-    return u - decay * ratio * tentative, ratio
 
 
 # Names -------------------------------------------------------------------------------------------
@@ -255,7 +237,9 @@ def test_a_module_is_judged_as_one_vector(decay: float) -> None:
     fired = 0
     for index, module in enumerate(optax_spd.layer_names(params, layers=optax_spd.by_module())):
         delta = vector(params, module) - vector(anchor, module)
-        expected, ratio = original_spd(vector(grads, module), vector(steps, module), delta, decay)
+        expected, ratio = oracles.spd_step(
+            vector(steps, module), delta, 0.0, vector(grads, module), decay
+        )
         np.testing.assert_allclose(state.spd_ratio[index], ratio, atol=1e-6, err_msg=module)
         np.testing.assert_allclose(vector(updates, module), expected, atol=1e-5, err_msg=module)
         fired += ratio > 0

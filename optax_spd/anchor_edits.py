@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_spd import anchors, trees
+from optax_spd import anchors, checks, trees
 
 PyTree = Any
 
@@ -53,7 +53,7 @@ def set_anchor(state: PyTree, anchor: PyTree, *, anchor_dtype: Any = None) -> Py
       >>> optax.tree.get(state, "anchor")
       {'kernel': Array([1., 1.], dtype=float32)}
     """
-    dtype = None if anchor_dtype is None else anchors.check_dtype(anchor_dtype)
+    dtype = None if anchor_dtype is None else checks.check_dtype("anchor_dtype", anchor_dtype)
     return _map_anchors(lambda held: _replaced(held, anchor, dtype), state)
 
 

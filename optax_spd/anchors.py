@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_spd import trees
+from optax_spd import checks, trees
 
 PyTree = Any
 
@@ -48,20 +48,7 @@ def check_anchor(anchor: Any, anchor_dtype: Any, policies: tuple[str, ...] = POL
             f"anchor_dtype={anchor_dtype!r} says how the state stores the anchor, but with "
             f"anchor={anchor!r} the state stores none. Leave anchor_dtype out."
         )
-    check_dtype(anchor_dtype)
-
-
-def check_dtype(anchor_dtype: Any) -> np.dtype:
-    """The dtype named by ``anchor_dtype=``.
-
-    Raises:
-      TypeError: it names no dtype.
-      ValueError: it is not floating.
-    """
-    dtype = jnp.dtype(anchor_dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"anchor_dtype must be a floating dtype, got {dtype}.")
-    return jax.dtypes.canonicalize_dtype(dtype)
+    checks.check_dtype("anchor_dtype", anchor_dtype)
 
 
 def init_anchor(
@@ -86,7 +73,7 @@ def init_anchor(
     """
     if isinstance(anchor, str) and anchor != "initial":
         return optax.EmptyState()
-    dtype = None if anchor_dtype is None else check_dtype(anchor_dtype)
+    dtype = None if anchor_dtype is None else checks.check_dtype("anchor_dtype", anchor_dtype)
     flat = trees.flatten(params)
     if not flat.leaves:
         return params

@@ -50,13 +50,33 @@ def check_finite(name: str, value: Any) -> None:
       TypeError: not numeric.
       ValueError: a NaN or an infinity.
     """
-    if isinstance(value, jax.core.Tracer):
-        return
-    array = np.asarray(value)
-    if not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer)):
-        raise TypeError(f"{name} must hold real numbers, got {value!r}.")
-    if not np.all(np.isfinite(array)):
+    check_real(name, value)
+    if not isinstance(value, jax.core.Tracer) and not np.all(np.isfinite(np.asarray(value))):
         raise ValueError(f"{name} must be finite, got {value}.")
+
+
+def check_real(name: str, value: Any) -> None:
+    """Refuses what is no number and no array of real numbers.
+
+    Raises:
+      TypeError: as said.
+    """
+    dtype = value.dtype if isinstance(value, jax.core.Tracer) else np.asarray(value).dtype
+    if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise TypeError(f"{name} must hold real numbers, got {value!r}.")
+
+
+def check_dtype(name: str, value: Any) -> np.dtype:
+    """The floating dtype that an argument names, as JAX stores it.
+
+    Raises:
+      TypeError: it names no dtype.
+      ValueError: it is not floating.
+    """
+    dtype = jnp.dtype(value)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name} must be a floating dtype, got {dtype}.")
+    return jax.dtypes.canonicalize_dtype(dtype)
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:

@@ -1,11 +1,12 @@
-"""Sums over each layer, for all layers in one pass and under any sharding.
+"""Sums over each layer or each of its rows, for all layers at once and under any sharding.
 
-The methods compare inner products and norms of whole layers. Here their elementwise products are
-summed array by array - with sums over axes, never ``vdot`` or a flattening reshape, which an
-explicit-sharding mesh refuses - and gathered into one vector per quantity.
+The methods compare inner products and norms of whole layers, or of a layer's rows: its output
+units. Here elementwise products are summed array by array - with sums over axes, never ``vdot`` or
+a flattening reshape, which an explicit-sharding mesh refuses - and what there is one of per layer
+is gathered into one vector.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,14 +16,16 @@ from optax_spd import trees
 from optax_spd.layers import ArrayLayers, LayerPlan
 
 PyTree = Any
-AxisNames = tuple[str, ...]
+# The mesh axes an array is split over by hand, each with the array axis it splits; None stands
+# for an axis that a bare name does not tell.
+MeshAxes = Mapping[str, int | None]
 
 
 def layer_sums(
     plan: LayerPlan,
     products: Sequence[tuple[jax.Array, ...] | None],
     count: int,
-    axes: Sequence[AxisNames] | None = None,
+    axes: Sequence[MeshAxes] | None = None,
 ) -> tuple[jax.Array, ...]:
     """Sums elementwise products over each layer.
 
@@ -39,7 +42,7 @@ def layer_sums(
       without products. A sum over several devices takes one ``psum`` in all.
     """
     blocks: dict[int, jax.Array] = {}
-    all_axes = tuple(sorted({name for names in axes or () for name in names}))
+    all_axes = tuple(sorted({name for mesh_axes in axes or () for name in mesh_axes}))
     for index, (entry, terms) in enumerate(zip(plan.arrays, products, strict=True)):
         if entry is None or terms is None:
             continue
@@ -52,6 +55,97 @@ def layer_sums(
     if all_axes:
         table = jax.lax.psum(table, all_axes)
     return tuple(table[i] for i in range(count))
+
+
+def row_sums(
+    plan: LayerPlan,
+    products: Sequence[tuple[jax.Array, ...] | None],
+    axes: Sequence[MeshAxes] | None = None,
+) -> list[tuple[jax.Array, ...] | None]:
+    """Sums elementwise products over each row: everything that shares an output unit.
+
+    Args:
+      plan: the layers.
+      products: as for :func:`layer_sums`.
+      axes: as for :func:`layer_sums`; they must say which array axis each mesh axis splits.
+
+    Returns:
+      Per leaf the sums, shaped to broadcast against the array: the stacked and the output axes
+      keep their sizes, the others have size 1. A sum over several devices takes one ``psum`` for
+      all arrays that are split alike.
+    """
+    rows: list[tuple[jax.Array, ...] | None] = []
+    for entry, terms in zip(plan.arrays, products, strict=True):
+        if entry is None or terms is None:
+            rows.append(None)
+            continue
+        kept = entry.stacked_axes + entry.output_axes
+        over = tuple(a for a in range(terms[0].ndim) if a not in kept)
+        rows.append(tuple(jnp.sum(term, axis=over, keepdims=True) for term in terms))
+    return rows if axes is None else _summed_over_devices(plan, rows, axes)
+
+
+def _summed_over_devices(
+    plan: LayerPlan, rows: list[tuple[jax.Array, ...] | None], axes: Sequence[MeshAxes]
+) -> list[tuple[jax.Array, ...] | None]:
+    """The devices' partial row sums added up."""
+    # Arrays that keep different splits along their output units may not share a psum: it would
+    # make shard_map take the rows of both for different on every device.
+    alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
+    for index, (entry, sums) in enumerate(zip(plan.arrays, rows, strict=True)):
+        if entry is None or sums is None:
+            continue
+        units = _unit_axes(entry, axes[index])
+        reduced = tuple(sorted(set(axes[index]) - set(units)))
+        if reduced:
+            alike.setdefault((reduced, units), []).append(index)
+    added = list(rows)
+    for (reduced, _), indices in alike.items():
+        partial = [rows[i] for i in indices]
+        for i, sums in zip(indices, jax.lax.psum(partial, reduced), strict=True):
+            added[i] = sums
+    return added
+
+
+def _unit_axes(entry: ArrayLayers, axes: MeshAxes) -> tuple[str, ...]:
+    """The mesh axes that split an array's output units."""
+    return tuple(sorted(name for name, axis in axes.items() if axis in entry.output_axes))
+
+
+def layer_extremes(
+    plan: LayerPlan,
+    rows: Sequence[jax.Array | None],
+    axes: Sequence[MeshAxes] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The smallest and the largest of each layer's rows.
+
+    Args:
+      plan: the layers.
+      rows: per leaf one number a row, as :func:`row_sums` shapes them, or None.
+      axes: as for :func:`row_sums`.
+
+    Returns:
+      Two vectors of shape (``plan.vector_size``,) and dtype ``plan.dtype``: zero for a layer
+      without rows; the largest is infinite or NaN where one of the rows is.
+    """
+    blocks: dict[int, jax.Array] = {}
+    split: set[str] = set()
+    for index, (entry, row) in enumerate(zip(plan.arrays, rows, strict=True)):
+        if entry is None or row is None:
+            continue
+        over = tuple(a for a in range(row.ndim) if a not in entry.stacked_axes)
+        # Whether a maximum over devices passes NaN on is up to the device; infinity it does.
+        highest = jnp.where(jnp.isnan(row), jnp.inf, row)
+        both = jnp.stack([jnp.max(-row, axis=over), jnp.max(highest, axis=over)])
+        block = _replicated(both).reshape(2, entry.count).astype(plan.dtype)
+        start = entry.start
+        blocks[start] = jnp.maximum(blocks[start], block) if start in blocks else block
+        if axes is not None:
+            split.update(_unit_axes(entry, axes[index]))
+    table = _joined(plan, blocks, 2)
+    if split:
+        table = jax.lax.pmax(table, tuple(sorted(split)))
+    return -table[0], table[1]
 
 
 def _sums_of_array(entry: ArrayLayers, terms: tuple[jax.Array, ...]) -> jax.Array:
@@ -74,7 +168,7 @@ def _replicated(sums: jax.Array) -> jax.Array:
     return replicated
 
 
-def _counted_once(block: jax.Array, axes: AxisNames, all_axes: AxisNames) -> jax.Array:
+def _counted_once(block: jax.Array, axes: MeshAxes, all_axes: tuple[str, ...]) -> jax.Array:
     """Zeroes a replica's contribution on all devices but one along the axes it is replicated over.
 
     So that a single psum over all axes counts a replicated bias once.
@@ -106,6 +200,23 @@ def norm_of(square: jax.Array) -> jax.Array:
     return jnp.where(gone, 0, jnp.sqrt(jnp.where(gone, 1, square)))
 
 
+def per_layer(name: str, value: Any, plan: LayerPlan) -> jax.Array:
+    """An argument that is a scalar or holds one number per layer, as a per-layer vector.
+
+    Raises:
+      ValueError: another shape.
+    """
+    array = jnp.asarray(value)
+    if array.ndim == 0:
+        return jnp.full(plan.vector_size, array, plan.dtype)
+    if array.shape != (len(plan.names),):
+        raise ValueError(
+            f"{name} must be a scalar or hold one value for each of the {len(plan.names)} layers "
+            f"(see layer_names), got shape {array.shape}."
+        )
+    return array.astype(plan.dtype) if plan.names else jnp.zeros(plan.vector_size, plan.dtype)
+
+
 def spread(entry: ArrayLayers, vector: jax.Array, ndim: int) -> jax.Array:
     """One array's entries of a per-layer vector, shaped to broadcast against the array."""
     values = jax.lax.slice_in_dim(vector, entry.start, entry.start + entry.count)
@@ -120,7 +231,7 @@ def spread(entry: ArrayLayers, vector: jax.Array, ndim: int) -> jax.Array:
 
 def check_axis_name(axis_name: Any) -> None:
     """Refuses, when a stage is built, an ``axis_name=`` that is no name and no tree of specs."""
-    if axis_name is None or _is_names(axis_name):
+    if axis_name is None or is_names(axis_name):
         return
     leaves = jax.tree.leaves(axis_name, is_leaf=_is_spec)
     if not leaves or not all(_is_spec(leaf) for leaf in leaves):
@@ -130,8 +241,8 @@ def check_axis_name(axis_name: Any) -> None:
         )
 
 
-def sharded_axes(axis_name: Any, flat: trees.FlatTree, plan: LayerPlan) -> list[AxisNames] | None:
-    """Per leaf the mesh axes it is split over by hand.
+def sharded_axes(axis_name: Any, flat: trees.FlatTree, plan: LayerPlan) -> list[MeshAxes] | None:
+    """Per leaf the mesh axes it is split over by hand, and which of its axes each splits.
 
     Args:
       axis_name: a name or a tuple of names, over which every array is split; or PartitionSpecs,
@@ -144,23 +255,23 @@ def sharded_axes(axis_name: Any, flat: trees.FlatTree, plan: LayerPlan) -> list[
     """
     if axis_name is None:
         return None
-    if _is_names(axis_name):
+    if is_names(axis_name):
         names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-        return [names for _ in flat.leaves]
+        return [dict.fromkeys(names) for _ in flat.leaves]
     specs = trees.broadcast_prefix(flat, axis_name, "axis_name", _is_spec)
     return [
-        () if entry is None else _axes_of_spec(spec, entry)
+        {} if entry is None else _axes_of_spec(spec, entry)
         for spec, entry in zip(specs, plan.arrays, strict=True)
     ]
 
 
-def _axes_of_spec(spec: Any, entry: ArrayLayers) -> AxisNames:
+def _axes_of_spec(spec: Any, entry: ArrayLayers) -> MeshAxes:
     if not _is_spec(spec):
         raise ValueError(
             f"axis_name holds {spec!r} for {entry.name!r}; give it a PartitionSpec, empty if "
             "every device has the whole array."
         )
-    names: list[str] = []
+    axes: dict[str, int | None] = {}
     for axis, part in enumerate(spec):
         parts = () if part is None else (part,) if isinstance(part, str) else tuple(part)
         if parts and axis in entry.stacked_axes:
@@ -169,11 +280,12 @@ def _axes_of_spec(spec: Any, entry: ArrayLayers) -> AxisNames:
                 "calls stacked. Under shard_map each device would hold other layers; split another "
                 "axis, or use jit with NamedSharding."
             )
-        names.extend(parts)
-    return tuple(names)
+        axes.update(dict.fromkeys(parts, axis))
+    return axes
 
 
-def _is_names(axis_name: Any) -> bool:
+def is_names(axis_name: Any) -> bool:
+    """Whether ``axis_name=`` is a bare name or several, that do not say which arrays they split."""
     return isinstance(axis_name, str) or (
         isinstance(axis_name, tuple)
         and len(axis_name) > 0

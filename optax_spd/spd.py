@@ -162,7 +162,7 @@ def spd(
 
         ratio = decay_ratio(*view.sums(3, _products, view.match(grad, "grad")))
         decay = checks.value_at(weight_decay, state.count, view.plan.dtype)
-        new_updates = view.rebuild(_decayed, ratio, decay * ratio)
+        new_updates = view.rebuild(_decayed, view.spread(ratio), view.spread(decay * ratio))
         return new_updates, SPDState(optax.safe_increment(state.count), state.anchor, ratio)
 
     return optax.GradientTransformationExtraArgs(init, update)

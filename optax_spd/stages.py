@@ -5,7 +5,7 @@ result gets back into the caller's tree is the same for all and stands here.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -51,7 +51,7 @@ class StageView:
     flat: trees.FlatTree
     updates: list[Any]
     deviations: list[Deviation | None]
-    axes: list[deviations_lib.AxisNames] | None
+    axes: list[deviations_lib.MeshAxes] | None
     tree: PyTree
 
     def match(self, tree: PyTree, what: str) -> list[jax.Array | None]:
@@ -67,37 +67,75 @@ class StageView:
                     f"{what} is {leaf!r} at {trees.shown(path)}, where the update is an array. "
                     f"Pass the whole {what}."
                 )
-            matched.append(_as_real(leaf, deviation.delta.dtype, what, path))
+            matched.append(trees.as_real(leaf, deviation.delta.dtype, what, path))
         return matched
 
     def sums(
-        self, count: int, products: Callable[..., tuple[jax.Array, ...]], *matched: list[Any]
+        self, count: int, products: Callable[..., tuple[jax.Array, ...]], *matched: Sequence[Any]
     ) -> tuple[jax.Array, ...]:
         """Per-layer sums of ``products(deviation, *matched leaves)``: ``count`` vectors."""
-        terms = [
-            None if deviation is None else products(deviation, *others)
-            for deviation, *others in zip(self.deviations, *matched, strict=True)
-        ]
+        terms = self.map(products, *matched)
         return deviations_lib.layer_sums(self.plan, terms, count, self.axes)
 
-    def rebuild(self, change: Callable[..., jax.Array], *vectors: jax.Array) -> PyTree:
-        """The updates with ``change(deviation, *per-layer values)`` where the method acts.
+    def spread(self, vector: jax.Array) -> list[jax.Array | None]:
+        """A per-layer vector's entries, shaped to broadcast against each array, in its dtype."""
+        return [
+            None
+            if deviation is None or entry is None
+            else deviations_lib.spread(entry, vector, deviation.delta.ndim).astype(
+                deviation.delta.dtype
+            )
+            for deviation, entry in zip(self.deviations, self.plan.arrays, strict=True)
+        ]
 
-        The per-layer values come shaped to broadcast against the array; the result is cast to the
-        update's dtype. Everything else is passed through as it is.
+    def map(self, function: Callable[..., Any], *matched: Sequence[Any]) -> list[Any]:
+        """``function(deviation, *matched leaves)`` where the method acts, else None."""
+        return [
+            None if deviation is None else function(deviation, *others)
+            for deviation, *others in zip(self.deviations, *matched, strict=True)
+        ]
+
+    def rebuild(self, change: Callable[..., jax.Array], *matched: Sequence[Any]) -> PyTree:
+        """The updates with ``change(deviation, *matched leaves)`` where the method acts.
+
+        The result is cast to the update's dtype. Everything else is passed through as it is.
         """
-        changed: dict[trees.Path, Any] = {}
-        for path, leaf, deviation, entry in zip(
-            self.flat.paths, self.updates, self.deviations, self.plan.arrays, strict=True
-        ):
-            if deviation is None or entry is None:
-                continue
-            dtype = deviation.delta.dtype
-            values = [
-                deviations_lib.spread(entry, v, deviation.delta.ndim).astype(dtype) for v in vectors
-            ]
-            changed[path] = change(deviation, *values).astype(jnp.result_type(leaf))
-        return trees.replace_leaves(self.tree, changed)
+        return trees.replace_leaves(
+            self.tree,
+            {
+                path: changed.astype(jnp.result_type(leaf))
+                for path, leaf, changed in zip(
+                    self.flat.paths, self.updates, self.map(change, *matched), strict=True
+                )
+                if changed is not None
+            },
+        )
+
+    def store(self, tree: PyTree, leaves: Sequence[jax.Array | None]) -> PyTree:
+        """A parameter-shaped tree of the state with new leaves where there are some, in its dtypes.
+
+        Args:
+          tree: what the state holds, made by :func:`zeros_like_layers`.
+          leaves: per leaf of the parameters the new value, or None to keep the old one.
+        """
+        old = trees.align(self.flat, tree, "the state")
+        return trees.replace_leaves(
+            tree,
+            {
+                path: new.astype(held.dtype)
+                for path, new, held in zip(self.flat.paths, leaves, old, strict=True)
+                if new is not None
+            },
+        )
+
+    @property
+    def taking_part(self) -> jax.Array:
+        """Per layer whether it has an update; a layer without one keeps what the state says."""
+        present = np.zeros(self.plan.vector_size, bool)
+        for deviation, entry in zip(self.deviations, self.plan.arrays, strict=True):
+            if deviation is not None and entry is not None:
+                present[entry.start : entry.start + entry.count] = True
+        return jnp.asarray(present)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,19 +198,47 @@ class StageOptions:
 
 def _deviation(path: trees.Path, update: Any, theta: Any, theta_0: Any) -> Deviation:
     dtype = layers_lib.compute_dtype(theta, update)
-    pretrained = _as_real(anchors.on_device(theta_0), dtype, "anchor", path)
+    pretrained = trees.as_real(anchors.on_device(theta_0), dtype, "anchor", path)
     delta = jnp.asarray(theta, dtype) - pretrained
-    return Deviation(delta, _as_real(update, dtype, "updates", path))
+    return Deviation(delta, trees.as_real(update, dtype, "updates", path))
 
 
-def _as_real(leaf: Any, dtype: Any, what: str, path: trees.Path) -> jax.Array:
-    """``leaf`` in a real dtype; never by dropping an imaginary part."""
-    if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
-        raise TypeError(
-            f"{what} is complex at {trees.shown(path)}, where the parameter is real. Take its real "
-            "part, or wrap the optimizer in optax.contrib.split_real_and_imaginary."
-        )
-    return jnp.asarray(leaf, dtype)
+def applied(theta: Any, update: Any) -> Any:
+    """θ + u in the parameter's dtype; θ where the update cannot be added (``float0``)."""
+    if jnp.result_type(update) == jax.dtypes.float0:
+        return theta
+    return jnp.asarray(theta + update, jnp.result_type(theta))
+
+
+def pulled(d: Deviation, factor: jax.Array) -> jax.Array:
+    """The update that takes the deviation to f Δ̃; where f = 1, u itself."""
+    # See spd.py: on an explicit-sharding mesh the predicate must be sharded as the array is.
+    outside = (factor < 1) | jnp.zeros_like(d.step, bool)
+    return jnp.where(outside, factor * d.tentative - d.delta, d.step)
+
+
+def zeros_like_layers(params: PyTree, plan: layers_lib.LayerPlan, dtype: Any = None) -> PyTree:
+    """Zeros like the parameters that are layers, MaskedNode for the others, placed as they are.
+
+    Args:
+      params: as given to ``init``: arrays, tracers, ``ShapeDtypeStruct`` leaves (answered in
+        kind), or Optax's placeholder (answered with itself).
+      plan: their layers.
+      dtype: of the zeros; None for each parameter's own.
+    """
+    flat = trees.flatten(params)
+    if not flat.leaves:
+        return params
+    kept = flat.only(entry is not None for entry in plan.arrays)
+    return kept.unflatten(
+        leaf if trees.is_gap(leaf) else _zeros_like(leaf, dtype) for leaf in kept.leaves
+    )
+
+
+def _zeros_like(leaf: Any, dtype: Any) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=leaf.sharding)
+    return jnp.zeros_like(leaf, dtype=dtype)
 
 
 def check_vector(field: str, vector: jax.Array, plan: layers_lib.LayerPlan) -> None:

@@ -228,3 +228,13 @@ def require_params(params: PyTree) -> None:
         # Optax does not export its message; its decay stage raises it, word for word.
         optax.add_decayed_weights(0.0).update((), optax.EmptyState(), None)
         raise ValueError("params is None; this transformation needs the current parameters.")
+
+
+def as_real(leaf: Any, dtype: Any, what: str, path: Path) -> jax.Array:
+    """``leaf`` in a real dtype; never by dropping an imaginary part."""
+    if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+        raise TypeError(
+            f"{what} is complex at {shown(path)}, where the parameter is real. Take its real "
+            "part, or wrap the optimizer in optax.contrib.split_real_and_imaginary."
+        )
+    return jnp.asarray(leaf, dtype)

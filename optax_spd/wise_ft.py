@@ -58,7 +58,8 @@ def wise_ft(
     flat = trees.flatten(params)
     layers_lib.check_layers(layers)
     plan = layers_lib.plan_layers(flat, layers)
-    vector = _per_layer(alpha, plan)
+    checks.check_finite("alpha", alpha)
+    vector = deviations.per_layer("alpha", alpha, plan)
     blended = [
         theta
         if entry is None
@@ -77,16 +78,3 @@ def _blend(theta: Any, theta_0: Any, alpha: jax.Array) -> jax.Array:
         theta, dtype
     )
     return mixed.astype(jnp.result_type(theta))
-
-
-def _per_layer(alpha: jax.typing.ArrayLike, plan: layers_lib.LayerPlan) -> jax.Array:
-    checks.check_finite("alpha", alpha)
-    alpha = jnp.asarray(alpha)
-    if jnp.ndim(alpha) == 0:
-        return jnp.full(plan.vector_size, alpha, plan.dtype)
-    if jnp.shape(alpha) != (len(plan.names),):
-        raise ValueError(
-            f"alpha must be a scalar or hold one value for each of the {len(plan.names)} layers "
-            f"(see layer_names), got shape {jnp.shape(alpha)}."
-        )
-    return jnp.asarray(alpha, plan.dtype)

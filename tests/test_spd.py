@@ -10,42 +10,12 @@ import numpy as np
 import optax
 import oracles
 import pytest
+import torch_like
 
 import optax_spd
 from optax_spd.spd import decay_ratio
 
 CASES = golden.settings("spd")
-
-
-def scale_by_original_amsgrad(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
-    """Adam whose second moment is the running maximum of the *un*corrected v, as in PyTorch.
-
-    Optax's amsgrad takes the maximum after the bias correction: other numbers.
-    """
-
-    def init(params: Any) -> Any:
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return jnp.zeros((), jnp.int32), zeros, zeros, zeros
-
-    # In double precision, as the original computes them: 1 - 0.999^t has no digits to spare.
-    steps = np.arange(1, 1000, dtype=np.float64)
-    corrections = jnp.asarray(1 - b1**steps), jnp.asarray(np.sqrt(1 - b2**steps))
-
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
-        count, m, v, s = state
-        first, second = (c[count] for c in corrections)
-        count = count + 1
-        m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, m, updates)
-        v = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g**2, v, updates)
-        s = jax.tree.map(jnp.maximum, s, v)
-        step = jax.tree.map(
-            lambda m, s: m / first.astype(m.dtype) / (jnp.sqrt(s) / second.astype(m.dtype) + eps),
-            m,
-            s,
-        )
-        return step, (count, m, v, s)
-
-    return optax.GradientTransformation(init, update)
 
 
 def inner_of(case: golden.Case) -> optax.GradientTransformation:
@@ -54,7 +24,7 @@ def inner_of(case: golden.Case) -> optax.GradientTransformation:
     rate = lambda count: case.lr[count]
     if case.settings["amsgrad"]:
         return optax.chain(
-            scale_by_original_amsgrad(b1, b2, eps), optax.scale_by_learning_rate(rate)
+            torch_like.scale_by_amsgrad(b1, b2, eps), optax.scale_by_learning_rate(rate)
         )
     return optax.adam(rate, b1, b2, eps)
 

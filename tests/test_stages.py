@@ -50,7 +50,11 @@ def test_rebuild_hands_each_layer_its_own_values_and_keeps_the_updates_dtype() -
     params = {"a": jnp.ones((2, 3), jnp.bfloat16), "b": jnp.ones((4,))}
     updates = {"a": jnp.zeros((2, 3), jnp.float16), "b": jnp.zeros(4, jnp.bfloat16)}
     view = view_of(updates, params, layers=layers.stacked("a", axis=1))
-    new = view.rebuild(lambda d, v, w: d.step + v + w, jnp.arange(4.0), 10 * jnp.arange(4.0))
+    new = view.rebuild(
+        lambda d, v, w: d.step + v + w,
+        view.spread(jnp.arange(4.0)),
+        view.spread(10 * jnp.arange(4.0)),
+    )
     np.testing.assert_array_equal(new["a"], np.tile([0.0, 11.0, 22.0], (2, 1)))
     np.testing.assert_array_equal(new["b"], np.full(4, 33.0))
     assert new["a"].dtype == jnp.float16

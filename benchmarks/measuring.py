@@ -1,4 +1,4 @@
-"""Optimizers measured side by side: time of a step, compile time, and memory."""
+"""Training steps measured side by side: time of a step, compile time, and memory."""
 
 import dataclasses
 import statistics
@@ -23,10 +23,13 @@ wait_for: Callable[[Tree], Tree] = jax.block_until_ready
 class Candidate:
     """One optimizer under measurement: what its next step needs, and what was measured so far.
 
+    Every step donates parameters and state.
+
     Attributes:
       tx: the optimizer.
-      params: its own copy of the parameters; every step donates it.
-      state: its state; every step donates it.
+      function: its step: (params, state, *arguments) -> (params, state).
+      params: its own copy of the parameters.
+      state: its state.
       step: the compiled step.
       trace_seconds: of each compilation, the part in Python.
       compile_seconds: of each compilation, the part in XLA.
@@ -35,6 +38,7 @@ class Candidate:
     """
 
     tx: optax.GradientTransformation
+    function: Callable[..., tuple[Tree, Tree]]
     params: Tree
     state: Tree
     step: Any = None
@@ -44,32 +48,53 @@ class Candidate:
     fired: list[tuple[float, float]] = dataclasses.field(default_factory=list)
 
 
-def make_candidate(tx: optax.GradientTransformation, anchor: Tree, params: Tree) -> Candidate:
-    """A candidate that was initialized at ``anchor`` and stands at ``params`` now."""
+def make_candidate(
+    tx: optax.GradientTransformation,
+    anchor: Tree,
+    params: Tree,
+    function: Callable[..., tuple[Tree, Tree]] | None = None,
+) -> Candidate:
+    """A candidate that was initialized at ``anchor`` and stands at ``params`` now.
+
+    Its step is the optimizer's update of given gradients, or ``function``.
+    """
     state = tx.init(jax.tree.map(jnp.array, anchor))
-    return Candidate(tx, jax.tree.map(jnp.array, params), state)
+    params = jax.tree.map(jnp.array, params)
+    return Candidate(tx, function or update_only(tx), params, state)
 
 
-def compile_step(candidate: Candidate, grads: Tree) -> None:
-    """Compiles the candidate's step, anew at every call, and notes how long that took."""
+def update_only(tx: optax.GradientTransformation) -> Callable[..., tuple[Tree, Tree]]:
+    """The step that applies given gradients; no model runs."""
 
     def step(params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
-        updates, state = candidate.tx.update(grads, state, params)
+        updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
+    return step
+
+
+def compile_step(candidate: Candidate, *arguments: Tree) -> None:
+    """Compiles the candidate's step, anew at every call, and notes how long that took."""
+
+    def step(params: Tree, state: Tree, *arguments: Tree) -> tuple[Tree, Tree]:
+        return candidate.function(params, state, *arguments)
+
     start = time.perf_counter()
-    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(candidate.params, candidate.state, grads)
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    lowered = jitted.lower(candidate.params, candidate.state, *arguments)
     traced = time.perf_counter()
     candidate.step = lowered.compile()
     candidate.trace_seconds.append(traced - start)
     candidate.compile_seconds.append(time.perf_counter() - traced)
 
 
-def take_steps(candidate: Candidate, grads: Tree, steps: int) -> float:
+def take_steps(candidate: Candidate, steps: int, *arguments: Tree) -> float:
     """Seconds per step, from dispatch until the result is there."""
     start = time.perf_counter()
     for _ in range(steps):
-        candidate.params, candidate.state = candidate.step(candidate.params, candidate.state, grads)
+        candidate.params, candidate.state = candidate.step(
+            candidate.params, candidate.state, *arguments
+        )
     wait_for((candidate.params, candidate.state))
     return (time.perf_counter() - start) / steps
 
@@ -85,17 +110,22 @@ def fired_shares(candidate: Candidate) -> tuple[float, float] | None:
 
 
 def measure(
-    candidates: Sequence[Candidate], grads: Tree, *, samples: int, steps: int, compilations: int
+    candidates: Sequence[Candidate],
+    *arguments: Tree,
+    samples: int,
+    steps: int,
+    compilations: int,
+    warm_up: int = WARMUP_STEPS,
 ) -> None:
-    """Compiles all candidates and times their steps in turn."""
+    """Compiles all candidates and times their steps in turn, all with the same arguments."""
     for candidate in [*candidates] * compilations:
-        compile_step(candidate, grads)
+        compile_step(candidate, *arguments)
     for candidate in candidates:
-        take_steps(candidate, grads, WARMUP_STEPS)
+        take_steps(candidate, warm_up, *arguments)
     for sample in range(samples):
         # Turn about, so that neither always finds the caches as the other left them.
         for candidate in candidates if sample % 2 == 0 else reversed(candidates):
-            candidate.step_seconds.append(take_steps(candidate, grads, steps))
+            candidate.step_seconds.append(take_steps(candidate, steps, *arguments))
             shares = fired_shares(candidate)
             if shares is not None:
                 candidate.fired.append(shares)

@@ -13,10 +13,7 @@ its step therefore takes 12/7 = 1.71 (8/7 = 1.14) of AdamW's time. L2-SP needs o
 """
 
 import argparse
-import importlib.metadata
 import json
-import os
-import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +22,7 @@ import jax.numpy as jnp
 import optax
 
 import optax_spd
-from benchmarks import measuring, vit
+from benchmarks import measuring, reporting, vit
 
 # Small beside the parameters' distance from the anchor, so that the same layers fire all along.
 LEARNING_RATE = 1e-6
@@ -39,30 +36,12 @@ RECIPES: dict[str, Callable[..., Any]] = {
 NUMBERS_MOVED = {BASELINE: (7, 7), "adam_spd": (12, 8), "adamw_l2_sp": (8, 8)}
 FLOAT32_BYTES = 4
 
-PACKAGES = ("jax", "jaxlib", "optax")
-
-
-def environment() -> dict[str, Any]:
-    """The machine, as busy as it is now, and the versions."""
-    device = jax.devices()[0]
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "device": f"{device.platform} ({device.device_kind})",
-        "cpu": models[0] if models else "unknown CPU",
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
-        "optax_spd": optax_spd.__version__,
-    }
-
 
 def compare(
     *, recipe: str, scale: str, fire: float, samples: int, steps: int, compilations: int
 ) -> dict[str, Any]:
     """Measures a recipe and the baseline; everything the table shows, as JSON values."""
-    before = environment()
+    before = reporting.environment()
     anchor, params, grads = vit.make_trees(vit.SCALES[scale], fire)
     makers = {BASELINE: optax.adamw, recipe: RECIPES[recipe]}
     candidates = {
@@ -125,16 +104,14 @@ def table(result: dict[str, Any]) -> str:
         return "-".join(f"{b * tree['parameters'] / step / 1e9:.1f}" for b in moved(name))
 
     lines = [
-        f"device    {env['device']}: {env['cpu']}, {env['cores']} cores, load average before the "
-        f"run {env['load_average']:.1f}",
-        f"versions  {', '.join(f'{name} {env[name]}' for name in (*PACKAGES, 'optax_spd'))}",
+        *reporting.header(env),
         f"tree      {settings['scale']}: {tree['arrays']} arrays, {tree['parameters']:,} "
         "parameters, float32",
         f"samples   {settings['samples']} of each in turn, {settings['steps']} step(s) per sample",
         "",
         row("", *optimizers),
         measured("step, median [ms]", lambda o: f"{1e3 * o['step_seconds']['median']:.2f}"),
-        measured("step, quartiles [ms]", lambda o: quartiles(o["step_seconds"], 1e3)),
+        measured("step, quartiles [ms]", lambda o: reporting.quartiles(o["step_seconds"], 1e3)),
         row("to move [bytes/parameter]", *("-".join(map(str, moved(n))) for n in optimizers)),
         row("that is [GB/s]", *map(rates, optimizers)),
         measured("tracing, median [s]", lambda o: f"{o['trace_seconds']:.2f}"),
@@ -145,15 +122,12 @@ def table(result: dict[str, Any]) -> str:
         measured("layers that fired", percent("share_of_layers_fired")),
         measured("parameters in them", percent("share_of_parameters_in_them")),
         "",
-        f"{settings['recipe']} takes {ratio['median']:.2f} (quartiles {quartiles(ratio)}) of "
-        f"{BASELINE}'s time; by bytes moved alone {limit['second_pass_from_memory']:.2f} "
+        f"{settings['recipe']} takes {ratio['median']:.2f} (quartiles "
+        f"{reporting.quartiles(ratio)}) of {BASELINE}'s time; by bytes moved alone "
+        f"{limit['second_pass_from_memory']:.2f} "
         f"({limit['second_pass_from_cache']:.2f} if a second pass hits a cache).",
     ]
     return "\n".join(line.rstrip() for line in lines)
-
-
-def quartiles(values: dict[str, float], scale: float = 1.0) -> str:
-    return f"{scale * values['lower_quartile']:.2f}-{scale * values['upper_quartile']:.2f}"
 
 
 # argparse shows the name of such a function: "invalid share value".
@@ -162,21 +136,6 @@ def share(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"a share lies between 0 and 1, got {text}")
     return value
-
-
-def count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"at least 1 is needed, got {text}")
-    return value
-
-
-def output(text: str) -> pathlib.Path:
-    path = pathlib.Path(text)
-    # Better now than when the measurement is done.
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r} to write to")
-    return path
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -194,10 +153,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="SHARE",
         help="share of layers in which SPD acts, 0 to 1",
     )
-    add("--samples", type=count, default=20, help="timings of each optimizer")
-    add("--steps", type=count, default=1, help="steps per timing")
-    add("--compilations", type=count, default=3, help="timings of each compilation")
-    add("--json", type=output, metavar="FILE", help="also write all numbers to this file")
+    add("--samples", type=reporting.count, default=20, help="timings of each optimizer")
+    add("--steps", type=reporting.count, default=1, help="steps per timing")
+    add("--compilations", type=reporting.count, default=3, help="timings of each compilation")
+    add("--json", type=reporting.output, metavar="FILE", help="also write all numbers to this file")
     options = vars(parser.parse_args(argv))
     file = options.pop("json")
     result = compare(**options)

@@ -138,7 +138,7 @@ def test_steps_donate_parameters_and_state() -> None:
     given = [x for x in jax.tree.leaves((candidate.params, candidate.state)) if x is not unread]
     grads = jax.tree.map(jnp.array, grads)
     measuring.compile_step(candidate, grads)
-    measuring.take_steps(candidate, grads, 1)
+    measuring.take_steps(candidate, 1, grads)
     assert all(leaf.is_deleted() for leaf in given)
 
 

@@ -1,0 +1,62 @@
+"""What the benchmarks' tables and command lines share."""
+
+import argparse
+import importlib.metadata
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+import optax_spd
+
+PACKAGES = ("jax", "jaxlib", "optax", "optax_spd")
+
+
+def environment() -> dict[str, Any]:
+    """The machine, as busy as it is now, and the versions."""
+    device = jax.devices()[0]
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "device": f"{device.platform} ({device.device_kind})",
+        "cpu": models[0] if models else "unknown CPU",
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        **{name: importlib.metadata.version(name) for name in PACKAGES[:-1]},
+        "optax_spd": optax_spd.__version__,
+    }
+
+
+def header(env: dict[str, Any]) -> list[str]:
+    """The environment as the first lines of a table."""
+    return [
+        f"device    {env['device']}: {env['cpu']}, {env['cores']} cores, load average before the "
+        f"run {env['load_average']:.1f}",
+        f"versions  {', '.join(f'{name} {env[name]}' for name in PACKAGES)}",
+    ]
+
+
+def quartiles(values: dict[str, float], scale: float = 1.0, digits: int = 2) -> str:
+    """The middle half of a spread, as text."""
+    low, high = (scale * values[key] for key in ("lower_quartile", "upper_quartile"))
+    return f"{low:.{digits}f}-{high:.{digits}f}"
+
+
+# argparse shows the name of such a function: "invalid count value".
+def count(text: str) -> int:
+    """A whole number of at least 1, from a command line."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"at least 1 is needed, got {text}")
+    return value
+
+
+def output(text: str) -> pathlib.Path:
+    """A file to write, from a command line; its folder must exist."""
+    path = pathlib.Path(text)
+    # Better now than when the measurement is done.
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r} to write to")
+    return path

@@ -156,7 +156,7 @@ def adam_ftp(
     """
     return wrappers.chain(
         optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype),
-        l2_sp(weight_decay, anchor="zero"),
+        _decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
         ftp(
             k,
@@ -232,7 +232,7 @@ def sgd_ftp(
       <https://arxiv.org/abs/2310.19182>`_, NeurIPS 2023.
     """
     return wrappers.chain(
-        l2_sp(weight_decay, anchor="zero"),
+        _decayed_weights(weight_decay),
         optax.sgd(learning_rate, momentum, nesterov),
         ftp(
             k,
@@ -246,3 +246,12 @@ def sgd_ftp(
             axis_name=axis_name,
         ),
     )
+
+
+def _decayed_weights(weight_decay: checks.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Adds λθ to the update."""
+    checks.check_scalar("weight_decay", weight_decay)
+    # Optax 0.2.5 takes no schedule here, and 0.2.6 never advances it.
+    if callable(weight_decay):
+        return l2_sp(weight_decay, anchor="zero")
+    return optax.add_decayed_weights(weight_decay)

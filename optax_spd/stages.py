@@ -212,9 +212,14 @@ def applied(theta: Any, update: Any) -> Any:
 
 def pulled(d: Deviation, factor: jax.Array) -> jax.Array:
     """The update that takes the deviation to f Δ̃; where f = 1, u itself."""
+    # f Δ̃ - Δ = u - (1 - f) Δ̃. With a factor near 1 and a small step the first is the difference of
+    # nearly equal numbers; with a factor near 0 the second is.
+    drawn_in = jnp.where(
+        factor < 0.5, factor * d.tentative - d.delta, d.step - (1 - factor) * d.tentative
+    )
     # See spd.py: on an explicit-sharding mesh the predicate must be sharded as the array is.
     outside = (factor < 1) | jnp.zeros_like(d.step, bool)
-    return jnp.where(outside, factor * d.tentative - d.delta, d.step)
+    return jnp.where(outside, drawn_in, d.step)
 
 
 def zeros_like_layers(params: PyTree, plan: layers_lib.LayerPlan, dtype: Any = None) -> PyTree:

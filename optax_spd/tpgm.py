@@ -117,8 +117,8 @@ def tpgm(
       are the γ: shape (layers,), the widest parameter dtype and at least float32, in units of the
       norm. A learning update holds one more copy of the parameters, their projection, and what
       ``validation_fn`` and its gradient need. Under ``optax.inject_hyperparams`` name
-      ``radius_optimizer``, ``norm``, ``anchor``, ``anchor_dtype``, ``layers``, ``mask`` and
-      ``axis_name`` in ``static_args``. Inside ``optax.MultiSteps`` validation runs on every
+      ``radius_optimizer``, ``norm``, ``radii``, ``anchor``, ``anchor_dtype``, ``layers``, ``mask``
+      and ``axis_name`` in ``static_args``. Inside ``optax.MultiSteps`` validation runs on every
       micro-step; see the documentation for how to avoid it.
 
     Raises:
@@ -157,7 +157,8 @@ def tpgm(
 
     def init(params: PyTree) -> TPGMState:
         plan, held = options.init(params)
-        start = deviations.per_layer("radii", 0.0 if radii is None else radii, plan)
+        # A copy: the caller's array would be donated together with the state.
+        start = jnp.array(deviations.per_layer("radii", 0.0 if radii is None else radii, plan))
         return TPGMState(
             count=jnp.zeros((), jnp.int32),
             anchor=held,

@@ -23,7 +23,7 @@ Differences from the authors' code:
    radii, and a missing gradient makes them change places.
 3. Row norms of C_{t-1} are computed again from C_{t-1} and not stored beside it; in
    ``state_dtype`` it is rounded first.
-4. A layer whose q or N_t is not finite keeps the inner optimizer's update, and its radius, moments
+4. A layer whose q² or N_t is not finite keeps the inner optimizer's update, and its radius, moments
    and C stay those of its last step (in the original NaN stays forever).
 5. Sums are taken in at least float32 whatever the parameters' dtype.
 6. ``norm="l2"``; the original has MARS only. Its radius' learning rate 1e-2 is an argument.
@@ -52,13 +52,13 @@ class RadiusMoments(NamedTuple):
 
     Attributes:
       steps: how many steps the layer has taken part in, int32.
-      mu: first moment of q.
-      nu: second moment of q.
+      first: moment of q. (Not Adam's names: they would hide its moments from ``optax.tree.get``.)
+      second: moment of q.
     """
 
     steps: jax.Array
-    mu: jax.Array
-    nu: jax.Array
+    first: jax.Array
+    second: jax.Array
 
 
 class FTPState(NamedTuple):
@@ -104,8 +104,8 @@ def radius_update(
     """
     slope = jnp.where(slope > 0, k * slope, slope)
     steps = moments.steps + 1
-    mu = B1 * moments.mu + (1 - B1) * slope
-    nu = B2 * moments.nu + (1 - B2) * slope**2
+    mu = B1 * moments.first + (1 - B1) * slope
+    nu = B2 * moments.second + (1 - B2) * slope**2
     t = steps.astype(radius.dtype)
     # 1 - b^t by expm1: in float32 the textbook form has no digits to spare at small t.
     mu_hat = mu / -jnp.expm1(t * math.log(B1))
@@ -113,9 +113,9 @@ def radius_update(
     moved = radius - learning_rate * mu_hat / (jnp.sqrt(nu_hat) + projections.EPS)
     clipped = jnp.minimum(jnp.maximum(moved, projections.EPS), largest)
 
-    first = moments.steps == 0
-    return jnp.where(first, projections.EPS, clipped), RadiusMoments(
-        steps, jnp.where(first, 0, mu), jnp.where(first, 0, nu)
+    begins = moments.steps == 0
+    return jnp.where(begins, projections.EPS, clipped), RadiusMoments(
+        steps, jnp.where(begins, 0, mu), jnp.where(begins, 0, nu)
     )
 
 
@@ -239,7 +239,8 @@ def ftp(
             checks.value_at(k, state.count, view.plan.dtype),
             checks.value_at(radius_learning_rate, state.count, view.plan.dtype),
         )
-        acts = view.taking_part & jnp.isfinite(slope) & jnp.isfinite(largest)
+        # q² and not q: a second moment that overflows would hold the radius still for good.
+        acts = view.taking_part & jnp.isfinite(slope**2) & jnp.isfinite(largest)
         radii, moments = jax.tree.map(
             lambda new, old: jnp.where(acts, new, old),
             (radii, moments),

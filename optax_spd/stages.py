@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import shard_alike
 
 from optax_spd import anchors, deviations as deviations_lib, layers as layers_lib, masks, trees
 
@@ -243,7 +244,11 @@ def zeros_like_layers(params: PyTree, plan: layers_lib.LayerPlan, dtype: Any = N
 def _zeros_like(leaf: Any, dtype: Any) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=leaf.sharding)
-    return jnp.zeros_like(leaf, dtype=dtype)
+    zeros = jnp.zeros_like(leaf, dtype=dtype)
+    if isinstance(leaf, jax.core.Tracer):
+        # Zeros depend on nothing, so the partitioner would put a whole copy on every device.
+        return shard_alike.shard_alike(leaf, zeros)[1]
+    return zeros
 
 
 def check_vector(field: str, vector: jax.Array, plan: layers_lib.LayerPlan) -> None:

@@ -1,4 +1,7 @@
-"""What the installed JAX can do."""
+"""What the installed JAX can do, and what a program does."""
+
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,3 +17,14 @@ def host_memory_works() -> bool:
     except Exception:
         return False
     return bool(kept.sharding.memory_kind == "pinned_host")
+
+
+def primitives(jaxpr: Any) -> Iterator[str]:
+    """Names of all primitives of a jaxpr, inner ones included."""
+    for equation in jaxpr.eqns:
+        yield equation.primitive.name
+        for parameter in equation.params.values():
+            for inner in parameter if isinstance(parameter, tuple | list) else (parameter,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from primitives(inner)

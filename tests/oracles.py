@@ -1,10 +1,15 @@
-"""What several test files share: SPD in float64 NumPy, and a plain training run."""
+"""What several test files share: the methods in float64 NumPy, and a plain training run."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import optax
+
+import optax_spd
+
+EPS = 1e-8
 
 
 def spd_step(
@@ -21,14 +26,120 @@ def spd_step(
     return u - decay * ratio * tentative, ratio
 
 
+Rows = list[np.ndarray]
+
+
+def rows_by_layer(
+    tree: Mapping[str, Any], specs: Mapping[str, optax_spd.LayerSpec]
+) -> dict[str, Rows]:
+    """Each layer's arrays as float64 matrices with its output units as rows.
+
+    Args:
+      tree: arrays by name.
+      specs: how each divides into layers. Default output axes are the last that is not stacked.
+    """
+    layers: dict[str, Rows] = {}
+    for name, value in tree.items():
+        array, spec = np.asarray(value, np.float64), specs[name]
+        if array.size == 0:
+            continue
+        stacked = sorted(a % array.ndim for a in spec.stacked_axes)
+        rest = [a for a in range(array.ndim) if a not in stacked]
+        units = (
+            [a % array.ndim for a in spec.output_axes]
+            if tuple(spec.output_axes) != (-1,)
+            else rest[-1:]
+        )
+        units = sorted(units) if len(rest) > 1 else []
+        inputs = [a for a in rest if a not in units]
+        ordered = array.transpose(*stacked, *units, *inputs)
+        sizes = [array.shape[a] for a in stacked]
+        count = int(np.prod([array.shape[a] for a in units], dtype=int))
+        for index in np.ndindex(*sizes):
+            key = name if spec.group is None else str(spec.group)
+            key += f"[{','.join(map(str, index))}]" if stacked else ""
+            layers.setdefault(key, []).append(ordered[index].reshape(count, -1))
+    return layers
+
+
+def row_norms(deviation: Rows, norm: str) -> Rows:
+    """One column per matrix: the norm of each of its rows, or of the whole layer."""
+    if norm == "mars":
+        return [np.abs(c).sum(axis=1, keepdims=True) for c in deviation]
+    whole = np.sqrt(sum(np.sum(c**2) for c in deviation))
+    return [np.full((len(c), 1), whole) for c in deviation]
+
+
+class FTP:
+    """One layer under Fast Trainable Projection, as golden/README.md section 2 writes it."""
+
+    def __init__(self, norm: str = "mars") -> None:
+        self.norm = norm
+        self.t = 0
+        self.gamma = self.m = self.v = 0.0
+        self.previous: Rows = []
+        # What a test should have met: how often the radius shrank by annealed q, was clipped from
+        # above, and held a row back.
+        self.met = {"annealed": 0, "clipped": 0, "projected": 0, "inside": 0}
+
+    def step(
+        self,
+        update: Rows,
+        theta: Rows,
+        anchor: Rows,
+        grad: Rows,
+        k: float = 1.0,
+        rate: float = 0.01,
+    ) -> Rows:
+        """The new update; keeps γ and C."""
+        C = [t + u - a for t, u, a in zip(theta, update, anchor, strict=True)]
+        N = [n + EPS for n in row_norms(C, self.norm)]
+        self.t += 1
+        if self.t == 1:
+            self.gamma = EPS
+        else:
+            before = [n + EPS for n in row_norms(self.previous, self.norm)]
+            q = sum(
+                float(np.sum(g * c / n))
+                for g, c, n in zip(grad, self.previous, before, strict=True)
+            )
+            self.met["annealed"] += q > 0 and k < 1
+            q = k * q if q > 0 else q
+            self.m = 0.9 * self.m + 0.1 * q
+            self.v = 0.999 * self.v + 0.001 * q * q
+            m_hat, v_hat = self.m / (1 - 0.9**self.t), self.v / (1 - 0.999**self.t)
+            moved = self.gamma - rate * m_hat / (np.sqrt(v_hat) + EPS)
+            largest = max(float(n.max()) for n in N)
+            self.met["clipped"] += moved > largest
+            self.gamma = min(max(moved, EPS), largest)
+        f = [np.clip(self.gamma / n, 0, 1) for n in N]
+        self.met["projected"] += any(bool((x < 1).any()) for x in f)
+        self.met["inside"] += any(bool((x == 1).any()) for x in f)
+        self.previous = C
+        return [
+            np.where(x < 1, a + x * c - t, u)
+            for x, a, c, t, u in zip(f, anchor, C, theta, update, strict=True)
+        ]
+
+
+FIELDS = ("spd_ratio", "ftp_radii", "tpgm_radii")
+
+
+def decisions(state: Any) -> jax.Array:
+    """What the method in an optimizer's state decided for each layer: its ratios or its radii."""
+    found = [optax.tree.get(state, field) for field in FIELDS]
+    (vector,) = [vector for vector in found if vector is not None]
+    return vector
+
+
 def train(tx: Any, params: Any, gradients: Any) -> tuple[Any, np.ndarray]:
-    """Trains on recorded gradients (a leading step axis); the parameters, and r step by step."""
+    """Trains on recorded gradients (a leading step axis); parameters, and decisions by step."""
 
     def step(carry: Any, grads: Any) -> Any:
         params, state = carry
         updates, state = tx.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), optax.tree.get(state, "spd_ratio")
+        return (optax.apply_updates(params, updates), state), decisions(state)
 
     scan = jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), gradients))
-    (params, _), ratios = jax.device_get(scan(params))
-    return params, ratios
+    (params, _), found = jax.device_get(scan(params))
+    return params, found

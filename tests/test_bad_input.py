@@ -21,8 +21,22 @@ STAGES: dict[str, Builder] = {
     "l2_sp": lambda weight_decay=0.1, **options: optax_spd.l2_sp(weight_decay, **options),
     "adam_spd": functools.partial(optax_spd.adam_spd, 0.1),
     "adamw_l2_sp": functools.partial(optax_spd.adamw_l2_sp, 0.1),
+    "adam_ftp": functools.partial(optax_spd.adam_ftp, 0.1),
+    "sgd_ftp": functools.partial(optax_spd.sgd_ftp, 0.1),
+    "ftp": optax_spd.ftp,
+    "tpgm": optax_spd.tpgm,
+    "adam_tpgm": functools.partial(optax_spd.adam_tpgm, 0.1),
 }
-every_stage = pytest.mark.parametrize("build", STAGES.values(), ids=STAGES)
+
+
+def some(*names: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("build", [STAGES[name] for name in names], ids=names)
+
+
+every_stage = some(*STAGES)
+every_decay = some("spd", "l2_sp", "adam_spd", "adamw_l2_sp", "adam_ftp", "sgd_ftp")
+every_ftp = some("ftp", "adam_ftp", "sgd_ftp")
+every_ball = some("ftp", "adam_ftp", "sgd_ftp", "tpgm", "adam_tpgm")
 
 
 def model() -> dict[str, Any]:
@@ -53,9 +67,10 @@ def test_missing_params_are_refused_in_the_words_of_optax(build: Builder) -> Non
 @pytest.mark.parametrize(
     "wrap", [lambda tx: tx, optax_spd.with_anchor, optax.chain], ids=["bare", "anchor", "chain"]
 )
-def test_a_missing_gradient_is_refused_with_three_mends(wrap: Any) -> None:
-    tx = wrap(optax_spd.spd())
-    with pytest.raises(ValueError, match="spd needs the raw gradient") as error:
+@pytest.mark.parametrize("stage", ["spd", "ftp"])
+def test_a_missing_gradient_is_refused_with_three_mends(stage: str, wrap: Any) -> None:
+    tx = wrap(STAGES[stage]())
+    with pytest.raises(ValueError, match=f"{stage} needs the raw gradient") as error:
         tx.update(model(), tx.init(model()), model())
     for mend in ("grad=grads", "optax_spd.chain(...)", "optax_spd.with_gradient(...)"):
         assert mend in str(error.value)
@@ -128,17 +143,18 @@ def test_an_anchor_that_does_not_match(build: Builder, change: Any, told: list[s
 
 
 @every_mismatch
-def test_a_gradient_that_does_not_match(change: Any, told: list[str]) -> None:
+@some("spd", "ftp")
+def test_a_gradient_that_does_not_match(build: Builder, change: Any, told: list[str]) -> None:
     wrong = change(model())
     with pytest.raises(ValueError, match="grad does not match") as error:
-        step(optax_spd.spd(), model(), grad=wrong)
+        step(build(), model(), grad=wrong)
     assert_tells(error, "grad", told)
 
 
 # Hyperparameters ---------------------------------------------------------------------------------
 
 
-@every_stage
+@every_decay
 @pytest.mark.parametrize("value", [-1.0, np.nan, np.inf, -np.inf], ids=str)
 def test_weight_decay_is_finite_and_not_negative(build: Builder, value: float) -> None:
     for same in (value, np.float32(value), jnp.asarray(value)):
@@ -147,7 +163,7 @@ def test_weight_decay_is_finite_and_not_negative(build: Builder, value: float) -
         assert str(value) in str(error.value)
 
 
-@every_stage
+@every_decay
 def test_weight_decay_is_a_number_or_a_schedule(build: Builder) -> None:
     for wrong in (None, "0.1", {"encoder": 0.1}, 1j):
         with pytest.raises(TypeError, match="weight_decay must be a number or a schedule"):
@@ -158,7 +174,7 @@ def test_weight_decay_is_a_number_or_a_schedule(build: Builder) -> None:
         assert str(np.shape(array)) in str(error.value)
 
 
-@every_stage
+@every_decay
 def test_a_traced_weight_decay_is_not_checked(build: Builder) -> None:
     # Under inject_hyperparams and jit there is no value to check.
     def update(weight_decay: jax.Array) -> Any:
@@ -166,6 +182,63 @@ def test_a_traced_weight_decay_is_not_checked(build: Builder) -> None:
 
     updates, _ = jax.jit(update)(jnp.asarray(0.5))
     assert np.all(np.isfinite(updates["head"]))
+
+
+@every_ftp
+@pytest.mark.parametrize(
+    ("name", "wrong", "allowed"),
+    [
+        ("k", [-0.1, 1.1, np.nan, np.inf], "between 0 and 1"),
+        ("radius_learning_rate", [-0.1, np.nan, np.inf], "at least 0"),
+    ],
+)
+def test_hyperparameters_of_ftp_are_in_range(
+    build: Builder, name: str, wrong: list[float], allowed: str
+) -> None:
+    for value in wrong:
+        for same in (value, np.float32(value), jnp.asarray(value)):
+            with pytest.raises(ValueError, match=f"{name} must be finite and {allowed}"):
+                build(**{name: same})
+    with pytest.raises(TypeError, match=f"{name} must be a number or a schedule"):
+        build(**{name: "1"})
+    with pytest.raises(ValueError, match=f"{name} must be a scalar"):
+        build(**{name: [0.5, 0.5]})
+    for fine in (0.0, 1.0, lambda count: 5.0):
+        build(**{name: fine})
+
+
+@every_ftp
+def test_the_dtype_of_the_deviation_is_floating(build: Builder) -> None:
+    with pytest.raises(ValueError, match="state_dtype must be a floating dtype, got int32"):
+        build(state_dtype=jnp.int32)
+    with pytest.raises(TypeError, match="half"):
+        build(state_dtype="half a float")
+
+
+@every_ball
+@pytest.mark.parametrize("norm", ["l1", "MARS", "", None, 2], ids=repr)
+def test_an_unknown_norm_is_refused_with_those_there_are(build: Builder, norm: Any) -> None:
+    with pytest.raises(ValueError, match="norm must be 'l2' or 'mars'") as error:
+        build(norm=norm)
+    assert repr(norm) in str(error.value)
+
+
+@every_ball
+@pytest.mark.parametrize("axis_name", ["x", ("x", "y")], ids=repr)
+def test_mars_needs_to_know_which_axes_are_split(build: Builder, axis_name: Any) -> None:
+    with pytest.raises(ValueError, match="Give axis_name the PartitionSpecs") as error:
+        build(axis_name=axis_name)
+    assert repr(axis_name) in str(error.value)
+    build(axis_name=axis_name, norm="l2")
+
+
+@pytest.mark.parametrize(("name", "field"), [("ftp", "ftp_radii"), ("tpgm", "tpgm_radii")])
+def test_a_state_of_another_number_of_layers(name: str, field: str) -> None:
+    made = STAGES[name](layers=optax_spd.by_module())
+    used = STAGES[name]()
+    state = made.init(model())
+    with pytest.raises(ValueError, match=rf"{field} has shape \(2,\).* 3 layers"):
+        used.update(model(), state, model(), grad=model())
 
 
 @every_stage
@@ -237,7 +310,7 @@ def test_complex_parameters_train_as_their_parts_in_optax_wrapper() -> None:
     assert wrapped["wave"].dtype == np.complex64
 
 
-@pytest.mark.parametrize("build", [STAGES["spd"], STAGES["l2_sp"]], ids=["spd", "l2_sp"])
+@some("spd", "l2_sp", "ftp", "tpgm")
 def test_leaves_that_are_no_layers_pass_through(build: Builder) -> None:
     params = {
         "empty": np.ones((0, 3), np.float32),
@@ -356,18 +429,20 @@ def test_a_nan_gradient_in_training_stays_in_its_layer() -> None:
     np.testing.assert_array_equal(sick_ratios[:, 1], ratios[:, 1])
 
 
+@some("spd", "ftp")
 @pytest.mark.parametrize("what", ["updates", "grad", "anchor"])
-def test_imaginary_parts_are_not_dropped(what: str) -> None:
+def test_imaginary_parts_are_not_dropped(what: str, build: Builder) -> None:
     trees = {name: {"w": jnp.ones(2)} for name in ("updates", "grad", "anchor")}
     trees[what] = {"w": jnp.ones(2) * 1j}
-    tx = optax_spd.spd(anchor="argument")
+    tx = build(anchor="argument")
     params = {"w": jnp.zeros(2)}
     updates = trees.pop("updates")
     with pytest.raises(TypeError, match=f"{what} is complex at 'w', where the parameter is real"):
         tx.update(updates, tx.init(params), params, **trees)
 
 
-def test_a_mask_taken_for_a_schedule_says_so() -> None:
-    recipe = optax.inject_hyperparams(optax_spd.adam_spd)
+@pytest.mark.parametrize("build", [optax_spd.adam_spd, optax_spd.adam_ftp, optax_spd.adam_tpgm])
+def test_a_mask_taken_for_a_schedule_says_so(build: Builder) -> None:
+    recipe = optax.inject_hyperparams(build)
     with pytest.raises(ValueError, match="name the mask in its static_args"):
         recipe(0.1, mask=optax_spd.path_mask("w")).init({"w": jnp.ones(2)})

@@ -1,5 +1,7 @@
 """FTP against the original implementation and against float64 NumPy."""
 
+import collections
+from collections.abc import Callable
 from typing import Any
 
 import golden
@@ -7,10 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracles
 import pytest
 import torch_like
+from hypothesis import given, settings as examples, strategies as st
 
 import optax_spd
+from optax_spd import LayerSpec
+from optax_spd.ftp import RadiusMoments, radius_update
 
 CASES = golden.settings("ftp")
 # PyTorch keeps output units on the first axis.
@@ -93,8 +99,8 @@ def run(case: golden.Case, tx: Any, pass_grad: bool) -> tuple[Any, Any]:
         params = optax.apply_updates(params, updates)
         vectors = {
             "gamma": optax.tree.get(state, "ftp_radii"),
-            "m_gamma": optax.tree.get(state, "ftp_moments").mu,
-            "v_gamma": optax.tree.get(state, "ftp_moments").nu,
+            "m_gamma": optax.tree.get(state, "ftp_moments").first,
+            "v_gamma": optax.tree.get(state, "ftp_moments").second,
         }
         return (params, state), (params, vectors)
 
@@ -128,3 +134,299 @@ def test_replays_the_original(settings: dict[str, Any], form: str, x64: None) ->
                 vector[:, index], case.fields[name][field], rtol=0, atol=tolerance, err_msg=field
             )
     assert vectors["gamma"].dtype == settings["dtype"]
+
+
+# Against NumPy -----------------------------------------------------------------------------------
+
+STEPS = 7
+SHAPES = [(), (5,), (2, 3), (3, 2, 4), (0, 3)]
+NORMS = pytest.mark.parametrize("norm", ["mars", "l2"])
+# Away from the anchor, back, and away again: radii grow, shrink and are clipped.
+SIGNS = np.array([1.0, 1.0, 1.0, -1.0, -1.0, 1.0, 1.0])
+
+
+@st.composite
+def described_arrays(draw: st.DrawFn) -> dict[str, tuple[tuple[int, ...], LayerSpec]]:
+    """A tree of shapes, each with stacked and output axes, and perhaps in a group of its like."""
+    described = {}
+    for index in range(draw(st.integers(1, 4))):
+        shape = draw(st.sampled_from(SHAPES))
+        axes = draw(st.permutations(range(len(shape))))
+        stacked = draw(st.integers(0, len(shape)))
+        outputs = draw(st.integers(1, max(1, len(shape) - stacked)))
+        sizes = tuple(shape[a] for a in sorted(axes[:stacked]))
+        spec = LayerSpec(
+            stacked_axes=axes[:stacked],
+            output_axes=axes[stacked:][:outputs] if draw(st.booleans()) else (-1,),
+            group=f"group{sizes}" if draw(st.booleans()) else None,
+        )
+        described[f"p{index}"] = (shape, spec)
+    return described
+
+
+def recorded_gradients(params: Any, seed: int) -> Any:
+    """A leading step axis on every array."""
+    rng = np.random.default_rng(seed)
+
+    def one(x: Any) -> np.ndarray:
+        signs = SIGNS.reshape(-1, *[1] * np.ndim(x))
+        steps = (STEPS, *np.shape(x))
+        return signs * rng.normal(size=np.shape(x)) + 0.3 * rng.normal(size=steps)
+
+    return jax.tree.map(one, params)
+
+
+def test_agrees_with_numpy_whatever_a_layer_is(x64: None) -> None:
+    met: collections.Counter[str] = collections.Counter()
+    rate = 0.2
+
+    @examples(max_examples=12, deadline=None, derandomize=True)
+    @given(
+        described=described_arrays(),
+        norm=st.sampled_from(["mars", "l2"]),
+        k=st.sampled_from([0.0, 0.4, 1.0]),
+        radius_rate=st.sampled_from([0.01, 0.5]),
+        seed=st.integers(0, 99),
+    )
+    def check(described: Any, norm: str, k: float, radius_rate: float, seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        start = {name: rng.normal(size=shape) for name, (shape, _) in described.items()}
+        anchor = {name: x + 0.1 * rng.normal(size=x.shape) for name, x in start.items()}
+        grads = recorded_gradients(start, seed)
+        specs = {name: spec for name, (_, spec) in described.items()}
+        stage = optax_spd.ftp(
+            k,
+            norm=norm,
+            radius_learning_rate=radius_rate,
+            anchor=anchor,
+            layers=lambda path, _: specs[path],
+        )
+        params, radii = oracles.train(optax_spd.chain(optax.sgd(rate), stage), start, grads)
+
+        names = optax_spd.layer_names(start, layers=lambda path, _: specs[path])
+        theta, theta_0 = (oracles.rows_by_layer(tree, specs) for tree in (start, anchor))
+        found = oracles.rows_by_layer(params, specs)
+        g = [
+            oracles.rows_by_layer(jax.tree.map(lambda x, t=t: x[t], grads), specs)
+            for t in range(STEPS)
+        ]
+        assert names == list(theta)
+        for index, name in enumerate(names):
+            oracle, rows = oracles.FTP(norm), theta[name]
+            for t in range(STEPS):
+                u = oracle.step(
+                    [-rate * x for x in g[t][name]], rows, theta_0[name], g[t][name], k, radius_rate
+                )
+                rows = [x + step for x, step in zip(rows, u, strict=True)]
+                np.testing.assert_allclose(radii[t, index], oracle.gamma, rtol=0, atol=1e-10)
+            for ours, theirs in zip(found[name], rows, strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-10)
+            met.update(oracle.met)
+
+    check()
+    assert min(met[event] for event in oracles.FTP().met) >= 15, met
+
+
+INNER: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "adam": lambda: optax.adam(0.03),
+    "sgd with momentum": lambda: optax.sgd(0.1, momentum=0.9),
+    "muon": lambda: optax.contrib.muon(0.05),
+}
+
+
+@pytest.mark.parametrize(
+    ("inner_name", "norm", "scheduled"),
+    [
+        ("adam", "mars", True),
+        ("adam", "l2", False),
+        ("sgd with momentum", "l2", True),
+        ("muon", "mars", False),
+    ],
+)
+def test_agrees_with_numpy_behind_any_optimizer(
+    inner_name: str, norm: str, scheduled: bool, x64: None
+) -> None:
+    """q comes from the raw gradient, C from the inner optimizer's step; schedules count updates."""
+    inner = INNER[inner_name]()
+    k = lambda count: jnp.where(count < 8, 0.25, 1.0)
+    rate = optax.piecewise_constant_schedule(0.0625, {12: 0.25})  # exact in float32
+    options = {"k": k, "radius_learning_rate": rate} if scheduled else {"k": 0.5}
+    tx = optax_spd.chain(inner, optax_spd.ftp(norm=norm, **options))
+    rng = np.random.default_rng(0)
+    params = {"bias": rng.normal(size=5), "kernel": rng.normal(size=(4, 5))}
+    specs = dict.fromkeys(params, LayerSpec())
+    rows = lambda tree: oracles.rows_by_layer(tree, specs)
+    theta_0, state, inner_state = rows(params), tx.init(params), inner.init(params)
+    update, inner_update = jax.jit(tx.update), jax.jit(inner.update)
+    layers = {name: oracles.FTP(norm) for name in params}
+    for step in range(20):
+        grads = jax.tree.map(
+            lambda x, step=step: np.cos(step / 3) + rng.normal(size=x.shape), params
+        )
+        u, inner_state = inner_update(grads, inner_state, params)
+        updates, state = update(grads, state, params)
+        values = (float(k(step)), float(rate(step))) if scheduled else (0.5, 0.01)
+        radii = dict(zip(optax_spd.layer_names(params), state[1].ftp_radii, strict=True))
+        for name, layer in layers.items():
+            (expected,) = layer.step(
+                *(rows(tree)[name] for tree in (u, params)),
+                theta_0[name],
+                rows(grads)[name],
+                *values,
+            )
+            np.testing.assert_allclose(rows(updates)[name][0], expected, rtol=0, atol=1e-12)
+            np.testing.assert_allclose(radii[name], layer.gamma, rtol=0, atol=1e-12)
+        params = optax.apply_updates(params, updates)
+    for event in ("annealed", "projected"):
+        assert sum(layer.met[event] for layer in layers.values()) >= (5 if scheduled else 2), event
+
+
+@NORMS
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_stacked_array_trains_as_its_slices(axis: int, norm: str, x64: None) -> None:
+    rng = np.random.default_rng(0)
+    slices = {f"blocks[{i}]": rng.normal(size=(4, 3)) for i in range(3)}
+    grads = recorded_gradients(slices, 1)
+    options = {"norm": norm, "radius_learning_rate": 0.05}
+    apart, radii = oracles.train(optax_spd.adam_ftp(0.1, **options), slices, grads)
+    together = lambda tree, axis: {"blocks": np.stack(list(tree.values()), axis)}
+    layers = optax_spd.stacked("blocks", axis)
+    tx = optax_spd.adam_ftp(0.1, **options, layers=layers)
+    found, found_radii = oracles.train(tx, together(slices, axis), together(grads, axis + 1))
+    np.testing.assert_allclose(found_radii, radii, atol=1e-12)
+    assert len(np.unique(radii[-1])) == 3
+    np.testing.assert_allclose(found["blocks"], together(apart, axis)["blocks"], atol=1e-12)
+
+
+# One layer's radius ------------------------------------------------------------------------------
+
+NO_MOMENTS = (0.0, 0.0)
+
+
+def updated(
+    radius: float, steps: int, moments: tuple[float, float], q: float, largest: float, k: float = 1
+) -> tuple[float, int, float, float]:
+    new, after = radius_update(
+        jnp.asarray(radius),
+        RadiusMoments(jnp.int32(steps), *map(jnp.asarray, moments)),
+        jnp.asarray(q),
+        jnp.asarray(largest),
+        jnp.asarray(k),
+        jnp.asarray(0.01),
+    )
+    return float(new), int(after.steps), float(after.first), float(after.second)
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-9, 3.0])
+@pytest.mark.parametrize("q", [-5.0, 0.0, 5.0])
+def test_the_first_step_fixes_the_radius_and_keeps_the_moments_at_zero(
+    q: float, largest: float, x64: None
+) -> None:
+    assert updated(0.0, 0, NO_MOMENTS, q, largest) == (1e-8, 1, 0.0, 0.0)
+
+
+# Adam's bias corrections are those of its second step, though this is the first.
+FIRST_MOVE = 0.01 * (0.1 / 0.19) / np.sqrt(0.001 / 0.001999)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_the_second_step_moves_by_less_than_the_rate(size: float, x64: None) -> None:
+    np.testing.assert_allclose(FIRST_MOVE, 0.007441, atol=5e-7)
+    grown, *_ = updated(1.0, 1, NO_MOMENTS, -size, 10.0)
+    shrunk, *_ = updated(1.0, 1, NO_MOMENTS, size, 10.0)
+    np.testing.assert_allclose([grown - 1, 1 - shrunk], FIRST_MOVE, rtol=3e-4)
+    assert updated(1.0, 1, NO_MOMENTS, size, 10.0)[1] == 2
+
+
+def test_bias_corrections_have_digits_to_spare_in_float32() -> None:
+    grown, *_ = updated(0.0, 1, NO_MOMENTS, -1.0, 10.0)
+    np.testing.assert_allclose(grown, FIRST_MOVE, rtol=5e-7)
+
+
+@pytest.mark.parametrize("k", [0.0, 0.25, 1.0])
+def test_annealing_scales_positive_slopes_only(k: float, x64: None) -> None:
+    *_, mu, nu = updated(1.0, 1, NO_MOMENTS, 2.0, 10.0, k)
+    np.testing.assert_allclose([mu, nu], [0.1 * 2 * k, 0.001 * (2 * k) ** 2], rtol=1e-12)
+    assert updated(1.0, 1, NO_MOMENTS, -2.0, 10.0, k) == updated(1.0, 1, NO_MOMENTS, -2.0, 10.0)
+
+
+def test_at_k_zero_a_radius_keeps_its_momentum_but_never_starts_to_shrink(x64: None) -> None:
+    assert updated(1.0, 1, NO_MOMENTS, 2.0, 10.0, 0.0)[0] == 1.0
+    radius, _, mu, nu = updated(1.0, 5, (-0.3, 0.2), 2.0, 10.0, 0.0)
+    assert radius > 1.0
+    np.testing.assert_allclose([mu, nu], [0.9 * -0.3, 0.999 * 0.2], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("radius", "q", "largest", "expected"),
+    [
+        (1.0, -1.0, 0.4, 0.4),  # clipped to the current largest norm
+        (1e-8, 1.0, 1.0, 1e-8),  # and to the smallest radius
+        (1e-8, 1.0, 1e-9, 1e-9),  # of the two the upper end wins
+        (0.5, 0.0, 1.0, 0.5),
+    ],
+)
+def test_the_radius_is_clipped(
+    radius: float, q: float, largest: float, expected: float, x64: None
+) -> None:
+    np.testing.assert_allclose(updated(radius, 1, NO_MOMENTS, q, largest)[0], expected, rtol=1e-12)
+
+
+# One step ----------------------------------------------------------------------------------------
+
+
+def opened(params: Any, radius: float, **options: Any) -> tuple[Any, Any]:
+    """The stage, and its state in a second step in which the radii do not move."""
+    tx = optax_spd.ftp(anchor="zero", radius_learning_rate=0.0, **options)
+    state = tx.init(params)
+    moments = state.ftp_moments._replace(steps=jnp.ones_like(state.ftp_moments.steps))
+    return tx, state._replace(ftp_radii=jnp.full_like(state.ftp_radii, radius), ftp_moments=moments)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rows_inside_their_ball_keep_the_update_to_the_bit(dtype: Any, jitted: bool) -> None:
+    rng = np.random.default_rng(0)
+    columns = np.array([0.1, 3.0, 0.3, 5.0])  # the output units' sizes
+    params = jnp.asarray(rng.normal(size=(6, 4)) * columns, dtype)
+    step = jnp.asarray(rng.normal(size=(6, 4)) * columns / 10, dtype)
+    tx, state = opened(params, 4.0)
+    update = jax.jit(tx.update) if jitted else tx.update
+    updates, state = update(step, state, params, grad=step)
+    inside = np.abs(np.asarray(params + step, np.float64)).sum(axis=0) < 3.9
+    np.testing.assert_array_equal(inside, [True, False, True, False])
+    assert updates.dtype == dtype
+    np.testing.assert_array_equal(updates[:, inside], step[:, inside])
+    assert not np.any(np.asarray(updates[:, ~inside] == step[:, ~inside]).all(axis=0))
+    np.testing.assert_array_equal(state.ftp_radii, [4.0])
+
+
+def test_an_l2_ball_holds_all_rows_or_none() -> None:
+    params = jnp.array([[3.0, 0.0], [0.0, 4.0]])
+    for radius, factor in ((5.0, 1.0), (2.5, 0.5)):
+        tx, state = opened(params, radius, norm="l2")
+        updates, _ = tx.update(jnp.zeros_like(params), state, params, grad=params)
+        np.testing.assert_allclose(params + updates, factor * params, rtol=1e-6)
+
+
+@NORMS
+@pytest.mark.parametrize("anchor", ["zero", "offset"])
+def test_the_first_step_takes_every_layer_to_its_anchor(anchor: str, norm: str, x64: None) -> None:
+    params = {"bias": np.arange(3.0), "kernel": np.ones((2, 3)), "scale": np.float64(2.0)}
+    target = jax.tree.map(lambda x: 0.0 * x if anchor == "zero" else x - 1, params)
+    tx = optax_spd.sgd_ftp(0.1, norm=norm, anchor="zero" if anchor == "zero" else target)
+    updates, state = tx.update(params, tx.init(params), params)
+    new = optax.apply_updates(params, updates)
+    distances = jax.tree.map(lambda x, t: np.abs(x - t).max(), new, target)
+    assert 0 < max(jax.tree.leaves(distances)) <= 1e-8
+    np.testing.assert_array_equal(optax.tree.get(state, "ftp_radii"), np.full(3, 1e-8))
+
+
+def test_a_layer_that_does_not_move_stays_without_nan() -> None:
+    """Their case of a zero gradient at the anchor: C = 0, q = 0, and the radius is the smallest."""
+    params = {"moving": jnp.ones(3), "still": jnp.ones((2, 2))}
+    grads = {"moving": jnp.ones((STEPS, 3)), "still": jnp.zeros((STEPS, 2, 2))}
+    trained, radii = oracles.train(optax_spd.sgd_ftp(0.1), params, grads)
+    np.testing.assert_array_equal(trained["still"], params["still"])
+    np.testing.assert_array_equal(radii[:, 1], np.full(STEPS, np.float32(1e-8)))
+    assert radii[-1, 0] > 0.01

@@ -41,16 +41,24 @@ def shared_anchor(learning_rate: optax.ScalarOrSchedule, weight_decay: float = 1
     )
 
 
+def tpgm_in_fixed_balls(learning_rate: optax.ScalarOrSchedule, radii: float = 20.0) -> Any:
+    return optax_spd.chain(optax.adam(learning_rate), optax_spd.tpgm(radii=radii))
+
+
 FACTORIES = {
     "adam_spd": optax_spd.adam_spd,
+    "adam_ftp": optax_spd.adam_ftp,
     "adamw_l2_sp": optax_spd.adamw_l2_sp,
     "sgd_spd": sgd_spd,
+    "sgd_ftp": optax_spd.sgd_ftp,
     "clipped_adam_spd": clipped_adam_spd,
     "shared_anchor": shared_anchor,
+    "tpgm_in_fixed_balls": tpgm_in_fixed_balls,
 }
 
 # One row per optimizer: a name for the test class, the factory and its arguments. The suite
-# minimizes four functions in 30,000 steps, to 3e-2: the rates must allow that.
+# minimizes four functions in 30,000 steps, to 3e-2: the rates must allow that. adam_tpgm cannot:
+# without validation data its radii never grow, so it is only in the other tables.
 CONTRIB_TABLE = {
     "adam_spd": ("adam_spd", {"learning_rate": 1e-2}),
     "adam_spd_strong": ("adam_spd", {"learning_rate": 1e-2, "weight_decay": 1.5}),
@@ -59,6 +67,9 @@ CONTRIB_TABLE = {
     "sgd_spd": ("sgd_spd", {"learning_rate": 1e-3}),
     "clipped_adam_spd": ("clipped_adam_spd", {"learning_rate": 1e-2}),
     "shared_anchor": ("shared_anchor", {"learning_rate": 1e-2}),
+    "adam_ftp": ("adam_ftp", {"learning_rate": 1e-2, "k": 0.5}),
+    "sgd_ftp_l2": ("sgd_ftp", {"learning_rate": 1e-3, "momentum": 0.9, "norm": "l2"}),
+    "tpgm_in_fixed_balls": ("tpgm_in_fixed_balls", {"learning_rate": 1e-2}),
 }
 
 SHARDING_TABLE = {
@@ -74,6 +85,11 @@ SHARDING_TABLE = {
     "sgd_spd": sgd_spd(1.0),
     "clipped_adam_spd": clipped_adam_spd(1.0),
     "shared_anchor": shared_anchor(1.0),
+    "adam_ftp": optax_spd.adam_ftp(1.0),
+    "adam_ftp_state_dtype": optax_spd.adam_ftp(1.0, state_dtype=jnp.bfloat16, norm="l2"),
+    "sgd_ftp_stacked_axis_is_sharded": optax_spd.sgd_ftp(1.0, layers=optax_spd.stacked("", axis=1)),
+    "adam_tpgm": optax_spd.adam_tpgm(1.0, norm="l2"),
+    "adam_tpgm_stacked": optax_spd.adam_tpgm(1.0, layers=optax_spd.stacked("", axis=0)),
 }
 
 FLOAT64_TABLE = [
@@ -96,6 +112,20 @@ FLOAT64_TABLE = [
     ("sgd_spd", sgd_spd, {"learning_rate": 0.1}),
     ("clipped_adam_spd", clipped_adam_spd, {"learning_rate": 0.1}),
     ("shared_anchor", shared_anchor, {"learning_rate": 0.1}),
+    ("adam_ftp", optax_spd.adam_ftp, {"learning_rate": 0.1, "norm": "l2", "weight_decay": 0.1}),
+    (
+        "adam_ftp_schedules",
+        optax_spd.adam_ftp,
+        {
+            "learning_rate": lambda count: 0.1 / (1 + count),
+            "k": lambda count: 1.0 / (1 + count),
+            "radius_learning_rate": lambda count: 0.1 / (1 + count),
+            "state_dtype": jnp.bfloat16,
+        },
+    ),
+    ("sgd_ftp", optax_spd.sgd_ftp, {"learning_rate": 0.1, "momentum": 0.9, "nesterov": True}),
+    ("adam_tpgm", optax_spd.adam_tpgm, {"learning_rate": 0.1}),
+    ("adam_tpgm_l2", optax_spd.adam_tpgm, {"learning_rate": 0.1, "norm": "l2"}),
 ]
 ONE = optax_spd.LayerSpec(group="one")
 
@@ -178,7 +208,30 @@ def test_a_suite_that_would_skip_fails() -> None:
     assert "would skip this test: some version" in result.failures[0][1]
 
 
-@pytest.mark.parametrize("label", [label for label in CONTRIB_TABLE if label != "adamw_l2_sp"])
+@pytest.mark.parametrize("label", [label for label in CONTRIB_TABLE if "ftp" in label])
+def test_ftp_acts_where_the_suite_converges(label: str) -> None:
+    """It reaches the suite's target although its radii hold the inner optimizer back for long."""
+    suite = contrib_suite({label: CONTRIB_TABLE[label]})
+    start, _, objective = suite._setup_parabola(jnp.float32)
+    name, kwargs = CONTRIB_TABLE[label]
+    inner = optax.adam(1e-2) if name == "adam_ftp" else optax.sgd(1e-3, momentum=0.9)
+
+    def distance(tx: Any) -> jax.Array:
+        def step(carry: Any, _: None) -> Any:
+            params, state = carry
+            updates, state = tx.update(jax.grad(objective)(params), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=100)[0][0])
+        return jnp.linalg.norm(run((start, tx.init(start))) - start)
+
+    assert 0.1 < distance(FACTORIES[name](**kwargs)) < 0.8 * distance(inner)
+
+
+SPD_LABELS = [label for label in CONTRIB_TABLE if "spd" in label]
+
+
+@pytest.mark.parametrize("label", [*SPD_LABELS, "shared_anchor"])
 def test_spd_acts_where_the_suite_converges(label: str) -> None:
     """The suite's target is reached although SPD holds back, not because it never acts."""
     suite = contrib_suite({label: CONTRIB_TABLE[label]})

@@ -1,4 +1,4 @@
-"""Properties of SPD over random parameter trees. Each counts how often SPD fired."""
+"""Properties of the methods over random parameter trees. Each counts how often they acted."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -206,3 +206,38 @@ def test_layers_do_not_influence_each_other(tally: Tally, poison: float) -> None
                 np.testing.assert_array_equal(new, old)
 
     for_random_trees(check)
+
+
+def test_ftp_leaves_each_layer_in_its_ball_whatever_the_tree(tally: Tally) -> None:
+    """After any two steps, in the params' own dtypes, and each layer as if it were alone."""
+
+    def check(tree: Any, seed: int) -> None:
+        step = random_step(tree, seed)
+        tx = optax_spd.ftp(anchor="argument", radius_learning_rate=1.0)
+        state, updates = tx.init(step.params), step.updates
+        for _ in range(2):
+            updates, state = tx.update(
+                step.updates, state, step.params, grad=step.updates, anchor=step.anchor
+            )
+        assert jax.tree.structure(updates) == jax.tree.structure(step.updates)
+        names = optax_spd.layer_names(step.params)
+        radii = np.asarray(state.ftp_radii)[: len(names)]
+        tally.add(radii)
+        radius_of = dict(zip(names, radii, strict=True))
+        flat, new = trees.flatten(step.params), trees.flatten(updates)
+        anchors = trees.flatten(step.anchor).leaves
+        for path, theta, u, theta_0 in zip(
+            flat.paths, flat.leaves, new.leaves, anchors, strict=True
+        ):
+            if trees.path_name(path) not in radius_of:
+                continue
+            assert (u.shape, u.dtype) == (theta.shape, theta.dtype)
+            delta, u = (np.asarray(x, np.float64) for x in (theta - theta_0, u))
+            sizes = np.abs(delta + u)
+            rows = sizes.reshape(-1, sizes.shape[-1]).sum(axis=0) if u.ndim > 1 else sizes.sum()
+            # Δ and u' are rounded to the dtype; Δ is what bfloat16 and float16 make of θ - θ₀.
+            rounding = float(jnp.finfo(theta.dtype).eps)
+            allowed = rounding * (np.abs(delta) + np.abs(u)).sum() + 1e-6
+            assert np.max(rows) <= radius_of[trees.path_name(path)] + allowed
+
+    settings(EXAMPLES, max_examples=24)(given(TREES, st.integers(0, 2**16))(check))()

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracles
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
@@ -39,6 +40,8 @@ OPTIMIZERS = {
     "masked, in bfloat16": optax_spd.adam_spd(
         0.1, anchor_dtype=jnp.bfloat16, mask=optax_spd.path_mask("dense")
     ),
+    "adam_ftp": optax_spd.adam_ftp(0.1, k=0.5, radius_learning_rate=0.05, state_dtype=jnp.bfloat16),
+    "adam_tpgm": optax_spd.adam_tpgm(0.1, norm="l2"),
     "shared anchor": optax_spd.with_gradient(
         optax_spd.with_anchor(
             optax.chain(
@@ -68,7 +71,7 @@ def step_of(name: str) -> Any:
 
 
 class Trainer:
-    """Parameters, the state of an optimizer, and the ratios of all steps so far."""
+    """Parameters, the state of an optimizer, and the ratios or radii of all steps so far."""
 
     def __init__(self, name: str) -> None:
         self.step = step_of(name)
@@ -78,7 +81,7 @@ class Trainer:
     def run(self, start: int, stop: int) -> "Trainer":
         for grads in GRADS[start:stop]:
             self.params, self.state = self.step(grads, self.state, self.params)
-            self.ratios.append(np.asarray(optax.tree.get(self.state, "spd_ratio")))
+            self.ratios.append(np.asarray(oracles.decisions(self.state)))
         return self
 
 
@@ -89,7 +92,7 @@ def assert_same_to_the_bit(found: Any, expected: Any) -> None:
 
 
 def assert_continues(trainer: Trainer, name: str) -> None:
-    """Runs to the end and compares with a run that was not interrupted; SPD acts in both."""
+    """Runs to the end and compares with a run that was not interrupted; the method acts in both."""
     uninterrupted = Trainer(name).run(0, STEPS)
     trainer.run(STOP, STEPS)
     np.testing.assert_array_equal(trainer.ratios[STOP:], uninterrupted.ratios[STOP:])

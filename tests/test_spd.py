@@ -1,6 +1,6 @@
 """SPD against the original implementation and against float64 NumPy; precision; the jaxpr."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import golden
@@ -11,6 +11,7 @@ import optax
 import oracles
 import pytest
 import torch_like
+from jax_support import primitives
 
 import optax_spd
 from optax_spd.spd import decay_ratio
@@ -298,17 +299,6 @@ def test_gradients_through_a_step_are_finite() -> None:
 
 
 # What a step may not do ------------------------------------------------------------------------
-
-
-def primitives(jaxpr: Any) -> Iterator[str]:
-    """Names of all primitives of a jaxpr, inner ones included."""
-    for equation in jaxpr.eqns:
-        yield equation.primitive.name
-        for parameter in equation.params.values():
-            for inner in parameter if isinstance(parameter, tuple | list) else (parameter,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from primitives(inner)
 
 
 SCHEDULE = optax.linear_schedule(1.0, 0.5, 3)

@@ -284,6 +284,17 @@ def _axes_of_spec(spec: Any, entry: ArrayLayers) -> MeshAxes:
     return axes
 
 
+def varying_axes(array: jax.Array) -> frozenset[str]:
+    """The mesh axes along which a checked ``shard_map`` knows the array to differ.
+
+    Empty under ``pmap``, and in a ``shard_map`` with ``check_vma=False``.
+    """
+    kind = jax.typeof(array)
+    current = getattr(kind, "manual_axis_type", None)  # older JAX: vma, without the wrapping
+    varying: frozenset[str] = kind.vma if current is None else current.varying
+    return varying
+
+
 def is_names(axis_name: Any) -> bool:
     """Whether ``axis_name=`` is a bare name or several, that do not say which arrays they split."""
     return isinstance(axis_name, str) or (

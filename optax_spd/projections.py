@@ -110,7 +110,9 @@ def _spread(
 
 def ball_factor(radius: jax.Array, norm: jax.Array) -> jax.Array:
     """What the deviation is multiplied by: clip(γ / (n + 1e-8), 0, 1), as the authors write it."""
-    return jnp.clip(radius / (norm + EPS), 0, 1)
+    length = norm + EPS
+    # Clipped before the division: an infinite radius would make its gradient NaN.
+    return jnp.clip(jnp.minimum(radius, length) / length, 0, 1)
 
 
 def project(

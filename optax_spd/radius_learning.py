@@ -39,13 +39,15 @@ class Constraint(NamedTuple):
     acts: jax.Array
     axes: Sequence[deviations.MeshAxes] | None
 
-    def started(self, radii: jax.Array, started: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Radii that start now are half of their layer's smallest row norm.
+    def started(
+        self, radii: jax.Array, started: jax.Array, initial: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Radii that start now are ``initial``, or half of their layer's smallest row norm.
 
-        A layer that has not moved gets 0, and starts when it has.
+        A layer that has not moved starts again when it has.
         """
         starting = self.acts & ~started
-        radii = jnp.where(starting, self.norms.smallest / 2, radii)
+        radii = jnp.where(starting, self.norms.smallest / 2 if initial is None else initial, radii)
         return radii, started | (self.acts & (self.norms.largest > 0))
 
     def clipped(self, radii: jax.Array) -> jax.Array:
@@ -59,6 +61,7 @@ class Constraint(NamedTuple):
 
     def radius_gradient(self, radii: jax.Array, weight_gradients: Leaves) -> jax.Array:
         """∂L/∂γ = Σ_j [0 < γ/(n_j + 1e-8) < 1] ⟨∂L/∂θ'_j, Δ̃_j⟩ / (n_j + 1e-8), per layer."""
+        axes, copies = self._gradient_axes()
         terms: list[tuple[jax.Array, ...] | None] = []
         for entry, g, delta, rows in zip(
             self.plan.arrays, weight_gradients, self.deltas, self.norms.rows, strict=True
@@ -70,9 +73,27 @@ class Constraint(NamedTuple):
             length = rows + projections.EPS
             # Strictly: the derivative of jnp.clip is 1/2 where the ratio is exactly 1.
             inside = (radius > 0) & (radius / length < 1)
-            terms.append((g.astype(delta.dtype) * delta * jnp.where(inside, 1 / length, 0),))
-        (gradient,) = deviations.layer_sums(self.plan, terms, 1, self.axes)
+            weight = jnp.where(inside, 1 / (copies * length), 0)
+            terms.append((g.astype(delta.dtype) * delta * weight,))
+        (gradient,) = deviations.layer_sums(self.plan, terms, 1, axes)
         return gradient
+
+    def _gradient_axes(self) -> tuple[Sequence[deviations.MeshAxes] | None, int]:
+        """The mesh axes to sum weight gradients over, and how many times that counts the loss.
+
+        ``shard_map`` with its check on differentiates the loss. ``pmap``, and ``shard_map``
+        without the check, differentiate the sum of all devices' losses, each device in its own
+        copy of a replicated array: there all copies count, and as many losses as there are devices.
+        """
+        names = {name for axes in self.axes or () for name in axes}
+        if self.axes is None or all(
+            set(axes) <= deviations.varying_axes(delta)
+            for axes, delta in zip(self.axes, self.deltas, strict=True)
+            if delta is not None
+        ):
+            return self.axes, 1
+        everywhere = dict.fromkeys(sorted(names))
+        return [everywhere] * len(self.axes), jax.lax.psum(1, tuple(everywhere))
 
 
 class Learned(NamedTuple):
@@ -116,7 +137,8 @@ def learn_radii(
         gradient = constraint.radius_gradient(radii, weight_gradients)
 
         usable = jnp.isfinite(loss)
-        learns = constraint.acts & usable & jnp.isfinite(gradient)
+        # Its square too: a second moment that overflows would hold the radius still for good.
+        learns = constraint.acts & usable & jnp.isfinite(gradient**2)
         change, new_state = optimizer.update(jnp.where(learns, gradient, 0), state, radii)
         new_radii = optax.apply_updates(radii, change)
         new_radii = jnp.where(learns & jnp.isfinite(new_radii), new_radii, radii)
@@ -178,19 +200,8 @@ def check_validation(validation_fn: Any, validation_batches: Any) -> None:
 
     Raises:
       TypeError: ``validation_fn`` is no function.
-      ValueError: only one of them is given, or the batches have no common leading axis.
+      ValueError: the batches have no common leading axis.
     """
-    for given, missing in (
-        (validation_fn, validation_batches),
-        (validation_batches, validation_fn),
-    ):
-        if given is not None and missing is None:
-            what = ("validation_fn", "validation_batches")
-            has, lacks = what if given is validation_fn else reversed(what)
-            raise ValueError(
-                f"update got {has} but no {lacks}. Pass both to learn the radii, or neither to "
-                "project only."
-            )
     if not callable(validation_fn):
         raise TypeError(
             f"validation_fn must be a function (params, batch) -> loss, got {validation_fn!r}."

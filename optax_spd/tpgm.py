@@ -163,7 +163,7 @@ def tpgm(
             count=jnp.zeros((), jnp.int32),
             anchor=held,
             tpgm_radii=start,
-            tpgm_started=jnp.full(plan.vector_size, radii is not None),
+            tpgm_started=jnp.zeros(plan.vector_size, bool),
             radius_state=optimizer.init(jnp.zeros_like(start)),
         )
 
@@ -178,7 +178,8 @@ def tpgm(
         (norms,) = projections.ball_norms(norm, view.plan, view.axes, tentative)
         acts = view.taking_part & jnp.isfinite(norms.largest)
         constraint = radius_learning.Constraint(view.plan, tentative, norms, acts, view.axes)
-        start, started = constraint.started(state.tpgm_radii, state.tpgm_started)
+        initial = None if radii is None else deviations.per_layer("radii", radii, view.plan)
+        start, started = constraint.started(state.tpgm_radii, state.tpgm_started, initial)
 
         def learn() -> tuple[jax.Array, PyTree]:
             learned = radius_learning.learn_radii(
@@ -230,6 +231,12 @@ def _validation(view: stages.StageView, params: PyTree, extra_args: dict[str, An
     batches = extra_args.get("validation_batches")
     if validation_fn is None and batches is None:
         return None
+    if validation_fn is None or batches is None:
+        raise ValueError(
+            f"update got {'validation_fn' if batches is None else 'validation_batches'} but no "
+            f"{'validation_batches' if batches is None else 'validation_fn'}. Pass both to learn "
+            "the radii, or neither to project only."
+        )
     radius_learning.check_validation(validation_fn, batches)
     for path, leaf in zip(view.flat.paths, view.flat.leaves, strict=True):
         if isinstance(leaf, optax.MaskedNode):

@@ -17,13 +17,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.progress import Progress
+
+import optax_spd
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))  # examples/ is not part of the installed package
 
-from examples.demo import assets, data, experiment, methods, report, training  # noqa: E402
+from examples.demo import (  # noqa: E402
+    assets,
+    data,
+    experiment,
+    methods,
+    pictures,
+    report,
+    training,
+)
 from examples.demo.__main__ import main  # noqa: E402
-from examples.demo.errors import DemoError  # noqa: E402
+from examples.demo.errors import DemoError, DivergedError  # noqa: E402
 from examples.demo.minilm import load_encoder  # noqa: E402
 
 REFERENCE = json.loads((Path(__file__).parent / "data" / "minilm_reference.json").read_text())
@@ -149,6 +161,32 @@ def test_training_goes_through_the_texts_evenly():
     assert visits.tolist() == [2] * 80  # ten batches of 16 are two epochs of 80
     first, second = (np.concatenate([t[:, 0] for t, _, _ in batches[i : i + 5]]) for i in (0, 5))
     assert first.tolist() != second.tolist()
+
+
+def test_validation_batches_are_stacked_in_one_shape_and_go_through_the_texts_evenly():
+    texts = made_up_texts(40)
+    texts = data.Texts([[index, *ids[:31]] for index, ids in enumerate(texts.tokens)], texts.labels)
+    tokens, mask, labels = data.validation_batches(texts, 5, seed=1)
+    assert tokens.shape == mask.shape == (5, data.BATCH, data.MAX_TOKENS)
+    assert labels.shape == (5, data.BATCH)
+    for row, kept, label in zip(
+        tokens.reshape(80, -1), mask.reshape(80, -1), labels.ravel(), strict=True
+    ):
+        assert row[kept].tolist() == texts.tokens[row[0]]
+        assert label == texts.labels[row[0]]
+    visits = np.bincount(tokens[:, :, 0].ravel(), minlength=40)
+    assert visits.tolist() == [2] * 40  # five batches of 16 are two epochs of 40
+    other, _, _ = data.validation_batches(texts, 5, seed=2)
+    assert tokens.tolist() != other.tolist()
+
+
+def test_a_validation_batch_stays_until_the_next_is_due():
+    batches = data.validation_batches(made_up_texts(40), 2, seed=1)
+    validation = training.Validation(batches, every=3)
+    for step, number in enumerate([0, 0, 0, 1, 1, 1]):
+        for found, expected in zip(validation.at(step), batches, strict=True):
+            assert found.shape == (1, *expected.shape[1:])
+            np.testing.assert_array_equal(found[0], expected[number])
 
 
 # ---------------------------------------------------------------- encoder
@@ -317,27 +355,95 @@ def test_every_method_starts_trains_and_stays_finite():
         tx = method.optimizer(training.schedule(3e-4, 20))
         params = {"w": jnp.array([1.0, 1.0])}
         state = tx.init(params)
+        extra = {}
+        if method.validates_every:  # without, the radii stay at half of the first step
+            extra["validation_fn"] = lambda params, batch: jnp.sum((params["w"] - batch) ** 2)
+            extra["validation_batches"] = target["w"][None]
         for _ in range(20):
             grads = jax.tree.map(jnp.subtract, params, target)
-            updates, state = tx.update(grads, state, params)
+            updates, state = tx.update(grads, state, params, **extra)
             params = jax.tree.map(jnp.add, params, updates)
         assert np.isfinite(params["w"]).all()
         # Towards its target; AdamW's decay would pull the other entry back from 2.
-        assert float(params["w"][1]) < 0.999
+        assert float(params["w"][1]) < 0.9998
 
 
-def test_a_diverging_run_says_so(monkeypatch):
-    def nan_loss(params, tokens, mask, labels):
-        return jnp.nan, jax.tree.map(jnp.copy, params)
+def nan_loss(params, tokens, mask, labels):
+    return jnp.nan, jax.tree.map(jnp.copy, params)
 
-    monkeypatch.setattr(training, "loss_and_gradient", nan_loss)
-    batches = data.training_batches(made_up_texts(16), 2, seed=0)
+
+def nan_gradient(params, tokens, mask, labels):
+    return 1.0, jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (nan_loss, "the loss is nan at step 0: try a smaller --lr"),
+        # In the last step the loss has not seen it yet.
+        (nan_gradient, "the parameters after the last step are not finite: try a smaller --lr"),
+    ],
+)
+def test_a_diverging_run_says_so(broken, message, monkeypatch):
+    monkeypatch.setattr(training, "loss_and_gradient", broken)
+    batches = list(data.training_batches(made_up_texts(16), 1, seed=0))
     tx = methods.METHODS["adam"].optimizer(training.schedule(1.0, 2))
-    with pytest.raises(DemoError, match="the loss is nan at step 0: try a smaller --lr"):
+    with pytest.raises(DivergedError, match=message):
         training.fit({"w": np.ones(2)}, tx, batches, lambda: None)
 
 
-def score(correct, distance=1.0):
+def test_radii_are_learned_on_validation_data_alone(monkeypatch):
+    """The training set, the validation set and a test set have tokens of their own."""
+    texts, validation, test = (
+        data.Texts([[kind] * 5 for _ in range(64)], np.arange(64) % 2) for kind in (1, 2, 3)
+    )
+    start = {"w": np.ones(2, np.float32)}
+    material = experiment.Material(0, start, texts, validation, {"movie": test}, {})
+    seen = []
+    original = optax_spd.fit_radii
+
+    def fit(start, tx, batches, tick, held_out=None):
+        assert {int(t) for tokens, _, _ in batches for t in tokens.ravel()} <= {0, 1}
+        if held_out is not None:
+            seen.append(held_out.batches)
+        return training.Fitted(start)
+
+    def fit_radii(params, anchor, validation_fn, batches, **options):
+        seen.append(batches)
+        return original(params, anchor, lambda params, _: jnp.sum(params["w"]), batches, **options)
+
+    monkeypatch.setattr(training, "fit", fit)
+    monkeypatch.setattr(experiment.optax_spd, "fit_radii", fit_radii)
+    with Progress(disable=True) as progress:
+        for name in ("adam", "spd", "tpgm", "ftp", "tpgm-after"):
+            method = methods.METHODS[name]
+            experiment.produce(
+                method, "", settings(steps=20), material, {"adam": {"w": np.zeros(2)}}, progress
+            )
+    in_the_chain, after = seen
+    for tokens, mask, _ in seen:
+        assert set(tokens[mask].tolist()) == {2}
+    assert len(in_the_chain[0]) == -(-20 // methods.TPGM_EVERY)
+    assert len(after[0]) == methods.TPGM_AFTER_BATCHES
+
+
+def test_a_row_is_an_output_unit_or_a_token():
+    params = {
+        "word": {"embedding": np.array([[1.0, -2.0], [0.5, 0.5], [2.0, 0.0]])},
+        "dense": {"kernel": np.array([[1.0, -2.0], [-3.0, 0.5]]), "bias": np.array([1.0, -1.0])},
+    }
+    norms = experiment.row_norms(params)
+    assert norms == {"word/embedding": 3.0, "dense/kernel": 4.0, "dense/bias": 2.0}
+    # The largest ball that still changes nothing has that radius.
+    zeros = jax.tree.map(np.zeros_like, params)
+    radii = [norms[name] for name in optax_spd.layer_names(params)]
+    for radius, same in ((np.array(radii), True), (0.99 * np.array(radii), False)):
+        projected = optax_spd.project(params, zeros, radius, layers=methods.LAYERS)
+        for ours, theirs in zip(jax.tree.leaves(projected), jax.tree.leaves(params), strict=True):
+            assert np.array_equal(ours, theirs) is same
+
+
+def score(correct, distance=1.0, **others):
     """A score whose domains all have these right and wrong answers."""
     domains = experiment.DOMAINS
     right = np.array(correct, bool)
@@ -349,7 +455,7 @@ def score(correct, distance=1.0):
         relative_distance=0.01,
         deviation={},
         seconds=1.0,
-        alpha=None,
+        **others,
     )
 
 
@@ -395,28 +501,119 @@ def test_standard_error_is_that_of_paired_differences():
     assert report.standard_error(results) == pytest.approx(expected)
 
 
+def radii(order):
+    """One radius a kernel: `order` of its block, in units that differ from kind to kind."""
+    return {
+        f"encoder/block_{block}/{kernel}/kernel": (kind + 1) * 0.1 * order(block, kind)
+        for block in range(6)
+        for kind, kernel in enumerate(pictures.KERNELS)
+    }
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        (lambda block, kind: block, 1.0),
+        (lambda block, kind: -block, -1.0),
+        (lambda block, kind: 1.0, 0.0),
+        (lambda block, kind: block if kind < 3 else -block, 0.0),
+        # Ranks 0, 0, 3, 3, 3, 3 as means 0.5, 0.5, 3.5 ...
+        (lambda block, kind: block > 1, np.corrcoef([0.5, 0.5, *[3.5] * 4], range(6))[0, 1]),
+    ],
+)
+def test_depth_order_is_a_rank_correlation_within_each_kind(order, expected):
+    assert report.depth_order(radii(order)) == pytest.approx(expected)
+
+
+def test_the_order_of_the_radii_is_said_of_methods_that_have_some():
+    right = [1, 0]
+    up, down = radii(lambda block, _: block), radii(lambda block, _: -block)
+    results = {
+        "adam": [score(right)],
+        "ftp": [score(right, radii=up, relative_radii=down)],
+    }
+    said = report.radius_order(results)
+    assert "kinds of kernel: FTP +1.00, relative to the pretrained matrix -1.00. At" in said
+    results["ftp"].append(score(right, radii=down, relative_radii=down))
+    said = report.radius_order(results)
+    assert "FTP +0.00 (seed by seed +1.00, -1.00), relative" in said
+    assert report.radius_order({"adam": [score(right)]}) == ""
+
+
+def test_the_table_fits_a_terminal_and_knows_no_step_without_training():
+    scores = {name: [score([1, 0], 12.345)] for name in methods.METHODS}
+    scores["ftp"] = [score([1, 0], step_seconds=0.3456)]
+    console = Console(width=80, file=io.StringIO())
+    console.print(report.table(scores))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    (ftp,) = [line for line in lines if line.lstrip().startswith("FTP")]
+    (probe,) = [line for line in lines if line.lstrip().startswith("linear")]
+    assert ftp.split()[-1] == "0.346"
+    assert probe.split()[-1] == "-"
+    assert not any("…" in line for line in lines)
+
+
+def test_a_method_that_diverges_leaves_the_others_their_results(tmp_path, minilm, sentiment):
+    # So large a rate takes Adam to infinity; FTP's balls hold even then.
+    arguments = ["--methods", "probe,ftp,wise-ft", "--lr", "1e30", "--examples", "32"]
+    out = tmp_path / "results"
+    done = run_demo(*arguments, "--steps", "2", "--evaluation", "50", "--out", str(out))
+    assert done.returncode == 1
+    adam, wise_ft = done.stderr.splitlines()
+    assert adam.startswith("python -m examples.demo: left out Adam: the loss is nan at step 1")
+    assert wise_ft.endswith("left out WiSE-FT: it needs the result of Adam")
+    assert "FTP: ID" in done.stdout
+    record = json.loads((out / "results.json").read_text())
+    assert list(record["results"]) == ["probe", "ftp"]
+    assert list(record["diverged"]) == ["adam", "wise-ft"]
+
+
+def test_nothing_is_written_if_every_method_diverges(tmp_path, monkeypatch, capsys):
+    outcome = experiment.Outcome({}, {"adam": "Adam: the loss is nan"})
+    monkeypatch.setattr("examples.demo.__main__.run", lambda *arguments: outcome)
+    monkeypatch.setattr(experiment.Workbench, "load", lambda *arguments: None)
+    assert main(["--methods", "adam", "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == "python -m examples.demo: left out Adam: the loss is nan\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_short_real_run_ends_in_table_pictures_and_numbers(tmp_path, minilm, sentiment):
     out = tmp_path / "new" / "results"
-    arguments = ["--methods", "spd,wise-ft", "--examples", "32", "--steps", "3"]
+    arguments = ["--methods", "spd,wise-ft,tpgm,tpgm-after,ftp", "--examples", "32"]
+    arguments += ["--steps", "3"]
     done = run_demo(*arguments, "--evaluation", "64", "--out", str(out), PYTHONWARNINGS="error")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    for expected in ("method", "mean OOD", "distance", "Adam", "SPD", "WiSE-FT"):
+    for expected in ("method", "dist.", "s per", "Adam", "SPD", "WiSE-FT", "TPGM after"):
         assert expected in done.stdout
     assert "SPD against Adam out of distribution" in done.stdout
+    assert "Rank correlation of radius and depth" in done.stdout
 
     assert sorted(path.name for path in out.iterdir()) == [
         "accuracy.png",
         "deviation.png",
+        "radii.png",
         "results.json",
     ]
-    for name in ("accuracy.png", "deviation.png"):
+    for name in ("accuracy.png", "deviation.png", "radii.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     record = json.loads((out / "results.json").read_text())
-    assert list(record["results"]) == ["adam", "spd", "wise-ft"]
+    assert list(record["results"]) == ["adam", "spd", "tpgm", "ftp", "wise-ft", "tpgm-after"]
     for entry in record["results"].values():
         assert 0 < entry[0]["distance"] < 10
         assert 0.2 < entry[0]["mean_ood_accuracy"] <= 1
     assert record["results"]["wise-ft"][0]["alpha"] in methods.WISE_FT_ALPHAS
     # Both start from the same place; the average lies between the start and Adam's result.
     assert record["results"]["wise-ft"][0]["distance"] < record["results"]["adam"][0]["distance"]
+    assert record["diverged"] == {}
+    learning = {name for name, (entry,) in record["results"].items() if entry["radii"]}
+    assert learning == {"tpgm", "ftp", "tpgm-after"} == set(record["radius_order"])
+    for name in learning:
+        (entry,) = record["results"][name]
+        kernels = [r for path, r in entry["radii"].items() if path.endswith("/kernel")]
+        assert len(kernels) == 37  # six in each of six blocks, and the head's
+        assert min(kernels) > 0
+        assert (entry["step_seconds"] is None) is (name == "tpgm-after")
+    # Adam's result lies outside of the balls it is projected onto.
+    assert record["results"]["tpgm-after"][0]["distance"] < record["results"]["adam"][0]["distance"]

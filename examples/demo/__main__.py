@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from examples.demo import assets, data, report
 from examples.demo.errors import DemoError
 from examples.demo.experiment import Settings, Workbench, run
-from examples.demo.methods import METHODS
+from examples.demo.methods import DEFAULT, METHODS
 
 LARGEST_TRAINING_SET = 5000
 
@@ -58,13 +58,13 @@ def learning_rate(text: str) -> float:
 
 
 def method_names(text: str) -> list[str]:
-    """Names in table order; a method that averages another's result brings it along."""
+    """Names in table order; a method that works on another's result brings it along."""
     asked = {name.strip() for name in text.split(",")}
     if unknown := sorted(asked - METHODS.keys()):
         raise argparse.ArgumentTypeError(
             f"unknown method {unknown[0]!r}; choose from {', '.join(METHODS)}"
         )
-    asked |= {base for name in asked if (base := METHODS[name].average_of)}
+    asked |= {base for name in asked if (base := METHODS[name].base)}
     return [name for name in METHODS if name in asked]
 
 
@@ -82,8 +82,8 @@ def parser() -> Parser:
     add(
         "--methods",
         type=method_names,
-        default=",".join(METHODS),
-        help="comma-separated; wise-ft brings adam along",
+        default=",".join(DEFAULT),
+        help=f"comma-separated, of {', '.join(METHODS)}; wise-ft and tpgm-after bring adam along",
     )
     add("--seeds", type=between(1, 100), default=1, help="number of training sets drawn")
     add(
@@ -97,7 +97,7 @@ def parser() -> Parser:
     add(
         "--evaluation",
         type=between(50, data.HELD_OUT),
-        default=800,
+        default=500,
         help="snippets scored in each test set",
     )
     return made
@@ -122,23 +122,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bench = Workbench.load(assets.cache_directory(), console.print)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-            results = run(settings, bench, progress)
+            outcome = run(settings, bench, progress)
         seconds = time.perf_counter() - began
-        written = report.write(options.out, settings, results, seconds)
+        for reason in outcome.diverged.values():
+            print(f"{parser().prog}: left out {reason}", file=sys.stderr)
+        if not outcome.results:
+            return 1
+        written = report.write(options.out, settings, outcome, seconds)
     except DemoError as error:
         print(f"{parser().prog}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{parser().prog}: interrupted, nothing was written", file=sys.stderr)
         return 130
+    results = outcome.results
     console.print()
     console.print(report.table(results))
     for line in report.legend(settings, results):
         console.print(line, highlight=False)
     console.print()
     console.print(report.statement(settings, results), style="bold", highlight=False)
+    if order := report.radius_order(results):
+        console.print(order, highlight=False)
     console.print(f"{seconds:.0f} s in all; wrote {', '.join(map(str, written))}", highlight=False)
-    return 0
+    return 1 if outcome.diverged else 0
 
 
 if __name__ == "__main__":

@@ -156,9 +156,9 @@ def bucket(length: int) -> int:
     return next(size for size in BUCKETS if length <= size)
 
 
-def pad(texts: Texts) -> Batch:
-    """One batch as arrays; the mask is True on real tokens."""
-    length = bucket(max(len(ids) for ids in texts.tokens))
+def pad(texts: Texts, length: int | None = None) -> Batch:
+    """One batch as arrays, as long as its longest text needs; the mask is True on real tokens."""
+    length = length or bucket(max(len(ids) for ids in texts.tokens))
     tokens = np.zeros((len(texts), length), np.int32)
     mask = np.zeros((len(texts), length), bool)
     for row, ids in enumerate(texts.tokens):
@@ -185,6 +185,20 @@ def training_batches(texts: Texts, steps: int, seed: int) -> Iterator[Batch]:
         for index in rng.permutation(len(batches))[: steps - made]:
             yield pad(texts.take(batches[index]))
             made += 1
+
+
+def validation_batches(texts: Texts, count: int, seed: int) -> Batch:
+    """`count` random batches for the learning of radii, stacked on a leading axis.
+
+    They go through the texts epoch after epoch. All are padded to the same length, so that one
+    compiled program takes them all.
+    """
+    rng = np.random.default_rng(seed)
+    epochs = math.ceil(count * BATCH / len(texts))
+    order = np.concatenate([rng.permutation(len(texts)) for _ in range(epochs)])
+    tokens, mask, labels = pad(texts.take(order[: count * BATCH]), MAX_TOKENS)
+    shape = (count, BATCH, MAX_TOKENS)
+    return tokens.reshape(shape), mask.reshape(shape), labels.reshape(count, BATCH)
 
 
 def evaluation_indices(texts: Texts) -> Iterator[np.ndarray]:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 from rich.progress import Progress
 
 import optax_spd
-from examples.demo import assets, data, training
-from examples.demo.methods import METHODS, WISE_FT_ALPHAS
+from examples.demo import assets, data, methods, training
+from examples.demo.errors import DivergedError
+from examples.demo.methods import METHODS, WISE_FT_ALPHAS, Method
 from examples.demo.minilm import Params, load_encoder
 from examples.demo.training import Tick
 
 DOMAINS = (data.IN_DISTRIBUTION, *data.OUT_OF_DISTRIBUTION)
-VALIDATION = 500  # snippets that choose the probe's regularisation and WiSE-FT's share
+# Snippets that choose the probe's regularisation and WiSE-FT's share, and teach TPGM its radii.
+VALIDATION = 500
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Score:
-    """One method on one seed. `correct` says of every test snippet whether it was right."""
+    """One method on one seed. `correct` says of every test snippet whether it was right.
+
+    Radii are in units of the norm (MARS) and by path; the relative ones are divided by the norm of
+    the anchor's array.
+    """
 
     accuracy: dict[str, float]
     auc: dict[str, float]
@@ -45,7 +53,10 @@ class Score:
     relative_distance: float
     deviation: dict[str, float]
     seconds: float
-    alpha: float | None
+    step_seconds: float | None = None
+    alpha: float | None = None
+    radii: dict[str, float] | None = None
+    relative_radii: dict[str, float] | None = None
 
     @property
     def shifted_accuracy(self) -> float:
@@ -59,6 +70,14 @@ class Score:
 
 
 Results = dict[str, list[Score]]  # method -> one score a seed
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The methods that finished on every seed, and why others did not."""
+
+    results: Results
+    diverged: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -79,28 +98,61 @@ class Workbench:
         return cls(load_encoder(weights), splits)
 
 
-def run(settings: Settings, bench: Workbench, progress: Progress) -> Results:
+@dataclass(frozen=True)
+class Material:
+    """What all methods of a seed share; `frozen` are the test sets' embeddings at the start."""
+
+    seed: int
+    start: Params
+    texts: data.Texts
+    validation: data.Texts
+    tests: dict[str, data.Texts]
+    frozen: dict[str, np.ndarray]
+
+
+def run(settings: Settings, bench: Workbench, progress: Progress) -> Outcome:
     """Runs every method on every seed.
 
     The test sets and the split are the same for all seeds; a seed draws the training snippets and
-    their order, the same for all methods.
+    their order, the same for all methods. A method that diverges is left out from then on, and so
+    are those that need its result.
     """
-    tests = {
-        data.IN_DISTRIBUTION: bench.splits.test.first(settings.evaluation),
-        **{name: texts.first(settings.evaluation) for name, texts in bench.splits.shifted.items()},
-    }
-    validation = bench.splits.validation.first(min(VALIDATION, settings.evaluation))
-    results: Results = {name: [] for name in settings.methods}
     total = progress.add_task("whole run", total=settings.seeds * len(settings.methods) + 1)
+    results: Results = {name: [] for name in settings.methods}
+    diverged: dict[str, str] = {}
+    for material in prepare(settings, bench, progress):
+        progress.update(total, completed=material.seed * len(settings.methods) + 1)
+        fitted: dict[str, Params] = {}
+        for name in settings.methods:
+            if name not in diverged:
+                label = METHODS[name].label
+                if settings.seeds > 1:
+                    label += f", seed {material.seed}"
+                try:
+                    score = _try(name, label, settings, material, fitted, progress)
+                    results[name].append(score)
+                except DivergedError as error:
+                    diverged[name] = f"{label}: {error}"
+                    del results[name]
+                    progress.console.print(f"{label}: diverged")
+            progress.advance(total)
+    return Outcome(results, diverged)
 
+
+def prepare(settings: Settings, bench: Workbench, progress: Progress) -> Iterator[Material]:
+    """The data and the start of each seed, one after the other."""
+    splits = bench.splits
+    tests = {
+        data.IN_DISTRIBUTION: splits.test.first(settings.evaluation),
+        **{name: texts.first(settings.evaluation) for name, texts in splits.shifted.items()},
+    }
+    validation = splits.validation.first(min(VALIDATION, settings.evaluation))
     # The probe's features: the same for every seed, so they are computed once.
     with _bar(progress, "pretrained embeddings", _batches(validation, *tests.values())) as tick:
         frozen = {name: training.embed(bench.encoder, texts, tick) for name, texts in tests.items()}
         frozen_validation = training.embed(bench.encoder, validation, tick)
-    progress.advance(total)
-
     for seed in range(settings.seeds):
-        texts = bench.splits.training(settings.examples, seed)
+        texts = splits.training(settings.examples, seed)
         head = training.linear_probe(
             training.embed(bench.encoder, texts),
             texts.labels,
@@ -108,44 +160,101 @@ def run(settings: Settings, bench: Workbench, progress: Progress) -> Results:
             validation.labels,
         )
         start = {"encoder": bench.encoder, "head": head}
-        fitted: dict[str, Params] = {}
-        for name in settings.methods:
-            method = METHODS[name]
-            label = method.label if settings.seeds == 1 else f"{method.label}, seed {seed}"
-            began = time.perf_counter()
-            params, alpha = start, None
-            if method.optimizer is not None:
-                batches = data.training_batches(texts, settings.steps, seed)
-                tx = method.optimizer(training.schedule(settings.learning_rate, settings.steps))
-                with _bar(progress, f"{label}: training", settings.steps) as tick:
-                    params = training.fit(start, tx, batches, tick)
-            elif method.average_of is not None:
-                work = len(WISE_FT_ALPHAS) * _batches(validation)
-                with _bar(progress, f"{label}: validation", work) as tick:
-                    params, alpha = average(fitted[method.average_of], start, validation, tick)
-            fitted[name] = params
-            seconds = time.perf_counter() - began
-
-            with _bar(progress, f"{label}: evaluation", _batches(*tests.values())) as tick:
-                embedded = frozen
-                if params is not start:
-                    embedded = {
-                        domain: training.embed(params["encoder"], snippets, tick)
-                        for domain, snippets in tests.items()
-                    }
-            score = measure(params, start, tests, embedded, seconds, alpha)
-            results[name].append(score)
-            progress.console.print(
-                f"{label}: ID {100 * score.accuracy[data.IN_DISTRIBUTION]:.1f}, "
-                f"mean OOD {100 * score.shifted_accuracy:.1f} ({seconds:.0f} s)"
-            )
-            progress.advance(total)
-    return results
+        yield Material(seed, start, texts, validation, tests, frozen)
 
 
-def average(
-    fitted: Params, start: Params, validation: data.Texts, tick: Tick
-) -> tuple[Params, float]:
+def _try(
+    name: str,
+    label: str,
+    settings: Settings,
+    material: Material,
+    fitted: dict[str, Params],
+    progress: Progress,
+) -> Score:
+    """Trains and scores one method; its parameters join `fitted`."""
+    base = METHODS[name].base
+    if base is not None and base not in fitted:
+        raise DivergedError(f"it needs the result of {METHODS[base].label}")
+    began = time.perf_counter()
+    made = produce(METHODS[name], label, settings, material, fitted, progress)
+    seconds = time.perf_counter() - began
+    fitted[name] = made.params
+
+    embedded = material.frozen
+    if made.params is not material.start:
+        work = _batches(*material.tests.values())
+        with _bar(progress, f"{label}: evaluation", work) as tick:
+            embedded = {
+                domain: training.embed(made.params["encoder"], snippets, tick)
+                for domain, snippets in material.tests.items()
+            }
+    score = measure(made, material.start, material.tests, embedded, seconds)
+    progress.console.print(
+        f"{label}: ID {100 * score.accuracy[data.IN_DISTRIBUTION]:.1f}, "
+        f"mean OOD {100 * score.shifted_accuracy:.1f} ({seconds:.0f} s)"
+    )
+    return score
+
+
+def produce(
+    method: Method,
+    label: str,
+    settings: Settings,
+    material: Material,
+    fitted: Mapping[str, Params],
+    progress: Progress,
+) -> training.Fitted:
+    """Trains a method, or makes it out of the result of another.
+
+    Raises:
+      DivergedError: something is not finite.
+    """
+    seed, start, validation = material.seed, material.start, material.validation
+    if method.optimizer is not None:
+        batches = list(data.training_batches(material.texts, settings.steps, seed))
+        tx = method.optimizer(training.schedule(settings.learning_rate, settings.steps))
+        held_out = None
+        if method.validates_every is not None:
+            held_out = validation_for(validation, settings.steps, method.validates_every, seed)
+        with _bar(progress, f"{label}: training", settings.steps) as tick:
+            return training.fit(start, tx, batches, tick, held_out)
+    if method.average_of is not None:
+        work = len(WISE_FT_ALPHAS) * _batches(validation)
+        with _bar(progress, f"{label}: validation", work) as tick:
+            return average(fitted[method.average_of], start, validation, tick)
+    if method.radii_of is not None:
+        with _bar(progress, f"{label}: radii", 1):
+            return project_back(fitted[method.radii_of], start, validation, seed)
+    return training.Fitted(start)
+
+
+def validation_for(texts: data.Texts, steps: int, every: int, seed: int) -> training.Validation:
+    """The validation batches of one training run."""
+    count = math.ceil(steps / every)
+    return training.Validation(data.validation_batches(texts, count, seed), every)
+
+
+def project_back(
+    params: Params,
+    start: Params,
+    validation: data.Texts,
+    seed: int,
+    rate: float = methods.TPGM_AFTER_RATE,
+    count: int = methods.TPGM_AFTER_BATCHES,
+) -> training.Fitted:
+    """TPGM after training: learns the radii of finished weights and projects onto them."""
+    fitted = optax_spd.fit_radii(
+        params,
+        start,
+        training.validation_loss,
+        data.validation_batches(validation, count, seed),
+        radius_optimizer=optax.adam(rate),
+        layers=methods.LAYERS,
+    )
+    return training.Fitted(fitted.params, radii=training.named_radii(params, fitted.radii))
+
+
+def average(fitted: Params, start: Params, validation: data.Texts, tick: Tick) -> training.Fitted:
     """WiSE-FT with the share of `WISE_FT_ALPHAS` that validates best in distribution."""
 
     def accuracy(alpha: float) -> float:
@@ -154,22 +263,27 @@ def average(
         return training.accuracy(scores, validation.labels)
 
     best = max(WISE_FT_ALPHAS, key=accuracy)  # of equals, the first: nearest to the start
-    return optax_spd.wise_ft(fitted, start, best), best
+    return training.Fitted(optax_spd.wise_ft(fitted, start, best), alpha=best)
 
 
 def measure(
-    params: Params,
+    made: training.Fitted,
     start: Params,
     tests: dict[str, data.Texts],
     embedded: dict[str, np.ndarray],
     seconds: float,
-    alpha: float | None,
 ) -> Score:
     """Scores one result; the distances are the encoder's, whose start is the pretrained weights."""
+    params = made.params
     scores = {domain: training.logits(params, embedded[domain]) for domain in tests}
     labels = {domain: texts.labels for domain, texts in tests.items()}
     correct = {domain: (scores[domain] > 0) == (labels[domain] == 1) for domain in tests}
     distance, relative = training.drift(params["encoder"], start["encoder"])
+    relative_radii = None
+    if made.radii is not None:
+        sizes = row_norms(start)
+        # An array of zeros, such as a bias, has no size to compare with.
+        relative_radii = {path: r / sizes[path] for path, r in made.radii.items() if sizes[path]}
     return Score(
         accuracy={domain: training.accuracy(scores[domain], labels[domain]) for domain in tests},
         auc={domain: training.auc(scores[domain], labels[domain]) for domain in tests},
@@ -178,8 +292,24 @@ def measure(
         relative_distance=relative,
         deviation=deviations(params["encoder"], start["encoder"]),
         seconds=seconds,
-        alpha=alpha,
+        step_seconds=made.step_seconds,
+        alpha=made.alpha,
+        radii=made.radii,
+        relative_radii=relative_radii,
     )
+
+
+def row_norms(params: Params) -> dict[str, float]:
+    """The largest absolute row sum of every array, by path: what a radius compares to."""
+    sizes = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path = "/".join(key.key for key in keys)
+        array = np.abs(np.asarray(leaf)).astype(np.float64)
+        rows = methods.LAYERS(path, leaf).output_axes if array.ndim > 1 else ()
+        outputs = {axis % array.ndim for axis in rows}
+        summed = tuple(axis for axis in range(array.ndim) if axis not in outputs)
+        sizes[path] = float(array.sum(summed).max())
+    return sizes
 
 
 def deviations(params: Params, anchor: Params) -> dict[str, float]:

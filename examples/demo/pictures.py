@@ -1,14 +1,17 @@
-"""The two pictures of a run."""
+"""The pictures of a run."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 from examples.demo import data
 from examples.demo.experiment import Results
-from examples.demo.methods import METHODS
+from examples.demo.methods import METHODS, Method
 from examples.demo.minilm import BLOCKS
 
 TABLES = ("word", "position", "token_type")
@@ -63,9 +66,7 @@ def deviation_picture(results: Results) -> Figure:
         )
     axes.set_yscale("log")
     axes.set_ylabel(r"relative deviation  $\|\theta - \theta_0\| \,/\, \|\theta_0\|$")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
-    axes.yaxis.set_minor_locator(NullLocator())
+    _tick(axes, lambda value, _: f"{100 * value:g} %")
     labels = ("word", "position", "type", *(_TICKS * BLOCKS))
     axes.set_xticks(range(len(paths)), labels, fontsize=8, rotation=90)
     axes.set_xlim(-0.7, len(paths) - 0.3)
@@ -87,3 +88,60 @@ def deviation_picture(results: Results) -> Figure:
     if axes.lines:
         figure.legend(loc="outside right center", frameon=False)
     return figure
+
+
+def radius_picture(results: Results) -> Figure:
+    """The learned radii by depth: a pale dot a matrix, a line through the medians of the blocks."""
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    learned = {name: scores for name, scores in results.items() if scores[0].radii}
+    for shift, (name, scores) in enumerate(learned.items()):
+        method = METHODS[name]
+        position = 0.14 * (shift - (len(learned) - 1) / 2)  # side by side, not on each other
+        _draw_radii(left, method, [score.radii or {} for score in scores], position)
+        _draw_radii(right, method, [score.relative_radii or {} for score in scores], position)
+    if not learned:
+        figure.suptitle("No method of this run learns radii")
+    for axes in (left, right):
+        axes.set_yscale("log")
+        axes.set_xticks(range(-1, BLOCKS), ["tables", *map(str, range(BLOCKS))])
+        axes.set_xlabel("block, from the input to the output")
+        axes.grid(axis="y", alpha=0.3)
+    left.set_ylabel("radius (largest absolute row sum)")
+    right.set_ylabel("radius relative to the pretrained matrix's norm")
+    _tick(left, lambda value, _: f"{value:g}")
+    _tick(right, lambda value, _: f"{100 * value:g} %")
+    if learned:
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def _tick(axes: Axes, text: Callable[[float, int], str]) -> None:
+    """Round numbers on a logarithmic axis."""
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(text))
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _draw_radii(
+    axes: Axes, method: Method, radii: Sequence[Mapping[str, float]], shift: float
+) -> None:
+    groups = [[f"encoder/{table}/embedding" for table in TABLES]]
+    groups += [
+        [f"encoder/block_{block}/{kernel}/kernel" for kernel in KERNELS] for block in range(BLOCKS)
+    ]
+    values = [
+        [float(np.mean([each[path] for each in radii])) for path in paths] for paths in groups
+    ]
+    for depth, group in enumerate(values, start=-1):
+        axes.scatter(
+            [depth + shift] * len(group), group, s=14, color=method.colour, alpha=0.4, linewidths=0
+        )
+    axes.plot(
+        np.arange(BLOCKS) + shift,
+        [np.median(group) for group in values[1:]],
+        marker=method.marker,
+        color=method.colour,
+        label=method.label,
+    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,8 +16,9 @@ import optax
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
+import optax_spd
 from examples.demo.data import Batch, Texts, evaluation_batches
-from examples.demo.errors import DemoError
+from examples.demo.errors import DivergedError
 from examples.demo.minilm import Classifier, Encoder, Params
 
 Tick = Callable[[], None]
@@ -34,27 +37,96 @@ def loss_fn(params: Params, tokens: jax.Array, mask: jax.Array, labels: jax.Arra
 loss_and_gradient = jax.jit(jax.value_and_grad(loss_fn))
 
 
+def validation_loss(params: Params, batch: Batch) -> jax.Array:
+    """What TPGM learns its radii by: the training loss on other data (there is no dropout)."""
+    tokens, mask, labels = map(jnp.asarray, batch)
+    return loss_fn(params, tokens, mask, labels)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Validation batches on a leading axis, and on which steps the next one is due."""
+
+    batches: Batch
+    every: int
+
+    def at(self, step: int) -> Batch:
+        """The batch of a step, with a leading axis of 1; it stays until the next is due."""
+        number = step // self.every
+        tokens, mask, labels = (array[number : number + 1] for array in self.batches)
+        return tokens, mask, labels
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What a method came to. `radii` are by path, `alpha` is WiSE-FT's share."""
+
+    params: Params
+    step_seconds: float | None = None
+    radii: dict[str, float] | None = None
+    alpha: float | None = None
+
+
 def fit(
-    start: Params, tx: optax.GradientTransformation, batches: Iterable[Batch], tick: Tick
-) -> Params:
-    """Fine-tunes a copy of `start` with any Optax optimizer, one step a batch."""
+    start: Params,
+    tx: optax.GradientTransformation,
+    batches: Sequence[Batch],
+    tick: Tick,
+    validation: Validation | None = None,
+) -> Fitted:
+    """Fine-tunes a copy of `start` with any Optax optimizer, one step a batch.
+
+    The seconds a step are the mean of the second half, when everything is compiled.
+
+    Raises:
+      DivergedError: a loss or a parameter is no longer finite.
+    """
 
     # Donated, the old parameters and state are overwritten in place instead of held beside the
     # new ones.
     @partial(jax.jit, donate_argnums=(0, 1))
-    def apply_gradient(params: Params, state: Any, grads: Params) -> tuple[Params, Any]:
-        updates, state = tx.update(grads, state, params)
+    def apply_gradient(
+        params: Params, state: Any, grads: Params, held_out: Batch | None
+    ) -> tuple[Params, Any]:
+        # Only TPGM takes these; the others' update has three arguments.
+        extra: dict[str, Any] = {}
+        if held_out is not None:
+            extra = {"validation_fn": validation_loss, "validation_batches": held_out}
+        updates, state = tx.update(grads, state, params, **extra)
         return optax.apply_updates(params, updates), state
 
     params: Params = jax.tree.map(jnp.array, start)
     state = tx.init(params)
+    half = len(batches) // 2
+    began = time.perf_counter()
     for step, (tokens, mask, labels) in enumerate(batches):
+        if step == half:
+            jax.block_until_ready(params)
+            began = time.perf_counter()
         loss, grads = loss_and_gradient(params, tokens, mask, labels)
-        params, state = apply_gradient(params, state, grads)
+        held_out = None if validation is None else validation.at(step)
+        params, state = apply_gradient(params, state, grads, held_out)
         if not math.isfinite(loss):
-            raise DemoError(f"the loss is {loss} at step {step}: try a smaller --lr")
+            raise DivergedError(f"the loss is {loss} at step {step}: try a smaller --lr")
         tick()
-    return params
+    jax.block_until_ready(params)
+    seconds = (time.perf_counter() - began) / (len(batches) - half)
+    if not math.isfinite(optax.tree.norm(params)):
+        raise DivergedError("the parameters after the last step are not finite: try a smaller --lr")
+    return Fitted(params, seconds, _radii(params, state))
+
+
+def _radii(params: Params, state: Any) -> dict[str, float] | None:
+    """By path, from the state of TPGM or FTP; None for other methods."""
+    for key in ("tpgm_radii", "ftp_radii"):
+        if (radii := optax.tree.get(state, key)) is not None:
+            return named_radii(params, radii)
+    return None
+
+
+def named_radii(params: Params, radii: jax.Array) -> dict[str, float]:
+    """A vector of radii by the paths of the parameters they belong to."""
+    return dict(zip(optax_spd.layer_names(params), map(float, radii), strict=True))
 
 
 def schedule(peak: float, steps: int) -> optax.Schedule:

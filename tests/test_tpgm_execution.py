@@ -1,0 +1,287 @@
+"""What a step of TPGM runs and keeps: when it validates, compilation, memory, Optax's wrappers."""
+
+import pickle
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tpgm_steps import (
+    Counter,
+    arrays,
+    assert_close,
+    assert_same_bits,
+    equations,
+    half_distance,
+    radii_of,
+    stepper,
+)
+
+import optax_spd
+
+# When it validates --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, np.int64(2)], ids=repr)
+def test_radii_are_learned_on_each_kth_step_only(every: Any) -> None:
+    anchor, count = arrays(0), Counter()
+    tx = optax_spd.tpgm(optax.sgd(0.05), every=every)
+    step, params, state = stepper(tx, count), anchor, tx.init(anchor)
+    batches = arrays(5, 4)
+    for index in range(5):
+        # The deviations grow, so that no clip changes a radius that is not learned.
+        updates = {path: 0.5 * x for path, x in arrays(1).items()}
+        before = radii_of(state)
+        params, state = step(params, state, updates, batches)
+        learns = index % every == 0
+        assert count.taken() == (4 if learns else 0)
+        assert np.array_equal(radii_of(state), before) != learns
+    assert state.count == 5
+
+
+def test_the_last_of_several_steps_may_be_without_data() -> None:
+    # Calls count, whether there was validation data or not.
+    anchor, count = arrays(0), Counter()
+    tx = optax_spd.tpgm(every=2)
+    step, params, state = stepper(tx, count), anchor, tx.init(anchor)
+    for data, runs in ((False, 0), (True, 0), (True, 3), (True, 0), (False, 0), (True, 0)):
+        params, state = step(params, state, arrays(1), arrays(2, 3) if data else None)
+        assert count.taken() == runs
+
+
+def names_in(jaxpr: Any) -> list[str]:
+    return [equation.primitive.name for equation in equations(jaxpr)]
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("norm", ["l2", "mars"])
+def test_one_scan_under_one_cond(norm: str, every: int) -> None:
+    params, tx = arrays(0), optax_spd.tpgm(norm=norm, every=every)
+    state = tx.init(params)
+
+    def update(updates: Any, state: Any, params: Any, batches: Any) -> Any:
+        extra = {"validation_fn": half_distance, "validation_batches": batches}
+        return tx.update(updates, state, params, **extra)
+
+    jaxpr = jax.make_jaxpr(update)(params, state, params, arrays(1, 7)).jaxpr
+    found = names_in(jaxpr)
+    assert found.count("scan") == 1
+    assert found.count("while") == 0
+    assert found.count("cond") == (every > 1)
+    if every > 1:
+        (cond,) = (e for e in equations(jaxpr) if e.primitive.name == "cond")
+        scans = [names_in(branch.jaxpr).count("scan") for branch in cond.params["branches"]]
+        assert sorted(scans) == [0, 1]
+    forbidden = ("callback", "device_put", "infeed", "outfeed", "print")
+    assert not [name for name in found if any(word in name for word in forbidden)]
+
+
+# Compilation and memory ---------------------------------------------------------------------------
+
+RADIUS_OPTIMIZERS: dict[str, Any] = {
+    "default": lambda: None,
+    "sgd with momentum": lambda: optax.sgd(0.05, momentum=0.9),
+    "a schedule": lambda: optax.adam(optax.linear_schedule(0.1, 0.01, 10)),
+    "injected": lambda: optax.inject_hyperparams(optax.adam)(learning_rate=0.05),
+    "injected schedule": lambda: optax.inject_hyperparams(optax.sgd)(
+        learning_rate=optax.linear_schedule(0.1, 0.01, 10)
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "every"), [("default", 1)] + [(name, 2) for name in RADIUS_OPTIMIZERS]
+)
+def test_later_steps_compile_nothing(optimizer: str, every: int) -> None:
+    anchor, count = jax.tree.map(jnp.asarray, arrays(0)), Counter()
+    tx = optax_spd.adam_tpgm(
+        optax.linear_schedule(0.1, 0.05, 3),
+        radius_optimizer=RADIUS_OPTIMIZERS[optimizer](),
+        every=every,
+    )
+    step, params, state = stepper(tx, count), anchor, tx.init(anchor)
+    types = jax.tree.map(jax.typeof, state)
+    traces = 0
+    for index in range(4):
+        params, state = step(params, state, arrays(10 + index), arrays(5, 2))
+        traces = traces or count.traces
+        assert count.traces == traces
+        assert jax.tree.map(jax.typeof, state) == types
+    assert step._cache_size() == 1
+    assert np.all(radii_of(state) > 0)
+
+
+def test_a_scheduled_radius_rate_counts_inner_steps() -> None:
+    # Sign descent moves each radius by the rate: 1 + 1/2 + 1/4, then 1/8 + ...
+    schedule = lambda count: 0.5**count
+    tx = optax_spd.tpgm(optax.sign_sgd(schedule), norm="l2", radii=1.0, anchor="zero")
+    params, state = {"w": jnp.array([60.0, 80.0])}, None
+    step, state = stepper(tx), tx.init({"w": jnp.zeros(2)})
+    batches = {"w": np.full((3, 2), 1000.0, np.float32)}
+    zeros = {"w": jnp.zeros(2)}
+    params, state = step(params, state, zeros, batches)
+    np.testing.assert_allclose(radii_of(state), [2.75], rtol=1e-6)
+    _, state = step({"w": jnp.array([60.0, 80.0])}, state, zeros, batches)
+    np.testing.assert_allclose(radii_of(state), [2.75 + 0.125 + 0.0625 + 0.03125], rtol=1e-6)
+
+
+def test_memory_does_not_grow_with_the_inner_steps() -> None:
+    params = {"first": np.ones((256, 128), np.float32), "second": np.ones((128, 256), np.float32)}
+    size = sum(x.nbytes for x in params.values())
+    tx = optax_spd.tpgm(every=2)
+
+    def loss(params: Any, batch: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.tanh(batch @ params["first"]) @ params["second"])
+
+    def scratch(inner_steps: int) -> int:
+        batches = np.ones((inner_steps, 4, 256), np.float32)
+        compiled = stepper(tx, loss).lower(params, tx.init(params), params, batches).compile()
+        return int(compiled.memory_analysis().temp_size_in_bytes)
+
+    few, many = scratch(2), scratch(64)
+    assert few > 0
+    assert many - few < size / 10
+
+
+def test_params_and_state_may_be_donated() -> None:
+    tx = optax_spd.adam_tpgm(0.1, every=2)
+    runs = []
+    for donate in ((), (0, 1)):
+        params = jax.tree.map(jnp.array, arrays(0))
+        state = tx.init(params)
+        step = stepper(tx, donate_argnums=donate)
+        for index in range(3):
+            old = (params, state)
+            params, state = step(params, state, arrays(10 + index), arrays(5, 2))
+            deleted = [x.is_deleted() for x in jax.tree.leaves(old)]
+            assert all(deleted) if donate else not any(deleted)
+        runs.append((params, state))
+    assert_same_bits(*runs)
+
+
+# The state ----------------------------------------------------------------------------------------
+
+
+def test_init_works_on_shapes() -> None:
+    params, tx = arrays(0), optax_spd.adam_tpgm(0.1)
+    shapes = jax.eval_shape(lambda: params)
+    real = jax.eval_shape(tx.init, params)
+    assert jax.eval_shape(tx.init, shapes) == real
+    direct = tx.init(shapes)
+    assert jax.tree.structure(direct) == jax.tree.structure(real)
+    as_shape = lambda x: (x.shape, jnp.dtype(x.dtype))
+    assert jax.tree.map(as_shape, direct) == jax.tree.map(as_shape, real)
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in direct[1].anchor.values())
+
+
+def test_tree_map_params_tells_the_anchor_from_the_radii() -> None:
+    params, tx = arrays(0), optax_spd.tpgm(layers=optax_spd.stacked("blocks"))
+    state = tx.init(params)
+    marked = optax.tree.map_params(
+        tx, lambda _: "param", state, transform_non_params=lambda _: "other"
+    )
+    assert set(jax.tree.leaves(marked.anchor)) == {"param"}
+    assert set(jax.tree.leaves(marked._replace(anchor=None))) == {"other"}
+
+
+def test_scanned_steps_are_those_of_a_loop_and_resume_bit_by_bit() -> None:
+    tx = optax_spd.adam_tpgm(0.05, every=2, radius_optimizer=optax.adam(0.05))
+    anchor, gradients, batches = arrays(0), arrays(1, 6), arrays(2, 6, 3)
+    step = stepper(tx)
+    at = lambda tree, index: jax.tree.map(lambda x: x[index], tree)
+
+    def run(params: Any, state: Any, indices: range) -> Any:
+        for index in indices:
+            params, state = step(params, state, at(gradients, index), at(batches, index))
+        return params, state
+
+    start = (anchor, tx.init(anchor))
+    whole = run(*start, range(6))
+    saved = pickle.dumps(jax.device_get(run(*start, range(3))))
+    assert_same_bits(run(*pickle.loads(saved), range(3, 6)), whole)
+
+    def scanned(carry: Any, xs: Any) -> Any:
+        return step(*carry, *xs), None
+
+    found, _ = jax.jit(lambda *args: jax.lax.scan(scanned, *args))(
+        jax.tree.map(jnp.asarray, start), (gradients, batches)
+    )
+    assert_close(found, whole)
+
+
+# Optax's wrappers ---------------------------------------------------------------------------------
+
+STATIC = ("radius_optimizer", "norm", "anchor", "anchor_dtype", "layers", "mask", "axis_name")
+
+
+@pytest.mark.parametrize("build", ["tpgm", "adam_tpgm"])
+def test_injected_hyperparameters_change_nothing_and_can_be_changed(build: str) -> None:
+    options: dict[str, Any] = {
+        "tpgm": {"radius_optimizer": optax.adam(0.05), "every": 2},
+        "adam_tpgm": {
+            "learning_rate": optax.linear_schedule(0.1, 0.0, 5),
+            "radius_optimizer": optax.adam(0.05),
+            "every": 2,
+            "norm": "l2",
+        },
+    }[build]
+    plain = getattr(optax_spd, build)
+    static = STATIC + (("mu_dtype",) if build == "adam_tpgm" else ())
+    injected = optax.inject_hyperparams(plain, static_args=static)
+    count = Counter()
+    runs = []
+    for tx, loss in ((plain(**options), half_distance), (injected(**options), count)):
+        step, params, state = stepper(tx, loss), arrays(0), tx.init(arrays(0))
+        for index in range(3):
+            params, state = step(params, state, arrays(10 + index), arrays(5, 2))
+        runs.append((params, radii_of(state)))
+    assert_close(*runs)
+    assert count.taken() == 4  # two batches on each of steps 0 and 2
+    state.hyperparams["every"] = jnp.asarray(3)
+    for runs_now in (2, 0, 0, 2):  # steps 3, 4, 5, 6
+        params, state = step(params, state, arrays(1), arrays(5, 2))
+        assert count.taken() == runs_now
+
+
+K = 3
+
+
+def accumulated_by_hand(norm: str, batches: list[Any], gradients: list[Any]) -> Any:
+    """Adam and TPGM on mean gradients, with the validation batches of the last micro-step."""
+    tx = optax_spd.adam_tpgm(0.1, radius_optimizer=optax.adam(0.05), norm=norm)
+    step, params, state = stepper(tx), arrays(0), tx.init(arrays(0))
+    for index in range(0, len(gradients), K):
+        mean = jax.tree.map(lambda *g: np.mean(g, axis=0), *gradients[index : index + K])
+        params, state = step(params, state, mean, batches[index + K - 1])
+    return params, radii_of(state)
+
+
+@pytest.mark.parametrize(("place", "norm"), [("inside", "mars"), ("outside", "l2")])
+def test_accumulated_gradients(place: str, norm: str) -> None:
+    gradients = [arrays(10 + index) for index in range(2 * K)]
+    batches = [arrays(30 + index, 4) for index in range(2 * K)]
+    radius_optimizer = optax.adam(0.05)
+    tx: Any
+    if place == "inside":  # validates on every micro-step, and drops all but the last
+        recipe = optax_spd.adam_tpgm(0.1, radius_optimizer=radius_optimizer, norm=norm)
+        tx = optax.MultiSteps(recipe, K)
+    else:
+        tx = optax.chain(
+            optax.MultiSteps(optax.adam(0.1), K).gradient_transformation(),
+            optax.conditionally_transform(
+                optax_spd.tpgm(radius_optimizer, norm=norm), lambda step: step % K == K - 1
+            ),
+        )
+    count = Counter()
+    step, params, state = stepper(tx, count), arrays(0), tx.init(arrays(0))
+    for index in range(2 * K):
+        before = (params, radii_of(state))
+        params, state = step(params, state, gradients[index], batches[index])
+        emits = index % K == K - 1
+        assert count.taken() == (4 if emits or place == "inside" else 0)
+        if not emits:
+            assert_same_bits((params, radii_of(state)), before)
+    assert_close((params, radii_of(state)), accumulated_by_hand(norm, batches, gradients))
+    assert any(np.any(params[path] != arrays(0)[path]) for path in params)

@@ -1,0 +1,305 @@
+"""TPGM on eight devices is TPGM on one, whatever splits the parameters or the validation batch."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import optax_spd
+
+both_norms = pytest.mark.parametrize("norm", ["l2", "mars"])
+axis_types = pytest.mark.parametrize(
+    "axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name
+)
+STEPS, INNER = 3, 2
+SHAPES = {
+    "blocks": {"bias": (3, 8), "kernel": (3, 8, 16)},
+    "embed": (16, 8),
+    "norm": (5,),
+}
+STACKED = optax_spd.stacked("^blocks/")
+GROUPED = optax_spd.by_module(layers=STACKED)
+SPECS: dict[str, Any] = {
+    "rows": {"blocks": {"bias": P(), "kernel": P(None, "x")}, "embed": P("x"), "norm": P()},
+    "columns": {
+        "blocks": {"bias": P(None, "y"), "kernel": P(None, None, "x")},
+        "embed": P(None, ("x", "y")),
+        "norm": P(),
+    },
+    "both": {
+        "blocks": {"bias": P(None, "x"), "kernel": P(None, "x", "y")},
+        "embed": P("y", "x"),
+        "norm": P(),
+    },
+}
+
+
+def arrays(seed: int, *leading: int, scale: float = 1.0, shapes: Any = None) -> Any:
+    draw = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: (scale * draw.normal(size=(*leading, *shape))).astype(np.float32),
+        SHAPES if shapes is None else shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def with_leading(specs: Any) -> Any:
+    return jax.tree.map(lambda s: P(None, *s), specs, is_leaf=lambda s: isinstance(s, P))
+
+
+def mesh_of(axis_type: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+
+
+def half_distance(params: Any, batch: Any) -> Any:
+    parts = jax.tree.map(lambda x, y: jnp.sum((x - y) ** 2) / 2, params, batch)
+    return sum(jax.tree.leaves(parts))
+
+
+def run(tx: Any, loss: Any, params: Any, state: Any, updates: Any, batches: Any) -> Any:
+    """Steps with recorded updates and validation batches."""
+
+    def step(carry: Any, xs: Any) -> Any:
+        (params, state), (steps, batches) = carry, xs
+        extra = {"validation_fn": loss, "validation_batches": batches}
+        steps, state = tx.update(steps, state, params, **extra)
+        return (optax.apply_updates(params, steps), state), None
+
+    return jax.lax.scan(step, (params, state), (updates, batches))[0]
+
+
+def build(norm: str, layers: Any = None, **options: Any) -> Any:
+    return optax_spd.tpgm(optax.sgd(0.02), norm=norm, layers=layers, every=2, **options)
+
+
+@functools.cache
+def on_one_device(norm: str, grouped: bool, small: bool = False) -> Any:
+    shapes = {"embed": SHAPES["embed"], "head": (8, 8)} if small else None
+    params, updates, batches = inputs(shapes)
+    layers = None if small else GROUPED if grouped else STACKED
+    tx = build(norm, layers)
+    step = jax.jit(functools.partial(run, tx, half_distance))
+    trained, state = jax.device_get(step(params, tx.init(params), updates, batches))
+    assert np.all(state.tpgm_radii > 0.01)
+    return trained, state.tpgm_radii
+
+
+def inputs(shapes: Any = None) -> Any:
+    """Parameters; updates of all steps; validation batches of all steps."""
+    return (
+        arrays(0, shapes=shapes),
+        arrays(1, STEPS, scale=0.5, shapes=shapes),
+        arrays(2, STEPS, INNER, scale=0.3, shapes=shapes),
+    )
+
+
+def assert_alike(found: Any, expected: Any) -> None:
+    params, state = jax.device_get(found)
+    wanted, radii = expected
+    np.testing.assert_allclose(state.tpgm_radii, radii, rtol=1e-4, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params, wanted)
+
+
+# jit ----------------------------------------------------------------------------------------------
+
+
+@both_norms
+@pytest.mark.parametrize(
+    ("specs", "grouped", "axis_type"),
+    [
+        ("rows", True, AxisType.Auto),
+        ("columns", False, AxisType.Explicit),
+        ("both", True, AxisType.Explicit),
+    ],
+)
+def test_jit_with_named_shardings(
+    specs: str, grouped: bool, norm: str, axis_type: AxisType
+) -> None:
+    mesh, spec = mesh_of(axis_type), SPECS[specs]
+    place = lambda tree, specs: jax.tree.map(
+        lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree, specs
+    )
+    params, updates, batches = inputs()
+    tx = build(norm, GROUPED if grouped else STACKED)
+    with jax.set_mesh(mesh):
+        params = place(params, spec)
+        state = tx.init(params)
+        types = jax.tree.map(lambda x: str(jax.typeof(x)), state)
+        found = jax.jit(functools.partial(run, tx, half_distance))(
+            params,
+            state,
+            place(updates, with_leading(spec)),
+            place(batches, with_leading(with_leading(spec))),
+        )
+    assert_alike(found, on_one_device(norm, grouped))
+    # On an explicit mesh the types say how an array is split: a second step compiles nothing.
+    assert jax.tree.map(lambda x: str(jax.typeof(x)), found[1]) == types
+    for x, like in zip(jax.tree.leaves(found[0]), jax.tree.leaves(params), strict=True):
+        assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
+
+
+@both_norms
+def test_jit_may_split_the_stacked_axis(norm: str) -> None:
+    shapes = {"blocks": {"bias": (8, 4), "kernel": (8, 3, 4)}}
+    params, updates, batches = inputs(shapes)
+    tx = build(norm, GROUPED)
+    step = jax.jit(functools.partial(run, tx, half_distance))
+    expected, state = step(params, tx.init(params), updates, batches)
+    assert state.tpgm_radii.shape == (8,)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    place = lambda tree, *lead: jax.tree.map(
+        lambda x: jax.device_put(x, NamedSharding(mesh, P(*lead, "d"))), tree
+    )
+    split = place(params)
+    found = step(split, tx.init(split), place(updates, None), place(batches, None, None))
+    assert_alike(found, (jax.device_get(expected), np.asarray(state.tpgm_radii)))
+
+
+@both_norms
+@axis_types
+def test_project_keeps_shardings(axis_type: AxisType, norm: str) -> None:
+    mesh, specs = mesh_of(axis_type), SPECS["both"]
+    project = jax.jit(functools.partial(optax_spd.project, norm=norm, layers=GROUPED))
+    params, anchor = arrays(0), arrays(1)
+    expected = project(params, anchor, 0.7)
+    place = lambda tree: jax.tree.map(
+        lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree, specs
+    )
+    with jax.set_mesh(mesh):
+        found = project(place(params), place(anchor), 0.7)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
+    for x, like in zip(jax.tree.leaves(found), jax.tree.leaves(place(params)), strict=True):
+        assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
+
+
+# shard_map ----------------------------------------------------------------------------------------
+
+
+def summed_distance(specs: Any) -> Callable[..., Any]:
+    """The loss of all devices: each array's part summed over the axes that split it."""
+
+    def loss(params: Any, batch: Any) -> Any:
+        def part(x: jax.Array, y: jax.Array, spec: P) -> jax.Array:
+            names = tuple(jax.tree.leaves(tuple(spec)))
+            local = jnp.sum((x - y) ** 2) / 2
+            return jax.lax.psum(local, names) if names else local
+
+        return sum(jax.tree.leaves(jax.tree.map(part, params, batch, specs)))
+
+    return loss
+
+
+def state_specs(tx: Any, state: Any, specs: Any) -> Any:
+    return optax.tree.map_params(
+        tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: P()
+    )
+
+
+def run_in_shard_map(tx: Any, specs: Any, mesh: jax.sharding.Mesh, trees: Any) -> Any:
+    params, updates, batches = trees
+    state = tx.init(params)
+    in_state = state_specs(tx, state, specs)
+    sharded = jax.shard_map(
+        functools.partial(run, tx, summed_distance(specs)),
+        mesh=mesh,
+        in_specs=(specs, in_state, with_leading(specs), with_leading(with_leading(specs))),
+        out_specs=(specs, in_state),
+    )
+    return jax.jit(sharded)(params, state, updates, batches)
+
+
+@both_norms
+@pytest.mark.parametrize(("specs", "grouped"), [("rows", True), ("columns", False), ("both", True)])
+def test_shard_map_with_specs(specs: str, grouped: bool, norm: str) -> None:
+    spec = SPECS[specs]
+    tx = build(norm, GROUPED if grouped else STACKED, axis_name=spec)
+    found = run_in_shard_map(tx, spec, mesh_of(), inputs())
+    assert_alike(found, on_one_device(norm, grouped))
+
+
+@pytest.mark.parametrize("names", ["x", ("x",), ("x", "y")], ids=repr)
+def test_shard_map_with_bare_names(names: Any) -> None:
+    # A bare name says that every array is split, and l2 needs no more.
+    shapes = {"embed": SHAPES["embed"], "head": (8, 8)}
+    specs = {"embed": P(names), "head": P(names)}
+    tx = build("l2", axis_name=names)
+    found = run_in_shard_map(tx, specs, mesh_of(), inputs(shapes))
+    assert_alike(found, on_one_device("l2", grouped=False, small=True))
+
+
+# Data parallelism by hand -------------------------------------------------------------------------
+
+
+def squared_error(params: Any, batch: Any) -> jax.Array:
+    x, y = batch
+    return jnp.mean((jnp.tanh(x @ params["kernel"]) + params["bias"] - y) ** 2)
+
+
+def regression() -> Any:
+    draw = np.random.default_rng(0)
+    normal = lambda *shape: draw.normal(size=shape).astype(np.float32)
+    params = {"bias": normal(4), "kernel": normal(6, 4)}
+    updates = {"bias": normal(STEPS, 4), "kernel": normal(STEPS, 6, 4)}
+    return params, updates, (normal(STEPS, INNER, 16, 6), normal(STEPS, INNER, 16, 4))
+
+
+@both_norms
+def test_shard_map_over_the_validation_batch(norm: str) -> None:
+    params, updates, batches = regression()
+    tx = build(norm)
+    state = tx.init(params)
+    alone = jax.jit(functools.partial(run, tx, squared_error))
+    expected, wanted = alone(params, state, updates, batches)
+    mean_error = lambda params, batch: jax.lax.pmean(squared_error(params, batch), "d")
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    sharded = jax.shard_map(
+        functools.partial(run, tx, mean_error),
+        mesh=mesh,
+        in_specs=(P(), P(), P(), P(None, None, "d")),
+        out_specs=P(),
+    )
+    found = jax.jit(sharded)(params, state, updates, batches)
+    assert_alike(found, (jax.device_get(expected), np.asarray(wanted.tpgm_radii)))
+
+
+@pytest.mark.parametrize("how", ["shard_map", "shard_map unchecked", "pmap"])
+def test_the_radii_of_hand_split_arrays_are_those_of_one_device(how: str) -> None:
+    # Outside of a checked shard_map a psum's gradient is a psum too: 8 times too large.
+    draw = np.random.default_rng(0)
+    params, updates, batches = (
+        draw.normal(size=shape).astype(np.float32) for shape in ((8, 4), (8, 4), (2, 8, 4))
+    )
+
+    def radii(axis_name: Any, params: Any, updates: Any, batches: Any) -> jax.Array:
+        tx = optax_spd.tpgm(optax.sgd(0.01), norm="l2", axis_name=axis_name)
+
+        def loss(params: Any, batch: Any) -> jax.Array:
+            part = jnp.sum((params - batch) ** 2)
+            return part if axis_name is None else jax.lax.psum(part, axis_name)
+
+        extra = {"validation_fn": loss, "validation_batches": batches}
+        return tx.update(updates, tx.init(params), params, **extra)[1].tpgm_radii
+
+    expected = jax.jit(functools.partial(radii, None))(params, updates, batches)
+    if how == "pmap":
+        found = jax.pmap(functools.partial(radii, "d"), axis_name="d")(
+            params.reshape(8, 1, 4),
+            updates.reshape(8, 1, 4),
+            batches.reshape(2, 8, 1, 4).swapaxes(0, 1),
+        )[0]
+    else:
+        sharded = jax.shard_map(
+            functools.partial(radii, "d"),
+            mesh=jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,)),
+            in_specs=(P("d"), P("d"), P(None, "d")),
+            out_specs=P(),
+            check_vma=how == "shard_map",
+        )
+        found = jax.jit(sharded)(params, updates, batches)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)

@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
+# XLA's temporaries are new memory in every step; in huge pages a CPU step takes half the time
+# (benchmarks/README.md). Linux with glibc heeds it, others pass it over.
+HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
+
 .PHONY: demo test test-lowest lint bench docs clean
 
 $(VENV)/.installed-%: pyproject.toml
@@ -11,7 +15,7 @@ $(VENV)/.installed-%: pyproject.toml
 	touch $@
 
 demo: $(VENV)/.installed-demo
-	$(BIN)/python -m examples.demo --out demo_results
+	$(HUGE_PAGES) $(BIN)/python -m examples.demo --out demo_results
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal

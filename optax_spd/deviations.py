@@ -112,6 +112,16 @@ def _unit_axes(entry: ArrayLayers, axes: MeshAxes) -> tuple[str, ...]:
     return tuple(sorted(name for name, axis in axes.items() if axis in entry.output_axes))
 
 
+def unit_axes_only(plan: LayerPlan, axes: Sequence[MeshAxes] | None) -> list[MeshAxes] | None:
+    """The mesh axes over which a layer's rows are spread; what splits a row is summed already."""
+    if axes is None:
+        return None
+    return [
+        {} if entry is None else {name: mesh[name] for name in _unit_axes(entry, mesh)}
+        for entry, mesh in zip(plan.arrays, axes, strict=True)
+    ]
+
+
 def layer_extremes(
     plan: LayerPlan,
     rows: Sequence[jax.Array | None],

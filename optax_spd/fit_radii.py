@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_spd import layers as layers_lib, projections, radius_learning
+from optax_spd import checkpoints, layers as layers_lib, projections, radius_learning
 
 PyTree = Any
 
@@ -53,16 +53,18 @@ def fit_radii(
       params: the fine-tuned parameters θ; they may be sharded.
       anchor: the pretrained parameters θ₀; matched by path.
       validation_fn: (params, batch) -> scalar loss, in evaluation mode. Compiled code is reused in
-        later calls with the *same* function object: define it once, outside of loops.
-      validation_batches: a tree of arrays with a leading axis, one entry per inner step.
-      radius_optimizer: of the radii, seen as one vector; None for ``optax.adam(1e-2)``. The rate
-        times the number of batches bounds how far a radius can move, in units of the norm.
+        later calls with the *same* function and optimizer objects: make both once, outside of
+        loops. It also keeps them alive, with whatever they close over.
+      validation_batches: a tree of arrays with a leading axis, one entry per inner step. All of
+        them are on the device at once.
+      radius_optimizer: of the radii, as for :func:`optax_spd.tpgm`. Adam's rate times the number
+        of batches bounds how far a radius can move, in units of the norm.
       norm: "mars" (each output unit by its own absolute row sum) or "l2".
       layers: what a layer is, and which axes count its output units (:func:`optax_spd.outputs`).
       mask: True where to project; the other parameters stay as they are.
 
     Returns:
-      A :class:`FittedRadii` (params, radii, losses). The projected parameters keep structure and
+      A named tuple (params, radii, losses). The projected parameters keep structure and
       dtypes; the radii have shape (layers,), the losses (inner steps,).
 
     Raises:
@@ -97,8 +99,8 @@ def fit_radii(
             f"validation_fn must be hashable, since compiled code is kept by it, got "
             f"{validation_fn!r}. Wrap it in a function: def loss(params, batch): ..."
         ) from error
-    plan = projections.plan_of(params, layers, mask)
-    pretrained = projections.matched_anchor(params, anchor, plan)
+    plan = checkpoints.plan_of(params, layers, mask)
+    pretrained = checkpoints.matched_anchor(params, anchor, plan)
     fitted: FittedRadii = _fit(
         params, pretrained, validation_batches, validation_fn, optimizer, norm, plan
     )
@@ -115,7 +117,7 @@ def _fit(
     norm: str,
     plan: layers_lib.LayerPlan,
 ) -> FittedRadii:
-    displaced = projections.displacement(params, pretrained, plan)
+    displaced = checkpoints.displacement(params, pretrained, plan)
     (norms,) = projections.ball_norms(norm, plan, None, displaced.deltas)
     acts = jnp.isfinite(norms.largest)
     constraint = radius_learning.Constraint(plan, displaced.deltas, norms, acts, None)

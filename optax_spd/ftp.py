@@ -13,7 +13,8 @@ the inner optimizer's step u, at its step t, with rows j as in :mod:`optax_spd.p
     γ_t = clip(AdamUpdate(γ_{t-1}, q), 1e-8, max_j N_t,j)   γ_1 = 1e-8
     θ_t = θ₀ + clip(γ_t / N_t, 0, 1) C_t
 
-κ (``k``) = 1 is the paper's default; κ < 1 slows the shrinking of radii, κ = 0 forbids it.
+κ (``k``) = 1 is the paper's default; κ < 1 slows the shrinking of radii, κ = 0 leaves only the
+clip to shrink them.
 
 Differences from the authors' code:
 
@@ -25,9 +26,13 @@ Differences from the authors' code:
    ``state_dtype`` it is rounded first.
 4. A layer whose q² or N_t is not finite keeps the inner optimizer's update, and its radius, moments
    and C stay those of its last step (in the original NaN stays forever).
-5. Sums are taken in at least float32 whatever the parameters' dtype.
-6. ``norm="l2"``; the original has MARS only. Its radius' learning rate 1e-2 is an argument.
-7. A layer may be a slice of an array or several arrays, and rows lie on any axis (``layers=``).
+5. Sums are taken in at least float32 whatever the parameters' dtype: in bfloat16 a row's sum has
+   no digits left.
+6. ``norm="l2"``, for comparison with TPGM's; the original has MARS only. The radii's learning rate,
+   a constant 1e-2 there, is an argument, since it bounds how far a short run can go; it and k may
+   be schedules.
+7. A layer may be a slice of an array or several arrays, and rows lie on any axis (``layers=``),
+   since JAX stacks layers and keeps output units last.
 8. The update of a row inside the ball passes through by a select, so it is exactly u.
 """
 
@@ -138,7 +143,7 @@ def ftp(
         \theta_t = \theta_0 + \mathrm{clip}(\gamma_t / N_t, 0, 1)\, C_t, \qquad
         C_t = \theta_{t-1} + u - \theta_0
 
-    The first step takes every layer to within 1e-8 of its anchor, also one that started elsewhere;
+    The first step takes every row to within 1e-8 of its anchor, also one that started elsewhere;
     from then on the radius moves by about ``radius_learning_rate`` a step, up while the training
     gradient says that going further along the last deviation lowers the loss. So a layer can go no
     further than about ``radius_learning_rate`` times the number of steps: mask out what has to
@@ -148,7 +153,8 @@ def ftp(
 
     Args:
       k: κ in [0, 1], or a schedule of it: what positive gradients of the radius, those that shrink
-        it, are multiplied by. 1 constrains most, 0 lets radii only grow.
+        it, are multiplied by. 1 constrains most; with 0 only the clip to the layer's largest norm
+        shrinks a radius.
       norm: "mars" (each output unit by its own absolute row sum, as in the paper) or "l2".
       radius_learning_rate: of the radii's Adam, >= 0, or a schedule; in units of the norm a step.
       state_dtype: dtype to store C in; None for the parameters'. bfloat16 halves what C costs in
@@ -227,9 +233,9 @@ def ftp(
 
         previous = view.match(state.ftp_deviation, "the state's ftp_deviation")
         current = view.map(lambda d: d.tentative)
-        before, now = projections.ball_norms(norm, view.plan, view.axes, previous, current)
-        (slope,) = view.sums(1, _slope, view.match(grad, "grad"), previous, before.rows)
-
+        now, slope = projections.norms_and_slope(
+            norm, view.plan, view.axes, previous, current, view.match(grad, "grad")
+        )
         largest = now.largest + projections.EPS
         radii, moments = radius_update(
             state.ftp_radii,
@@ -257,14 +263,6 @@ def ftp(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _slope(
-    d: stages.Deviation, g: jax.Array, previous: jax.Array, rows: jax.Array
-) -> tuple[jax.Array]:
-    """What q sums over a layer."""
-    del d
-    return (g * previous / (rows + projections.EPS),)
 
 
 def _kept(d: stages.Deviation, acts: jax.Array, previous: jax.Array) -> jax.Array:

@@ -1,4 +1,17 @@
-"""Complete optimizers with learned radii, ready for any training loop."""
+"""Complete optimizers with learned radii, ready for any training loop.
+
+    adam_tpgm    u = Adam(g),                    then TPGM's projection of the step u
+    adam_ftp     u = AdamW(g),                   then FTP's: the authors' AdamP
+    sgd_ftp      u = SGD(g + λ θ, momentum),     then FTP's: the authors' SGDP
+
+The projections are in :mod:`optax_spd.tpgm` (Tian et al., CVPR 2023,
+https://arxiv.org/abs/2303.10720) and :mod:`optax_spd.ftp` (Tian et al., NeurIPS 2023,
+https://arxiv.org/abs/2310.19182). Differences from the authors' optimizers:
+
+1. No amsgrad and no dampening: Optax's amsgrad computes another maximum and its momentum has no
+   dampening. Chains of other stages with ``ftp`` have both.
+2. Learning rate, weight decay and k may be schedules, as everywhere in Optax.
+"""
 
 from typing import Any
 

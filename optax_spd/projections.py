@@ -6,22 +6,26 @@ ICLR 2021, https://arxiv.org/abs/2002.08253):
 
     l2:    n = ‖Δ‖₂                        one number a layer
     mars:  n_j = Σ |Δ_j|                    one a row j: the weights of one output unit
-    θ' = θ₀ + min(1, γ / n) Δ              each row by its own n, all with the layer's γ
+    θ' = θ₀ + clip(γ / (n + 1e-8), 0, 1) Δ  each row by its own n, all with the layer's γ
 
 so that afterwards max_j n_j <= γ. (MARS stands for maximum absolute row sum.) Rows are output
 units whatever the axis they lie on (``layers=``); an array of rank 0 or 1 is one row. In a group
-of arrays each keeps its rows.
+of arrays each keeps its rows. :func:`project` differs in one thing from the authors' code: a row
+with n <= γ is left as it is, to the bit, where theirs shrinks it if n + 1e-8 > γ; so projecting
+twice is projecting once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from optax_spd import anchors, checks, deviations, layers as layers_lib, masks, trees
+from optax_spd import checkpoints, checks, deviations, layers as layers_lib
 
 PyTree = Any
+Leaves = Sequence[jax.Array | None]
 
 NORMS = ("l2", "mars")
 EPS = 1e-8
@@ -64,7 +68,7 @@ def ball_norms(
     norm: str,
     plan: layers_lib.LayerPlan,
     axes: Sequence[deviations.MeshAxes] | None,
-    *arrays: Sequence[jax.Array | None],
+    *arrays: Leaves,
 ) -> tuple[BallNorms, ...]:
     """Measures one or several trees of deviations, together.
 
@@ -76,43 +80,87 @@ def ball_norms(
         All have arrays at the same leaves.
     """
     if norm == "l2":
-        squares = [
-            None if leaves[0] is None else tuple(x**2 for x in leaves)
-            for leaves in zip(*arrays, strict=True)
-        ]
-        vectors = [
-            deviations.norm_of(square)
-            for square in deviations.layer_sums(plan, squares, len(arrays), axes)
-        ]
+        squares = _together(lambda *leaves: tuple(x**2 for x in leaves), *arrays)
+        sums = deviations.layer_sums(plan, squares, len(arrays), axes)
         return tuple(
-            BallNorms(_spread(plan, vector, leaves), vector, vector)
-            for vector, leaves in zip(vectors, arrays, strict=True)
+            _l2_norms(plan, total, leaves) for total, leaves in zip(sums, arrays, strict=True)
         )
-    sizes = [
-        None if leaves[0] is None else tuple(jnp.abs(x) for x in leaves)
-        for leaves in zip(*arrays, strict=True)
-    ]
-    sums = deviations.row_sums(plan, sizes, axes)
-    all_rows = [[None if s is None else s[i] for s in sums] for i in range(len(arrays))]
-    return tuple(BallNorms(rows, *deviations.layer_extremes(plan, rows, axes)) for rows in all_rows)
+    sizes = _together(lambda *leaves: tuple(jnp.abs(x) for x in leaves), *arrays)
+    rows = _apart(deviations.row_sums(plan, sizes, axes), len(arrays))
+    return tuple(_mars_norms(plan, each, axes) for each in rows)
 
 
-def _spread(
-    plan: layers_lib.LayerPlan, vector: jax.Array, arrays: Sequence[jax.Array | None]
-) -> list[jax.Array | None]:
+def norms_and_slope(
+    norm: str,
+    plan: layers_lib.LayerPlan,
+    axes: Sequence[deviations.MeshAxes] | None,
+    previous: Leaves,
+    current: Leaves,
+    grads: Leaves,
+) -> tuple[BallNorms, jax.Array]:
+    """The norms of ``current``, and per layer Σ_j ⟨g_j, P_j⟩ / (n(P)_j + 1e-8) of ``previous`` P.
+
+    All row sums at once: under a partitioner each would else wait for the one before it.
+
+    Args:
+      norm: "l2" or "mars".
+      plan: the layers.
+      axes: per leaf the hand-mapped mesh axes, or None.
+      previous: P, as for :func:`ball_norms`.
+      current: as for :func:`ball_norms`.
+      grads: g.
+    """
+    if norm == "l2":
+        terms = _together(lambda p, c, g: (p**2, c**2, g * p), previous, current, grads)
+        before, now, aligned = deviations.layer_sums(plan, terms, 3, axes)
+        return _l2_norms(plan, now, current), aligned / (deviations.norm_of(before) + EPS)
+    terms = _together(lambda p, c, g: (jnp.abs(p), jnp.abs(c), g * p), previous, current, grads)
+    rows_before, rows_now, aligned_rows = _apart(deviations.row_sums(plan, terms, axes), 3)
+    ratios = _together(lambda n, a: (a / (n + EPS),), rows_before, aligned_rows)
+    (slope,) = deviations.layer_sums(plan, ratios, 1, deviations.unit_axes_only(plan, axes))
+    return _mars_norms(plan, rows_now, axes), slope
+
+
+def _together(function: Callable[..., tuple[jax.Array, ...]], *arrays: Leaves) -> list[Any]:
+    """``function`` of the leaves that stand at one place, where there are some."""
     return [
+        None if leaves[0] is None else function(*leaves) for leaves in zip(*arrays, strict=True)
+    ]
+
+
+def _apart(sums: list[tuple[jax.Array, ...] | None], count: int) -> list[list[jax.Array | None]]:
+    return [[None if s is None else s[i] for s in sums] for i in range(count)]
+
+
+def _mars_norms(
+    plan: layers_lib.LayerPlan,
+    rows: list[jax.Array | None],
+    axes: Sequence[deviations.MeshAxes] | None,
+) -> BallNorms:
+    return BallNorms(rows, *deviations.layer_extremes(plan, rows, axes))
+
+
+def _l2_norms(plan: layers_lib.LayerPlan, square: jax.Array, arrays: Leaves) -> BallNorms:
+    vector = deviations.norm_of(square)
+    rows = [
         None
         if entry is None or array is None
         else deviations.spread(entry, vector, array.ndim).astype(array.dtype)
         for entry, array in zip(plan.arrays, arrays, strict=True)
     ]
+    return BallNorms(rows, vector, vector)
 
 
 def ball_factor(radius: jax.Array, norm: jax.Array) -> jax.Array:
-    """What the deviation is multiplied by: clip(γ / (n + 1e-8), 0, 1), as the authors write it."""
+    """What the deviation is multiplied by: clip(γ / (n + 1e-8), 0, 1), as the authors write it.
+
+    Its derivative is 0 wherever it is clipped, also at the ends, where ``jnp.clip``'s is 1/2.
+    """
     length = norm + EPS
-    # Clipped before the division: an infinite radius would make its gradient NaN.
-    return jnp.clip(jnp.minimum(radius, length) / length, 0, 1)
+    below = radius / length < 1
+    inside = (radius > 0) & below
+    # The inner select keeps an infinite radius out of the derivative, where it would make NaN.
+    return jnp.where(inside, jnp.where(inside, radius, 0) / length, ~below)
 
 
 def project(
@@ -168,8 +216,9 @@ def project(
     """
     check_norm(norm)
     check_radii(radii)
-    plan = plan_of(params, layers, mask)
-    displaced = displacement(params, matched_anchor(params, anchor, plan), plan)
+    plan = checkpoints.plan_of(params, layers, mask)
+    pretrained = checkpoints.matched_anchor(params, anchor, plan)
+    displaced = checkpoints.displacement(params, pretrained, plan)
     vector = deviations.per_layer("radii", radii, plan)
     (norms,) = ball_norms(norm, plan, None, displaced.deltas)
     multipliers = factors(plan, vector, norms, jnp.isfinite(norms.largest), exact=True)
@@ -184,9 +233,8 @@ def check_radii(radii: Any) -> None:
       ValueError: a negative number or a NaN.
     """
     checks.check_real("radii", radii)
-    if isinstance(radii, jax.core.Tracer):
-        return
-    if not bool(jnp.all(jnp.asarray(radii) >= 0)):
+    # NumPy: under jit jnp would trace the comparison, also that of a concrete number.
+    if not isinstance(radii, jax.core.Tracer) and not np.all(np.asarray(radii) >= 0):
         raise ValueError(f"radii must not be negative or NaN, got {radii}.")
 
 
@@ -219,84 +267,3 @@ def factors(
             factor = jnp.where(rows <= radius, 1, factor)
         result.append(jnp.where(deviations.spread(entry, acts, rows.ndim), factor, 1))
     return result
-
-
-class Displacement(NamedTuple):
-    """Two checkpoints as lists of leaves, in the order of the parameters.
-
-    Attributes:
-      flat: the parameters, with gaps.
-      anchors: per layer's leaf θ₀ in at least float32, else None.
-      deltas: per layer's leaf Δ = θ - θ₀, else None.
-    """
-
-    flat: trees.FlatTree
-    anchors: list[jax.Array | None]
-    deltas: list[jax.Array | None]
-
-    def projected(self, multipliers: Sequence[jax.Array | None]) -> list[jax.Array | None]:
-        """Per layer's leaf θ₀ + f Δ in the parameter's dtype; θ itself where f = 1."""
-        return [
-            None
-            if theta_0 is None or delta is None or f is None
-            else jnp.where(
-                (f < 1) | jnp.zeros_like(delta, bool),
-                (theta_0 + f * delta).astype(jnp.result_type(theta)),
-                theta,
-            )
-            for theta, theta_0, delta, f in zip(
-                self.flat.leaves, self.anchors, self.deltas, multipliers, strict=True
-            )
-        ]
-
-    def filled(self, leaves: Sequence[jax.Array | None]) -> PyTree:
-        """The parameter tree with other values in its layers."""
-        return self.flat.unflatten(
-            theta if leaf is None else leaf
-            for theta, leaf in zip(self.flat.leaves, leaves, strict=True)
-        )
-
-
-def plan_of(params: PyTree, layers: layers_lib.LayerFn | None, mask: Any) -> layers_lib.LayerPlan:
-    """The layers of a parameter tree under a mask."""
-    layers_lib.check_layers(layers)
-    flat = trees.flatten(params)
-    return layers_lib.plan_layers(flat, layers, masks.resolve_mask(mask, params, flat))
-
-
-def matched_anchor(params: PyTree, anchor: PyTree, plan: layers_lib.LayerPlan) -> list[Any]:
-    """Per leaf the anchor's array where there is a layer, else None.
-
-    Raises:
-      ValueError: the trees do not match there.
-    """
-    wanted = trees.flatten(params).only(entry is not None for entry in plan.arrays)
-    leaves = anchors.match_anchor(wanted, anchor)
-    return [
-        None if entry is None else leaf for entry, leaf in zip(plan.arrays, leaves, strict=True)
-    ]
-
-
-def displacement(
-    params: PyTree, pretrained: Sequence[Any], plan: layers_lib.LayerPlan
-) -> Displacement:
-    """How far a checkpoint is from the anchor's leaves, as :func:`matched_anchor` gives them.
-
-    Raises:
-      TypeError: the anchor is complex.
-    """
-    flat = trees.flatten(params)
-    anchors_found: list[jax.Array | None] = []
-    deltas: list[jax.Array | None] = []
-    for path, entry, theta, theta_0 in zip(
-        flat.paths, plan.arrays, flat.leaves, pretrained, strict=True
-    ):
-        if entry is None:
-            anchors_found.append(None)
-            deltas.append(None)
-            continue
-        dtype = layers_lib.compute_dtype(theta, theta_0)
-        pretrained_leaf = trees.as_real(anchors.on_device(theta_0), dtype, "anchor", path)
-        anchors_found.append(pretrained_leaf)
-        deltas.append(jnp.asarray(theta, dtype) - pretrained_leaf)
-    return Displacement(flat, anchors_found, deltas)

@@ -120,7 +120,7 @@ def learn_radii(
       loss_fn: (per leaf the projected parameters, batch) -> scalar.
       place: per leaf from factors to projected parameters.
       batches: validation batches with a leading axis.
-      optimizer: of the radii.
+      optimizer: of the radii; it also gets the loss, as ``value=``.
       radii: to begin with.
       optimizer_state: to begin with.
 
@@ -128,6 +128,7 @@ def learn_radii(
       The radii after the last step, clipped. Where the loss or a layer's gradient is not finite
       the layer keeps its radius; where the loss is not, the optimizer keeps its state too.
     """
+    update = optax.with_extra_args_support(optimizer).update
 
     def step(carry: tuple[jax.Array, PyTree], batch: PyTree) -> Any:
         radii, state = carry
@@ -139,7 +140,8 @@ def learn_radii(
         usable = jnp.isfinite(loss)
         # Its square too: a second moment that overflows would hold the radius still for good.
         learns = constraint.acts & usable & jnp.isfinite(gradient**2)
-        change, new_state = optimizer.update(jnp.where(learns, gradient, 0), state, radii)
+        gradient = jnp.where(learns, gradient, 0)
+        change, new_state = update(gradient, state, radii, value=loss)
         new_radii = optax.apply_updates(radii, change)
         new_radii = jnp.where(learns & jnp.isfinite(new_radii), new_radii, radii)
         kept_state = jax.tree.map(lambda new, old: _chosen(usable, new, old), new_state, state)
@@ -163,18 +165,25 @@ def scalar_loss(validation_fn: ValidationFn, params: PyTree, batch: PyTree) -> j
     """
     loss = validation_fn(params, batch)
     leaves = jax.tree.leaves(loss)
-    if (
-        len(leaves) != 1
-        or leaves[0] is not loss
-        or jnp.shape(loss) != ()
-        or not jnp.issubdtype(jnp.result_type(loss), jnp.floating)
-    ):
-        got = jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", loss)
+    if len(leaves) != 1 or leaves[0] is not loss or not _is_real_scalar(loss):
+        got = jax.tree.map(_described, loss)
         raise ValueError(
             f"validation_fn must return one real number, the mean loss of the batch, got {got}. "
             "Leave auxiliary outputs out and average over the batch."
         )
     return jnp.asarray(loss)
+
+
+def _described(value: Any) -> str:
+    if hasattr(value, "dtype"):
+        return f"{value.dtype}{list(jnp.shape(value))}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def _is_real_scalar(loss: Any) -> bool:
+    if not isinstance(loss, float) and not hasattr(loss, "dtype"):
+        return False
+    return jnp.shape(loss) == () and jnp.issubdtype(jnp.result_type(loss), jnp.floating)
 
 
 def checked_optimizer(

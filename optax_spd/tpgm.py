@@ -25,10 +25,16 @@ Differences from the authors' code:
    its radius is 0, and starts when the layer first moves.
 4. A loss or gradient that is not finite leaves the radii as they are; a layer whose Δ̃ is not finite
    keeps the inner optimizer's update (in the original NaN stays forever).
-5. Sums are taken in at least float32 whatever the parameters' dtype.
-6. A layer may be a slice of an array or several arrays, and rows lie on any axis (``layers=``).
+5. Sums are taken in at least float32 whatever the parameters' dtype: in bfloat16 a row's sum has
+   no digits left.
+6. A layer may be a slice of an array or several arrays, and rows lie on any axis (``layers=``),
+   since JAX stacks layers and keeps output units last.
 7. Given ``radii=`` and no validation data, the radii stay as given. In their code every projection
    also lowers the radii to the largest norm, so they would shrink to the first step's.
+8. The loss is a function of the caller's, and so is its evaluation mode; their code copies the
+   model, switches the copy to evaluation and uses cross-entropy.
+9. Each call brings its batches, since a pure function cannot hold a loader; theirs goes on where it
+   stopped. ``every`` stands for calling theirs every so many steps.
 """
 
 import operator
@@ -96,13 +102,15 @@ def tpgm(
 
     Args:
       radius_optimizer: of the radii, seen as one vector; None for ``optax.adam(1e-2)``. Its
-        learning rate is in units of the norm a step and may be a schedule of inner steps.
+        learning rate is in units of the norm a step and may be a schedule of inner steps. It is
+        given the validation loss as ``value=``, but cannot evaluate it again (line searches).
       norm: "mars" (each output unit by its own absolute row sum) or "l2".
       every: learn on updates 0, every, 2 every, ...; the others only project, and neither the
         forward nor the backward pass of the validation runs there.
       radii: to start from: a scalar, or one per layer in :func:`optax_spd.layer_names` order; None
         for half the smallest row norm of the layer's first deviation. Without validation data they
-        stay as they are.
+        stay as they are; with it they are clipped to the layer's largest norm like any radius, so
+        a larger value starts at the whole of the first step.
       anchor: θ₀, as for :func:`optax_spd.spd`, as all that follow.
       anchor_dtype: dtype to store the anchor in; None for its own.
       layers: what a layer is, and which axes count its output units (:func:`optax_spd.outputs`).
@@ -157,8 +165,11 @@ def tpgm(
 
     def init(params: PyTree) -> TPGMState:
         plan, held = options.init(params)
-        # A copy: the caller's array would be donated together with the state.
-        start = jnp.array(deviations.per_layer("radii", 0.0 if radii is None else radii, plan))
+        start = jnp.zeros(plan.vector_size, plan.dtype)
+        # Optax's placeholder for any parameters has no layer that a vector of radii could fit.
+        if radii is not None and plan.names:
+            # A copy: the caller's array would be donated together with the state.
+            start = jnp.array(deviations.per_layer("radii", radii, plan))
         return TPGMState(
             count=jnp.zeros((), jnp.int32),
             anchor=held,

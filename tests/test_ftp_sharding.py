@@ -1,6 +1,7 @@
 """FTP in parameters that are split by hand, and where its state lives."""
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -155,3 +156,18 @@ def test_a_jitted_step_gathers_nothing() -> None:
     assert "all-reduce" in text
     for moved in ("all-gather", "collective-permute", "all-to-all"):
         assert moved not in text
+
+
+@pytest.mark.parametrize(
+    ("spec", "most"), [(P("x"), 1), (P(None, "x"), 2)], ids=["inputs split", "outputs split"]
+)
+@pytest.mark.parametrize("norm", ["mars", "l2"])
+@pytest.mark.parametrize("stage", [optax_spd.ftp, optax_spd.tpgm], ids=["ftp", "tpgm"])
+def test_one_reduction_for_many_arrays(stage: Any, norm: str, spec: P, most: int) -> None:
+    """And one more for the largest row where rows are spread over devices."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    arrays = {f"kernel_{i}": jnp.ones((16, 8)) for i in range(40)}
+    params = jax.device_put(arrays, NamedSharding(mesh, spec))
+    tx = optax_spd.with_gradient(stage(norm=norm))
+    text = jax.jit(tx.update).lower(params, tx.init(params), params).compile().as_text()
+    assert 1 <= len(re.findall(r" all-reduce(?:-start)?\(", text)) <= most

@@ -13,6 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 import optax_spd
 from optax_spd import LayerSpec
+from optax_spd.projections import ball_factor
 
 both_norms = pytest.mark.parametrize("norm", ["l2", "mars"])
 # Eager calls are tested with the input that they refuse; most of the time they would only compile.
@@ -365,3 +366,28 @@ def test_gradients_are_finite_everywhere(radius: float, moved: bool, norm: str) 
 
     gradients = jax.jit(jax.grad(score, argnums=(0, 1, 2)))(params, anchor, jnp.float32(radius))
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("norm", ["l2", "mars"])
+@pytest.mark.parametrize("radii", [0.5, np.array([0.5]), jnp.array([0.5])], ids=["a", "b", "c"])
+def test_concrete_radii_may_stand_in_a_jitted_function(radii: Any, norm: str) -> None:
+    params, anchor = {"a": jnp.array([3.0, 4.0])}, {"a": jnp.zeros(2)}
+    plain = optax_spd.project(params, anchor, radii, norm=norm)
+    jitted = jax.jit(lambda params: optax_spd.project(params, anchor, radii, norm=norm))(params)
+    np.testing.assert_allclose(jitted["a"], plain["a"], rtol=1e-6)
+
+
+def test_the_factor_has_no_slope_where_it_is_clipped() -> None:
+    """Not even at the ends, where jnp.clip's slope is 1/2."""
+    radii = jnp.array([-1.0, 0.0, 0.25, 1.0, 2.0, jnp.inf])
+    one = jnp.ones(())
+    np.testing.assert_array_equal(ball_factor(radii, one), [0, 0, 0.25, 1, 1, 1])
+    slopes = [jax.vmap(jax.grad(ball_factor, i), (0, None))(radii, one) for i in (0, 1)]
+    np.testing.assert_array_equal(slopes[0], [0, 0, 1, 0, 0, 0])
+    np.testing.assert_array_equal(slopes[1], [0, 0, -0.25, 0, 0, 0])
+
+
+def test_a_radius_that_is_no_number_leaves_its_layer_alone() -> None:
+    params = {"a": jnp.array([3.0, 4.0])}
+    found = jax.jit(lambda r: optax_spd.project(params, {"a": jnp.zeros(2)}, r))(jnp.nan)
+    np.testing.assert_array_equal(found["a"], params["a"])

@@ -300,6 +300,7 @@ def test_the_state_keeps_its_dtypes_under_a_scheduled_rate_in_float64(x64: None)
         (jnp.int32(1), "int32[]"),
         (True, "bool"),
         (1j, "complex"),
+        ("0.5", "str"),
         ((jnp.float32(1.0), {}), "float32[]"),
         ((1.0, {"accuracy": 0.5}), "accuracy"),
         ([jnp.float32(1.0)], "float32[]"),

@@ -285,3 +285,39 @@ def test_accumulated_gradients(place: str, norm: str) -> None:
             assert_same_bits((params, radii_of(state)), before)
     assert_close((params, radii_of(state)), accumulated_by_hand(norm, batches, gradients))
     assert any(np.any(params[path] != arrays(0)[path]) for path in params)
+
+
+@pytest.mark.parametrize("radii", [0.5, [0.5, 0.25]], ids=["scalar", "vector"])
+def test_given_radii_work_under_jit_injected_and_for_tree_map_params(radii: Any) -> None:
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
+    radii = np.asarray(radii)
+    tx = optax.inject_hyperparams(optax_spd.tpgm, static_args=(*STATIC, "radii"))(
+        every=1, radii=radii, norm="l2"
+    )
+    state = jax.jit(tx.init)(params)
+    updates = jax.tree.map(lambda x: x + 3, params)
+    found, state = jax.jit(tx.update)(updates, state, params)
+    for wanted, leaf in zip(np.broadcast_to(radii, 2), found.values(), strict=True):
+        np.testing.assert_allclose(np.linalg.norm(leaf), wanted, rtol=1e-6)
+
+    plain = optax_spd.tpgm(radii=radii)
+    mapped = optax.tree_utils.tree_map_params(plain, lambda x: x + 1, plain.init(params))
+    np.testing.assert_array_equal(mapped.tpgm_radii, np.broadcast_to(radii, 2))
+    np.testing.assert_array_equal(mapped.anchor["a"], 1)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [optax.polyak_sgd(), optax.chain(optax.adam(0.1), optax.contrib.reduce_on_plateau())],
+    ids=["polyak_sgd", "reduce_on_plateau"],
+)
+def test_the_radius_optimizer_is_told_the_loss(optimizer: Any) -> None:
+    params = {"a": jnp.zeros(2)}
+    tx = optax_spd.tpgm(optimizer, norm="l2")
+    extra = {
+        "validation_fn": lambda params, batch: jnp.sum((params["a"] - batch) ** 2),
+        "validation_batches": jnp.ones((20, 2)),
+    }
+    _, state = tx.update({"a": jnp.array([3.0, 4.0])}, tx.init(params), params, **extra)
+    # (3, 4) times 0.28 is nearest to (1, 1); the radius began at 2.5.
+    assert abs(float(state.tpgm_radii[0]) - 1.4) < 0.9

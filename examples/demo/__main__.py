@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from examples.demo import assets, data, report
 from examples.demo.errors import DemoError
 from examples.demo.experiment import Settings, Workbench, run
-from examples.demo.methods import DEFAULT, METHODS
+from examples.demo.methods import METHODS
 
 LARGEST_TRAINING_SET = 5000
 
@@ -82,7 +82,7 @@ def parser() -> Parser:
     add(
         "--methods",
         type=method_names,
-        default=",".join(DEFAULT),
+        default=",".join(METHODS),
         help=f"comma-separated, of {', '.join(METHODS)}; wise-ft and tpgm-after bring adam along",
     )
     add("--seeds", type=between(1, 100), default=1, help="number of training sets drawn")

@@ -107,10 +107,11 @@ def radius_picture(results: Results) -> Figure:
         axes.set_xticks(range(-1, BLOCKS), ["tables", *map(str, range(BLOCKS))])
         axes.set_xlabel("block, from the input to the output")
         axes.grid(axis="y", alpha=0.3)
+        axes.set_ylim(bottom=0.8 * SMALLEST_RADIUS)
     left.set_ylabel("radius (largest absolute row sum)")
     right.set_ylabel("radius relative to the pretrained matrix's norm")
-    _tick(left, lambda value, _: f"{value:g}")
-    _tick(right, lambda value, _: f"{100 * value:g} %")
+    _tick(left, lambda value, _: f"{_at_most(value)}{value:g}")
+    _tick(right, lambda value, _: f"{_at_most(value)}{100 * value:g} %")
     if learned:
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
@@ -124,6 +125,14 @@ def _tick(axes: Axes, text: Callable[[float, int], str]) -> None:
     axes.yaxis.set_minor_locator(NullLocator())
 
 
+# Matrices that are held at the anchor have radii down to 1e-8; they are drawn at this one.
+SMALLEST_RADIUS = 1e-3
+
+
+def _at_most(value: float) -> str:
+    return "≤ " if value < 1.01 * SMALLEST_RADIUS else ""
+
+
 def _draw_radii(
     axes: Axes, method: Method, radii: Sequence[Mapping[str, float]], shift: float
 ) -> None:
@@ -132,7 +141,8 @@ def _draw_radii(
         [f"encoder/block_{block}/{kernel}/kernel" for kernel in KERNELS] for block in range(BLOCKS)
     ]
     values = [
-        [float(np.mean([each[path] for each in radii])) for path in paths] for paths in groups
+        [max(SMALLEST_RADIUS, float(np.mean([each[path] for each in radii]))) for path in paths]
+        for paths in groups
     ]
     for depth, group in enumerate(values, start=-1):
         axes.scatter(

@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-# XLA's temporaries are new memory in every step; in huge pages a CPU step takes half the time
-# (benchmarks/README.md). Linux with glibc heeds it, others pass it over.
+# XLA on CPU takes new memory for temporaries in every step; huge pages make that cheaper
+# (benchmarks/README.md). Linux with glibc heeds this, others pass it over.
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 .PHONY: demo test test-lowest lint bench docs clean

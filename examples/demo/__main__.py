@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from examples.demo import assets, data, report
 from examples.demo.errors import DemoError
 from examples.demo.experiment import Settings, Workbench, run
-from examples.demo.methods import METHODS
+from examples.demo.methods import DEFAULT, METHODS
 
 LARGEST_TRAINING_SET = 5000
 
@@ -82,7 +82,7 @@ def parser() -> Parser:
     add(
         "--methods",
         type=method_names,
-        default=",".join(METHODS),
+        default=",".join(DEFAULT),
         help=f"comma-separated, of {', '.join(METHODS)}; wise-ft and tpgm-after bring adam along",
     )
     add("--seeds", type=between(1, 100), default=1, help="number of training sets drawn")
@@ -97,7 +97,7 @@ def parser() -> Parser:
     add(
         "--evaluation",
         type=between(50, data.HELD_OUT),
-        default=500,
+        default=400,
         help="snippets scored in each test set",
     )
     return made

@@ -11,7 +11,6 @@ TPGM's paper has no such figure; FTP's claims 35 % less time a step than TPGM.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -165,13 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--batch", type=reporting.count, default=16, help="texts in a batch")
     add("--length", type=reporting.count, default=32, help="tokens in a text")
     add("--samples", type=reporting.count, default=8, help="timings of each optimizer")
-    add("--json", type=reporting.output, metavar="FILE", help="also write all numbers to this file")
-    options = vars(parser.parse_args(argv))
-    file = options.pop("json")
-    result = compare(**options)
-    print(table(result))
-    if file is not None:
-        file.write_text(json.dumps(result, indent=2) + "\n")
+    reporting.run(parser, argv, compare, table)
 
 
 if __name__ == "__main__":

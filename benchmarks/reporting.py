@@ -2,8 +2,10 @@
 
 import argparse
 import importlib.metadata
+import json
 import os
 import pathlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +44,24 @@ def quartiles(values: dict[str, float], scale: float = 1.0, digits: int = 2) -> 
     """The middle half of a spread, as text."""
     low, high = (scale * values[key] for key in ("lower_quartile", "upper_quartile"))
     return f"{low:.{digits}f}-{high:.{digits}f}"
+
+
+def run(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    compare: Callable[..., dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+) -> None:
+    """Measures with the command line's options, prints the table and writes the JSON."""
+    parser.add_argument(
+        "--json", type=output, metavar="FILE", help="also write all numbers to this file"
+    )
+    options = vars(parser.parse_args(argv))
+    file = options.pop("json")
+    result = compare(**options)
+    print(table(result))
+    if file is not None:
+        file.write_text(json.dumps(result, indent=2) + "\n")
 
 
 # argparse shows the name of such a function: "invalid count value".

@@ -13,7 +13,6 @@ its step therefore takes 12/7 = 1.71 (8/7 = 1.14) of AdamW's time. L2-SP needs o
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -156,13 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--samples", type=reporting.count, default=20, help="timings of each optimizer")
     add("--steps", type=reporting.count, default=1, help="steps per timing")
     add("--compilations", type=reporting.count, default=3, help="timings of each compilation")
-    add("--json", type=reporting.output, metavar="FILE", help="also write all numbers to this file")
-    options = vars(parser.parse_args(argv))
-    file = options.pop("json")
-    result = compare(**options)
-    print(table(result))
-    if file is not None:
-        file.write_text(json.dumps(result, indent=2) + "\n")
+    reporting.run(parser, argv, compare, table)
 
 
 if __name__ == "__main__":

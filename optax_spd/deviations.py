@@ -236,6 +236,18 @@ def spread(entry: ArrayLayers, vector: jax.Array, ndim: int) -> jax.Array:
     return values.reshape(shape)
 
 
+def spread_over(
+    plan: LayerPlan, vector: jax.Array, arrays: Sequence[jax.Array | None]
+) -> list[jax.Array | None]:
+    """Per leaf its entries of a per-layer vector, as :func:`spread` and in the array's dtype."""
+    return [
+        None
+        if entry is None or array is None
+        else spread(entry, vector, array.ndim).astype(array.dtype)
+        for entry, array in zip(plan.arrays, arrays, strict=True)
+    ]
+
+
 # Mapped axes (shard_map, pmap) -------------------------------------------------------------------
 
 

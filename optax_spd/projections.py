@@ -142,13 +142,7 @@ def _mars_norms(
 
 def _l2_norms(plan: layers_lib.LayerPlan, square: jax.Array, arrays: Leaves) -> BallNorms:
     vector = deviations.norm_of(square)
-    rows = [
-        None
-        if entry is None or array is None
-        else deviations.spread(entry, vector, array.ndim).astype(array.dtype)
-        for entry, array in zip(plan.arrays, arrays, strict=True)
-    ]
-    return BallNorms(rows, vector, vector)
+    return BallNorms(deviations.spread_over(plan, vector, arrays), vector, vector)
 
 
 def ball_factor(radius: jax.Array, norm: jax.Array) -> jax.Array:

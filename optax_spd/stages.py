@@ -80,14 +80,7 @@ class StageView:
 
     def spread(self, vector: jax.Array) -> list[jax.Array | None]:
         """A per-layer vector's entries, shaped to broadcast against each array, in its dtype."""
-        return [
-            None
-            if deviation is None or entry is None
-            else deviations_lib.spread(entry, vector, deviation.delta.ndim).astype(
-                deviation.delta.dtype
-            )
-            for deviation, entry in zip(self.deviations, self.plan.arrays, strict=True)
-        ]
+        return deviations_lib.spread_over(self.plan, vector, self.map(lambda d: d.delta))
 
     def map(self, function: Callable[..., Any], *matched: Sequence[Any]) -> list[Any]:
         """``function(deviation, *matched leaves)`` where the method acts, else None."""

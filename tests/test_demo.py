@@ -555,17 +555,16 @@ def test_the_table_fits_a_terminal_and_knows_no_step_without_training():
 
 
 def test_a_method_that_diverges_leaves_the_others_their_results(tmp_path, minilm, sentiment):
-    # So large a rate takes Adam to infinity; FTP's balls hold even then.
-    arguments = ["--methods", "probe,ftp,wise-ft", "--lr", "1e30", "--examples", "32"]
+    arguments = ["--methods", "probe,wise-ft", "--lr", "1e30", "--examples", "32"]
     out = tmp_path / "results"
     done = run_demo(*arguments, "--steps", "2", "--evaluation", "50", "--out", str(out))
     assert done.returncode == 1
     adam, wise_ft = done.stderr.splitlines()
     assert adam.startswith("python -m examples.demo: left out Adam: the loss is nan at step 1")
     assert wise_ft.endswith("left out WiSE-FT: it needs the result of Adam")
-    assert "FTP: ID" in done.stdout
+    assert "linear probe: ID" in done.stdout
     record = json.loads((out / "results.json").read_text())
-    assert list(record["results"]) == ["probe", "ftp"]
+    assert list(record["results"]) == ["probe"]
     assert list(record["diverged"]) == ["adam", "wise-ft"]
 
 
@@ -580,12 +579,12 @@ def test_nothing_is_written_if_every_method_diverges(tmp_path, monkeypatch, caps
 
 def test_a_short_real_run_ends_in_table_pictures_and_numbers(tmp_path, minilm, sentiment):
     out = tmp_path / "new" / "results"
-    arguments = ["--methods", "spd,wise-ft,tpgm,tpgm-after,ftp", "--examples", "32"]
+    arguments = ["--methods", "spd,tpgm-after,ftp", "--examples", "32"]
     arguments += ["--steps", "3"]
     done = run_demo(*arguments, "--evaluation", "64", "--out", str(out), PYTHONWARNINGS="error")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    for expected in ("method", "dist.", "s per", "Adam", "SPD", "WiSE-FT", "TPGM after"):
+    for expected in ("method", "dist.", "s per", "Adam", "SPD", "FTP", "TPGM after"):
         assert expected in done.stdout
     assert "SPD against Adam out of distribution" in done.stdout
     assert "Rank correlation of radius and depth" in done.stdout
@@ -599,16 +598,13 @@ def test_a_short_real_run_ends_in_table_pictures_and_numbers(tmp_path, minilm, s
     for name in ("accuracy.png", "deviation.png", "radii.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     record = json.loads((out / "results.json").read_text())
-    assert list(record["results"]) == ["adam", "spd", "tpgm", "ftp", "wise-ft", "tpgm-after"]
+    assert list(record["results"]) == ["adam", "spd", "ftp", "tpgm-after"]
     for entry in record["results"].values():
         assert 0 < entry[0]["distance"] < 10
         assert 0.2 < entry[0]["mean_ood_accuracy"] <= 1
-    assert record["results"]["wise-ft"][0]["alpha"] in methods.WISE_FT_ALPHAS
-    # Both start from the same place; the average lies between the start and Adam's result.
-    assert record["results"]["wise-ft"][0]["distance"] < record["results"]["adam"][0]["distance"]
     assert record["diverged"] == {}
     learning = {name for name, (entry,) in record["results"].items() if entry["radii"]}
-    assert learning == {"tpgm", "ftp", "tpgm-after"} == set(record["radius_order"])
+    assert learning == {"ftp", "tpgm-after"} == set(record["radius_order"])
     for name in learning:
         (entry,) = record["results"][name]
         kernels = [r for path, r in entry["radii"].items() if path.endswith("/kernel")]

@@ -110,7 +110,16 @@ def run(case: golden.Case, tx: Any, pass_grad: bool) -> tuple[Any, Any]:
 
 
 FORMS = ["optax.chain", "optax_spd.chain", "recipe"]
-REPLAYS = [(c, form) for c in CASES for form in FORMS if form != "recipe" or has_recipe(c)]
+# Where the recipe has the case's inner optimizer, it is that chain; once for each optimizer is
+# enough of a chain that gets ``grad=`` from outside.
+REPLAYS = [
+    (case, form)
+    for index, case in enumerate(CASES)
+    for form in FORMS
+    if (form == "recipe" and has_recipe(case))
+    or (form == "optax_spd.chain" and not has_recipe(case))
+    or (form == "optax.chain" and index % 6 == 0)
+]
 
 
 @pytest.mark.parametrize(

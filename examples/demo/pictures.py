@@ -85,7 +85,7 @@ def deviation_picture(results: Results) -> Figure:
         if index < BLOCKS:
             axes.axvline(right - 0.5, color="0.8", linewidth=1)
     axes.grid(axis="y", alpha=0.3)
-    if axes.lines:
+    if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside right center", frameon=False)
     return figure
 

@@ -93,4 +93,4 @@ METHODS = {
     "tpgm-after": Method("TPGM after", "#e377c2", "*", radii_of="adam"),
 }
 # Left out of the default run to keep it within six minutes on two cores; --methods brings them in.
-DEFAULT = [name for name in METHODS if name not in ("adamw", "wise-ft")]
+DEFAULT = [name for name in METHODS if name not in ("adamw", "l2-sp", "wise-ft")]

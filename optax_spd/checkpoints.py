@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_spd import anchors, layers as layers_lib, masks, trees
+from optax_spd import anchors, deviations, layers as layers_lib, masks, trees
 
 PyTree = Any
 
@@ -30,7 +30,7 @@ class Displacement(NamedTuple):
             None
             if theta_0 is None or delta is None or f is None
             else jnp.where(
-                (f < 1) | jnp.zeros_like(delta, bool),
+                deviations.predicate_like(f < 1, delta),
                 (theta_0 + f * delta).astype(jnp.result_type(theta)),
                 theta,
             )

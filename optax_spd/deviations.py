@@ -248,6 +248,15 @@ def spread_over(
     ]
 
 
+def predicate_like(condition: jax.Array, array: jax.Array) -> jax.Array:
+    """A condition that broadcasts against ``array``, in its shape and sharding, to select by.
+
+    An explicit-sharding mesh wants a predicate sharded as what it selects from; one that is spread
+    from a per-layer vector is replicated if the array's only axes are stacked ones.
+    """
+    return condition | jnp.zeros_like(array, bool)
+
+
 # Mapped axes (shard_map, pmap) -------------------------------------------------------------------
 
 

@@ -43,7 +43,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_spd import checks, layers as layers_lib, projections, stages, wrappers
+from optax_spd import checks, deviations, layers as layers_lib, projections, stages, wrappers
 
 PyTree = Any
 
@@ -267,5 +267,5 @@ def ftp(
 
 def _kept(d: stages.Deviation, acts: jax.Array, previous: jax.Array) -> jax.Array:
     """C for the next step; the last one where the layer took no part."""
-    took_part = (acts > 0) | jnp.zeros_like(previous, bool)
+    took_part = deviations.predicate_like(acts > 0, previous)
     return jnp.where(took_part, d.tentative, previous)

@@ -211,8 +211,7 @@ def pulled(d: Deviation, factor: jax.Array) -> jax.Array:
     drawn_in = jnp.where(
         factor < 0.5, factor * d.tentative - d.delta, d.step - (1 - factor) * d.tentative
     )
-    # See spd.py: on an explicit-sharding mesh the predicate must be sharded as the array is.
-    outside = (factor < 1) | jnp.zeros_like(d.step, bool)
+    outside = deviations_lib.predicate_like(factor < 1, d.step)
     return jnp.where(outside, drawn_in, d.step)
 
 

@@ -1,6 +1,7 @@
 """Checks of hyperparameters, made when a transformation is built."""
 
 import math
+import operator
 import re
 from collections.abc import Callable
 from typing import Any
@@ -41,6 +42,49 @@ def check_scalar(name: str, value: Any, *, low: float = 0.0, high: float = math.
     if not (math.isfinite(number) and low <= number <= high):
         allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
         raise ValueError(f"{name} must be finite and {allowed}, got {number}.")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Refuses a concrete number that is not an integer of at least 1; tracers pass.
+
+    Raises:
+      TypeError: not an integer.
+      ValueError: less than 1.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return  # injected as a hyperparameter
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        number = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be an integer, got {value!r}.") from error
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}.")
+
+
+def check_static(name: str, value: Any) -> None:
+    """Refuses a tracer or a schedule for an argument that shapes the program.
+
+    Raises:
+      TypeError: as said.
+    """
+    if isinstance(value, jax.core.Tracer) or callable(value):
+        raise TypeError(
+            f"{name} shapes the program, so it must be a plain value, got {value!r}. Under jit or "
+            "optax.inject_hyperparams make it static (static_args)."
+        )
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuses what is neither True nor False.
+
+    Raises:
+      TypeError: as said.
+    """
+    check_static(name, value)
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
 
 
 def check_finite(name: str, value: Any) -> None:

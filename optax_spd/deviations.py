@@ -147,7 +147,7 @@ def layer_extremes(
         # Whether a maximum over devices passes NaN on is up to the device; infinity it does.
         highest = jnp.where(jnp.isnan(row), jnp.inf, row)
         both = jnp.stack([jnp.max(-row, axis=over), jnp.max(highest, axis=over)])
-        block = _replicated(both).reshape(2, entry.count).astype(plan.dtype)
+        block = replicated(both).reshape(2, entry.count).astype(plan.dtype)
         start = entry.start
         blocks[start] = jnp.maximum(blocks[start], block) if start in blocks else block
         if axes is not None:
@@ -162,20 +162,20 @@ def _sums_of_array(entry: ArrayLayers, terms: tuple[jax.Array, ...]) -> jax.Arra
     """The sums of one array's terms, shape (len(terms), its number of layers)."""
     over = tuple(a for a in range(terms[0].ndim) if a not in entry.stacked_axes)
     sums = jnp.stack([jnp.sum(term, axis=over) for term in terms])
-    return _replicated(sums).reshape(len(terms), entry.count)
+    return replicated(sums).reshape(len(terms), entry.count)
 
 
-def _replicated(sums: jax.Array) -> jax.Array:
-    """The same numbers on every device, where an explicit-sharding mesh splits a stacked axis.
+def replicated(array: jax.Array) -> jax.Array:
+    """The same numbers on every device, where an explicit-sharding mesh splits the array.
 
-    Such a mesh refuses to join vectors that are split differently. These are a few numbers a layer.
+    Such a mesh refuses to join arrays that are split differently.
     """
-    sharding = jax.typeof(sums).sharding
+    sharding = jax.typeof(array).sharding
     if all(part is None for part in sharding.spec):
-        return sums
+        return array
     everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    replicated: jax.Array = jax.sharding.reshard(sums, everywhere)
-    return replicated
+    result: jax.Array = jax.sharding.reshard(array, everywhere)
+    return result
 
 
 def _counted_once(block: jax.Array, axes: MeshAxes, all_axes: tuple[str, ...]) -> jax.Array:

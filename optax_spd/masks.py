@@ -40,7 +40,7 @@ def path_mask(*patterns: str) -> Callable[[PyTree], PyTree]:
     def mask(params: PyTree) -> PyTree:
         flat = trees.flatten(params)
         names = [trees.path_name(path) for path in flat.paths]
-        if _is_whole(flat):
+        if is_whole(flat):
             present = [
                 n for n, leaf in zip(names, flat.leaves, strict=True) if not trees.is_gap(leaf)
             ]
@@ -67,7 +67,7 @@ def _hint(flat: trees.FlatTree) -> str:
     )
 
 
-def _is_whole(flat: trees.FlatTree) -> bool:
+def is_whole(flat: trees.FlatTree) -> bool:
     """Whether the tree has array leaves and no other mask has taken some of them."""
     masked = any(isinstance(leaf, optax.MaskedNode) for leaf in flat.leaves)
     return not masked and any(not trees.is_gap(leaf) for leaf in flat.leaves)
@@ -86,7 +86,7 @@ def resolve_mask(
         return None
     if not flat.leaves:
         return []  # Optax's placeholder for any tree of parameters: no mask fits it
-    tree = mask(params) if _is_mask_function(mask) else mask
+    tree = mask(params) if is_mask_function(mask) else mask
     covering = trees.broadcast_prefix(flat, tree, "mask", lambda _: False)
     selected = []
     for path, leaf, value in zip(flat.paths, flat.leaves, covering, strict=True):
@@ -96,7 +96,7 @@ def resolve_mask(
             selected.append(bool(value))
         else:
             raise TypeError(f"mask must hold True or False, got {value!r} at {trees.shown(path)}.")
-    if _is_whole(flat) and not any(selected):
+    if is_whole(flat) and not any(selected):
         raise ValueError(
             "mask is False for every parameter, so the method would never act. The parameter "
             f"paths: {trees.nearest_paths('', flat.paths, count=5)}."
@@ -104,7 +104,7 @@ def resolve_mask(
     return selected
 
 
-def _is_mask_function(mask: Any) -> bool:
+def is_mask_function(mask: Any) -> bool:
     """A function, and not a tree of bools that happens to be callable (an Equinox module)."""
     leaves = jax.tree.leaves(mask)
     is_tree = bool(leaves) and all(isinstance(leaf, bool | np.bool_) for leaf in leaves)

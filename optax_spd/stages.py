@@ -215,6 +215,47 @@ def pulled(d: Deviation, factor: jax.Array) -> jax.Array:
     return jnp.where(outside, drawn_in, d.step)
 
 
+def planned(
+    params: PyTree, layers: layers_lib.LayerFn | None, mask: Any
+) -> tuple[trees.FlatTree, layers_lib.LayerPlan]:
+    """The parameters' leaves and layers, for a stage without an anchor."""
+    flat = trees.flatten(params)
+    return flat, layers_lib.plan_layers(flat, layers, masks.resolve_mask(mask, params, flat))
+
+
+def scaled(
+    updates: PyTree,
+    flat: trees.FlatTree,
+    plan: layers_lib.LayerPlan,
+    scale: jax.Array,
+    concerned: np.ndarray | None = None,
+) -> PyTree:
+    """The updates times a factor for each layer, in their own dtypes.
+
+    Args:
+      updates: a tree like the parameters, matched by path.
+      flat: the parameters.
+      plan: their layers.
+      scale: the factors, one per layer.
+      concerned: per layer whether it may have another factor than 1: arrays without such a layer
+        pass through. None for all.
+    """
+    leaves = trees.align(flat, updates, "updates")
+
+    def product(path: trees.Path, entry: Any, leaf: Any) -> jax.Array | None:
+        if entry is None or trees.is_gap(leaf):
+            return None
+        here = slice(entry.start, entry.start + entry.count)
+        if concerned is not None and not concerned[here].any():
+            return None
+        step = trees.as_real(leaf, layers_lib.compute_dtype(leaf), "updates", path)
+        factor = deviations_lib.spread(entry, scale, step.ndim).astype(step.dtype)
+        return (step * factor).astype(jnp.result_type(leaf))
+
+    changed = zip(flat.paths, map(product, flat.paths, plan.arrays, leaves), strict=True)
+    return trees.replace_leaves(updates, {path: u for path, u in changed if u is not None})
+
+
 def zeros_like_layers(params: PyTree, plan: layers_lib.LayerPlan, dtype: Any = None) -> PyTree:
     """Zeros like the parameters that are layers, MaskedNode for the others, placed as they are.
 

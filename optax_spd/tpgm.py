@@ -37,7 +37,6 @@ Differences from the authors' code:
    stopped. ``every`` stands for calling theirs every so many steps.
 """
 
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +44,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_spd import (
+    checks,
     deviations,
     layers as layers_lib,
     projections,
@@ -158,7 +158,7 @@ def tpgm(
     """
     optimizer = radius_learning.checked_optimizer(radius_optimizer)
     projections.check_norm(norm, axis_name)
-    _check_every(every)
+    checks.check_count("every", every)
     if radii is not None:
         projections.check_radii(radii)
     options = stages.StageOptions(anchor, anchor_dtype, layers, mask, axis_name)
@@ -221,19 +221,6 @@ def tpgm(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _check_every(every: Any) -> None:
-    if isinstance(every, jax.core.Tracer):
-        return  # injected as a hyperparameter
-    try:
-        if isinstance(every, bool):
-            raise TypeError
-        number = operator.index(every)
-    except TypeError as error:
-        raise TypeError(f"every must be an integer, got {every!r}.") from error
-    if number < 1:
-        raise ValueError(f"every must be at least 1 (learn on each update), got {number}.")
 
 
 def _validation(view: stages.StageView, params: PyTree, extra_args: dict[str, Any]) -> Any:

@@ -85,3 +85,25 @@ def test_value_at_evaluates_schedules_and_casts() -> None:
         value = checks.value_at(constant, count, jnp.float32)
         assert value.dtype == jnp.float32
         assert value == 2
+
+
+def test_counts_are_integers_from_1() -> None:
+    for fine in (1, np.int64(7), 2**40):
+        checks.check_count("every", fine)
+    jax.jit(lambda every: checks.check_count("every", every))(0)
+    for bad in (0, -3):
+        with pytest.raises(ValueError, match=f"every must be at least 1, got {bad}"):
+            checks.check_count("every", bad)
+    for bad in (1.0, True, "1", None):
+        with pytest.raises(TypeError, match="every must be an integer"):
+            checks.check_count("every", bad)
+
+
+def test_what_shapes_the_program_is_no_tracer_and_no_schedule() -> None:
+    checks.check_static("bins", 3)
+    checks.check_flag("skip", np.True_)
+    for check, bad in ((checks.check_static, lambda _: 3), (checks.check_flag, 1)):
+        with pytest.raises(TypeError, match="bins"):
+            check("bins", bad)
+    with pytest.raises(TypeError, match="bins shapes the program"):
+        jax.jit(lambda bins: checks.check_static("bins", bins))(3)

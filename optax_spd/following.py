@@ -1,0 +1,167 @@
+"""Which layers take the learning-rate factors of which: by module, or by block."""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_spd import balancing, layers as layers_lib, trees
+
+Follows = Callable[[str], str]
+"""From the path of an array's module to the path of the module whose factor it takes."""
+
+Scales = Callable[[jax.Array, jax.Array], jax.Array]
+"""From exponents, and which of them count, to factors."""
+
+
+class Modules(NamedTuple):
+    """Each layer that counts has a factor of its own, and others follow.
+
+    Attributes:
+      size: length of the per-layer vectors.
+      followers: layers that take a factor, with repetitions.
+      leaders: whose factors they take; the mean, where there are several. A layer that counts is
+        its own leader.
+    """
+
+    size: int
+    followers: np.ndarray
+    leaders: np.ndarray
+
+    @property
+    def concerned(self) -> np.ndarray:
+        """Per layer whether it may have another factor than 1."""
+        marks = np.zeros(self.size, bool)
+        marks[self.followers] = True
+        return marks
+
+    def scales(
+        self, alpha: jax.Array, found: jax.Array, scales: Scales, *, normalize: bool
+    ) -> jax.Array:
+        """The factor of every layer."""
+        s = scales(alpha, found)
+        if normalize:
+            s = s / _mean(s, found)
+        s, has_leader = balancing.mean_by(
+            s[self.leaders], found[self.leaders], self.followers, self.size
+        )
+        return jnp.where(has_leader, s, 1)
+
+
+class Blocks(NamedTuple):
+    """All layers of a block have the factor of the mean exponent in it.
+
+    Attributes:
+      block: per layer the number of its block, -1 for one outside of all.
+      number: how many blocks there are.
+    """
+
+    block: np.ndarray
+    number: int
+
+    @property
+    def concerned(self) -> np.ndarray:
+        """Per layer whether it may have another factor than 1."""
+        return self.block >= 0
+
+    def scales(
+        self, alpha: jax.Array, found: jax.Array, scales: Scales, *, normalize: bool
+    ) -> jax.Array:
+        """The factor of every layer."""
+        if not self.number:
+            return jnp.ones_like(alpha)
+        inside = self.concerned
+        mean, has_alpha = balancing.mean_by(
+            alpha, found & inside, np.maximum(self.block, 0), self.number
+        )
+        s = jnp.where(inside, scales(mean, has_alpha)[self.block], 1)
+        if normalize:
+            s = jnp.where(inside, s / _mean(s, found), 1)
+        return s
+
+
+def modules(
+    flat: trees.FlatTree, selection: balancing.Selection, follows: Follows | None, *, whole: bool
+) -> Modules:
+    """Which layers' factors the arrays without a spectrum of their own take.
+
+    An array of rank 0 or 1 follows the weights of its module (what its path names without the last
+    key), or of the module that ``follows`` names; a stacked one index by index.
+
+    Args:
+      flat: the parameters.
+      selection: the weights that count.
+      follows: from an array's module to the module it follows.
+      whole: whether no other mask has taken parameters away.
+
+    Raises:
+      ValueError: a module to follow does not exist, or is stacked in another way.
+    """
+    plan, counted = selection.plan, selection.counted
+    leaders: dict[str, dict[tuple[int, ...], list[int]]] = {}
+    for weight in selection.weights:
+        members = leaders.setdefault(_module(weight.entry.name), {})
+        for layer, place in _places(weight.entry):
+            if counted[layer] and layer not in members.setdefault(place, []):
+                members[place].append(layer)
+    known = {_module(trees.path_name(path)) for path in flat.paths}
+    pairs = {(int(layer), int(layer)) for layer in np.flatnonzero(counted)}
+    for entry, leaf in zip(plan.arrays, flat.leaves, strict=True):
+        if entry is None or jnp.ndim(leaf) - len(entry.stacked_axes) > 1:
+            continue
+        module = _module(entry.name)
+        target = module if follows is None else _target(follows, module, known, whole=whole)
+        members = leaders.get(target, {})
+        for layer, place in _places(entry):
+            if counted[layer] or not members:
+                continue
+            if place not in members:
+                raise ValueError(
+                    f"{entry.name!r} follows the weights of {target!r}, but layers= divides them "
+                    "differently into stacked layers. Describe both alike."
+                )
+            pairs.update((layer, leader) for leader in members[place])
+    ordered = np.array(sorted(pairs), np.int32).reshape(-1, 2)
+    return Modules(plan.vector_size, ordered[:, 0], ordered[:, 1])
+
+
+def _module(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def _places(entry: layers_lib.ArrayLayers) -> list[tuple[int, tuple[int, ...]]]:
+    return [
+        (entry.start + number, index)
+        for number, index in enumerate(np.ndindex(*entry.stacked_shape))
+    ]
+
+
+def _target(follows: Follows, module: str, known: set[str], *, whole: bool) -> str:
+    target = follows(module)
+    if not isinstance(target, str):
+        raise TypeError(f"follows must return the path of a module (str), got {target!r}.")
+    if whole and target not in known:
+        raise ValueError(
+            f"follows sends {module!r} to {target!r}, which holds no parameter. The nearest "
+            f"modules: {trees.nearest_paths(target, [tuple(k.split('/')) for k in known])}."
+        )
+    return target
+
+
+def blocks(plan: layers_lib.LayerPlan, pattern: re.Pattern[str]) -> Blocks:
+    """Finds the block of each layer: what the pattern matches in its name."""
+    numbers: dict[str, int] = {}
+    found = np.full(plan.vector_size, -1, np.int32)
+    for layer, name in enumerate(plan.names):
+        if match := pattern.search(name):
+            found[layer] = numbers.setdefault(match.group(), len(numbers))
+    return Blocks(found, len(numbers))
+
+
+def _mean(values: jax.Array, counted: jax.Array) -> jax.Array:
+    """The mean of the values that count; 1 if it is 0, or there is none."""
+    mean = jnp.sum(jnp.where(counted, values, 0)) / jnp.maximum(jnp.sum(counted), 1)
+    return jnp.where(mean > 0, mean, 1)

@@ -1,0 +1,153 @@
+"""Which weights count, and how arrays of any layout become matrices."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_spectra import numpy_alpha
+
+import optax_spd
+from optax_spd import balancing, layers as layers_lib, spectra, trees
+
+
+def selected(params: Any, layers: Any = None, minimum: int = 1, **skips: bool) -> Any:
+    flat = trees.flatten(params)
+    plan = layers_lib.plan_layers(flat, layers)
+    skips = {"skip_first": False, "skip_last": False} | skips
+    return balancing.select(flat, plan, minimum, **skips)
+
+
+def counted(params: Any, layers: Any = None, minimum: int = 1, **skips: bool) -> list[str]:
+    selection = selected(params, layers, minimum, **skips)
+    return [n for n, c in zip(selection.plan.names, selection.counted, strict=False) if c]
+
+
+def alphas(selection: Any, params: Any) -> Any:
+    return jax.jit(lambda leaves: selection.alphas(leaves, spectra.Fit()))(jax.tree.leaves(params))
+
+
+def alpha_of(matrices: Any) -> float:
+    """From NumPy, of (in, out) matrices whose spectra are pooled."""
+    matrices = np.asarray(matrices, np.float64).reshape(-1, *np.shape(matrices)[-2:])
+    values = [np.linalg.svd(m, compute_uv=False) ** 2 for m in matrices]
+    return numpy_alpha(np.sort(np.concatenate(values)), "median")
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    """Weights whose singular values are well apart."""
+    return jax.random.normal(jax.random.key(seed), shape) * jnp.geomspace(1, 9, shape[-1])
+
+
+def test_what_counts() -> None:
+    params = {
+        "conv": {"kernel": jnp.ones((3, 3, 2, 8)), "bias": jnp.ones(8)},  # 18 eigenvalues
+        "depthwise": jnp.ones((3, 3, 1, 8)),  # 9
+        "empty": jnp.ones((0, 4)),
+        "integer": jnp.ones((9, 9), jnp.int32),
+        "matrix": jnp.ones((8, 6)),  # 6
+        "none": None,
+        "scalar": jnp.ones(()),
+        "vector": jnp.ones(40),
+    }
+    assert counted(params) == ["conv/kernel", "depthwise", "matrix"]
+    assert counted(params, minimum=9) == ["conv/kernel", "depthwise"]
+    assert counted(params, minimum=10) == ["conv/kernel"]
+    assert counted(params, minimum=19) == []
+    # First and last are taken before the small ones, as in the original.
+    assert counted(params, minimum=9, skip_last=True) == ["conv/kernel", "depthwise"]
+    assert counted(params, minimum=9, skip_first=True) == ["depthwise"]
+    assert counted({"one": jnp.ones((9, 9))}, skip_first=True, skip_last=True) == []
+
+
+SPECS = {
+    "matrix": ((8, 6), optax_spd.LayerSpec(), lambda w: [w]),
+    "convolution": ((2, 3, 8, 6), optax_spd.LayerSpec(), lambda w: [w]),
+    "attention in": (
+        (10, 2, 3),
+        optax_spd.LayerSpec(output_axes=(1, 2)),
+        lambda w: [w.reshape(10, 6)],
+    ),
+    "attention out": ((2, 3, 10), optax_spd.LayerSpec(), lambda w: [w.reshape(6, 10)]),
+    "fused attention": (
+        (10, 3, 2, 3),
+        optax_spd.LayerSpec(output_axes=(1, 2, 3)),
+        lambda w: [w.reshape(10, 18)],
+    ),
+    "stacked": ((3, 8, 6), optax_spd.LayerSpec(stacked_axes=(0,)), list),
+    "stacked behind": (
+        (8, 3, 6),
+        optax_spd.LayerSpec(stacked_axes=(1,)),
+        lambda w: list(w.transpose(1, 0, 2)),
+    ),
+    "stacked convolution": (
+        (2, 2, 3, 8, 6),
+        optax_spd.LayerSpec(stacked_axes=(0,)),
+        list,
+    ),
+    "outputs first": (
+        (6, 2, 4, 8),
+        optax_spd.LayerSpec(output_axes=(0,)),
+        lambda w: [w.transpose(1, 2, 3, 0)],
+    ),
+}
+
+
+def test_any_layout_has_the_spectra_of_its_matrices() -> None:
+    params = {name: normal(1, *shape) for name, (shape, _, _) in SPECS.items()}
+    params["too small"] = jnp.ones((1, 2))
+    selection = selected(params, lambda path, _: SPECS.get(path, SPECS["matrix"])[1], 5)
+    alpha, found = alphas(selection, params)
+    expected = {
+        name: [alpha_of(layer) for layer in matrices(np.asarray(params[name]))]
+        for name, (_, _, matrices) in SPECS.items()
+    }
+    expected["too small"] = [0]
+    np.testing.assert_allclose(
+        alpha, np.concatenate([expected[name] for name in sorted(params)]), rtol=1e-4
+    )
+    np.testing.assert_array_equal(found, alpha > 0)
+
+
+def test_a_group_has_the_mean_of_its_arrays() -> None:
+    params = {"a": normal(2, 8, 8), "b": normal(3, 6, 9), "bias": jnp.ones(3)}
+    group = optax_spd.LayerSpec(group="all")
+    alpha, found = alphas(selected(params, lambda *_: group), params)
+    np.testing.assert_allclose(
+        alpha, [(alpha_of(params["a"]) + alpha_of(params["b"])) / 2], rtol=1e-4
+    )
+    assert found.tolist() == [True]
+
+
+def test_broken_weights_have_no_exponent() -> None:
+    params = {
+        "equal": jnp.eye(8),
+        "fine": normal(4, 8, 8),
+        "inf": normal(5, 8, 8).at[0, 0].set(jnp.inf),
+        "nan": normal(6, 8, 8).at[0, 0].set(jnp.nan),
+        "zero": jnp.zeros((8, 8)),
+    }
+    alpha, found = alphas(selected(params), params)
+    assert found.tolist() == [False, True, False, False, False]
+    np.testing.assert_allclose(alpha, [0, alpha_of(params["fine"]), 0, 0, 0], rtol=1e-4)
+
+
+def test_means_by_segment() -> None:
+    values = jnp.array([1.0, 2.0, jnp.nan, 4.0])
+    mean, found = balancing.mean_by(values, jnp.isfinite(values), np.array([2, 2, 0, 2]), 3)
+    np.testing.assert_allclose(mean, [0, 0, 7 / 3], rtol=1e-6)
+    assert found.tolist() == [False, False, True]
+
+
+def test_weights_split_by_hand_are_refused() -> None:
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("x")
+    tx = optax_spd.temp_balance(min_eigenvalues=1)
+
+    def step(params: Any) -> Any:
+        return tx.update(params, tx.init(params), params)[0]
+
+    split = jax.shard_map(step, mesh=mesh, in_specs=spec, out_specs=spec)
+    with pytest.raises(ValueError, match=r"needs whole weights, but shard_map splits 'w'.*'x'"):
+        jax.eval_shape(split, {"w": jnp.ones((16, 4))})

@@ -1,0 +1,467 @@
+"""Frozen arrays: they do not move, they cost no state, and nothing inside ever sees them."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.core import freeze
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import optax_spd
+
+COUNT = 4  # bytes of Adam's or SPD's int32
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def model() -> dict[str, Any]:
+    return {
+        "embed": {"embedding": normal(0, 4, 3), "scale": normal(1, 3)},
+        "head": {"bias": normal(2, 3), "kernel": normal(3, 4, 3)},
+    }
+
+
+HEAD = 4 * (3 + 12)  # bytes of what trains
+EMBEDDING = 4 * (12 + 3)  # bytes of what is frozen
+EMBED = {"embed": {"embedding": True, "scale": True}, "head": {"bias": False, "kernel": False}}
+
+
+def gradients(params: Any, seed: int = 0) -> Any:
+    leaves, treedef = jax.tree.flatten(params)
+    return treedef.unflatten([normal(20 + seed + i, *np.shape(x)) for i, x in enumerate(leaves)])
+
+
+def train(tx: optax.GradientTransformation, params: Any, steps: int = 3) -> Any:
+    """The parameters after some steps on given gradients, and the state."""
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step in range(steps):
+        updates, state = update(gradients(params, step), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def state_bytes(tx: optax.GradientTransformation, params: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tx.init(params)))
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# What it does ------------------------------------------------------------------------------------
+
+INNER = {
+    "sgd": optax.sgd(0.1, momentum=0.9),
+    "clipped adamw": optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1)),
+    "adam_spd": optax_spd.adam_spd(0.1),
+    "adam_ftp": optax_spd.adam_ftp(0.1),
+    "adamw_l2_sp": optax_spd.adamw_l2_sp(0.1, weight_decay=0.1),
+    "tpgm": optax.chain(optax.adam(0.1), optax_spd.tpgm(radii=0.5)),
+}
+
+
+@pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
+def test_the_rest_trains_as_if_the_frozen_arrays_were_not_there(inner: Any) -> None:
+    params = model()
+    frozen = optax_spd.with_frozen(inner, "^embed/")
+    found, state = train(frozen, params)
+    # gradients() numbers the arrays, so the head's alone need the same numbers.
+    alone = {"embed": {"embedding": None, "scale": None}, "head": params["head"]}
+    grads = [gradients(params, step)["head"] for step in range(3)]
+    expected, inner_state = alone["head"], inner.init(alone["head"])
+    for grad in grads:
+        updates, inner_state = jax.jit(inner.update)(grad, inner_state, expected)
+        expected = optax.apply_updates(expected, updates)
+    assert_equal(found["embed"], params["embed"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found["head"], expected)
+    assert [x.shape for x in jax.tree.leaves(state)] == [
+        x.shape for x in jax.tree.leaves(inner_state)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("inner", "size"),
+    [
+        (optax.sgd(0.1), 0),
+        (optax.sgd(0.1, momentum=0.9), HEAD),
+        (optax.adam(0.1), 2 * HEAD + COUNT),
+        # Two moments and the anchor of what trains; two counts and one r per array.
+        (optax_spd.adam_spd(0.1), 3 * HEAD + 2 * COUNT + 2 * 4),
+    ],
+    ids=["sgd", "momentum", "adam", "adam_spd"],
+)
+def test_frozen_arrays_have_no_state(inner: Any, size: int) -> None:
+    params = model()
+    assert state_bytes(optax_spd.with_frozen(inner, "^embed/"), params) == size
+    assert state_bytes(inner, params) >= size + EMBEDDING * (size // HEAD)
+
+
+def test_frozen_arrays_accumulate_no_gradients_either() -> None:
+    steps = optax.MultiSteps(optax.adam(0.1), 2)
+    inside = state_bytes(optax_spd.with_frozen(steps, "^embed/"), model())
+    around = state_bytes(
+        optax.MultiSteps(optax_spd.with_frozen(optax.adam(0.1), "^embed/"), 2), model()
+    )
+    assert 3 * HEAD < inside < 3 * HEAD + 32  # and some counters
+    assert around - inside == EMBEDDING
+
+
+class Mask(eqx.Module):
+    """A tree of bools that, like an Equinox model of bools, is callable."""
+
+    embed: Any
+    head: Any
+
+    def __call__(self) -> Any:
+        raise AssertionError("the tree was taken for a function of params")
+
+
+FROZEN: dict[str, Any] = {
+    "pattern": "^embed/",
+    "patterns": ["embedding$", "^embed/scale"],
+    "tuple of patterns": ("embed",),
+    "tree": EMBED,
+    "numpy bools": jax.tree.map(np.bool_, EMBED),
+    "prefix": {"embed": True, "head": False},
+    "frozen dict": freeze(EMBED),
+    "callable tree": Mask(**EMBED),
+    "function": lambda params: {"embed": True, "head": False},
+    "path_mask": optax_spd.path_mask("^embed"),
+}
+
+
+@pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
+def test_every_form_of_frozen_freezes_the_same(frozen: Any) -> None:
+    params = model()
+    tx = optax_spd.with_frozen(optax.sgd(1.0, momentum=0.9), frozen)
+    updates, state = tx.update(params, tx.init(params), params)
+    assert not any(np.any(u) for u in jax.tree.leaves(updates["embed"]))
+    jax.tree.map(lambda u, p: np.testing.assert_array_equal(u, -p), updates["head"], params["head"])
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state)) == HEAD
+    without, _ = tx.update(params, tx.init(params))  # SGD needs no params, and then nor does this
+    assert_equal(without, updates)
+
+
+@pytest.mark.parametrize("gap", [None, optax.MaskedNode()], ids=["None", "MaskedNode"])
+@pytest.mark.parametrize("with_params", [True, False])
+def test_a_frozen_array_needs_no_gradient(gap: Any, with_params: bool) -> None:
+    params = model()
+    tx = optax_spd.with_frozen(optax.sgd(1.0, momentum=0.9), "^embed/embedding")
+    grads = params | {"embed": {"embedding": gap, "scale": params["embed"]["scale"]}}
+    updates, _ = tx.update(grads, tx.init(params), params if with_params else None)
+    assert updates["embed"]["embedding"] == gap
+    np.testing.assert_array_equal(updates["embed"]["scale"], -params["embed"]["scale"])
+
+
+def test_a_nan_gradient_of_a_frozen_array_reaches_nothing() -> None:
+    params = model()
+    tx = optax_spd.with_frozen(
+        optax_spd.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1), optax_spd.spd()), "embed"
+    )
+    grads = gradients(params)
+    bad = grads | {"embed": jax.tree.map(lambda g: np.full_like(g, np.nan), grads["embed"])}
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    assert_equal(update(bad, state, params), update(grads, state, params))
+    assert not any(np.any(u) for u in jax.tree.leaves(update(bad, state, params)[0]["embed"]))
+
+
+def test_dtypes_and_structure_stay() -> None:
+    params = {
+        "embed": jnp.ones(2, jnp.bfloat16),
+        "ids": jnp.arange(3),
+        "head": jnp.ones(2, jnp.bfloat16),
+        "static": None,
+    }
+    grads = params | {"ids": np.zeros(3, jax.dtypes.float0)}
+    tx = optax_spd.with_frozen(optax.adam(0.1), ["embed", "ids"])
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert updates["embed"].dtype == updates["head"].dtype == jnp.bfloat16
+    assert updates["ids"].dtype == jax.dtypes.float0
+    assert not np.any(updates["embed"])
+
+
+def test_nothing_frozen_is_the_inner_optimizer() -> None:
+    # The last phase of gradual unfreezing.
+    params = model()
+    tx = optax_spd.with_frozen(
+        optax.adam(0.1), lambda params: jax.tree.map(lambda _: False, params)
+    )
+    assert_equal(train(tx, params)[0], train(optax.adam(0.1), params)[0])
+
+
+# Extra arguments and anchors ---------------------------------------------------------------------
+
+
+def probe(seen: list[dict[str, Any]]) -> optax.GradientTransformationExtraArgs:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        seen.append({"updates": updates, **extra_args})
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def test_extra_arguments_reach_the_stages_inside() -> None:
+    seen: list[dict[str, Any]] = []
+    params = model()
+    tx = optax_spd.with_frozen(probe(seen), "embed")
+    tx.update(params, tx.init(params), params, grad=params, anchor=params, value=3.0)
+    assert seen[0]["grad"] is seen[0]["anchor"] is params
+    assert seen[0]["value"] == 3.0
+    assert seen[0]["updates"]["embed"]["scale"] == optax.MaskedNode()
+
+
+def spd_form(form: str) -> optax.GradientTransformationExtraArgs:
+    """Adam with SPD and some arrays frozen, put together in different orders."""
+    stages = optax.chain(optax.adam(0.1), optax_spd.spd())
+    if form == "around the recipe":
+        return optax_spd.with_frozen(optax_spd.adam_spd(0.1), "embed")
+    if form == "inside with_gradient":
+        return optax_spd.with_gradient(optax_spd.with_frozen(stages, "embed"))
+    if form == "before spd":
+        return optax_spd.chain(optax_spd.with_frozen(optax.adam(0.1), "embed"), optax_spd.spd())
+    shared = optax.chain(optax.adam(0.1), optax_spd.spd(anchor="argument"))
+    if form == "around with_anchor":
+        return optax_spd.with_gradient(
+            optax_spd.with_frozen(optax_spd.with_anchor(shared), "embed")
+        )
+    return optax_spd.with_gradient(optax_spd.with_anchor(optax_spd.with_frozen(shared, "embed")))
+
+
+FORMS = [
+    "around the recipe",
+    "inside with_gradient",
+    "before spd",
+    "around with_anchor",
+    "inside with_anchor",
+]
+
+
+def swing(tx: Any, params: Any, state: Any) -> tuple[Any, Any]:
+    """Pushes away and pulls back: SPD acts on the way."""
+    initial, update, ratios = params, jax.jit(tx.update), []
+    for pull in (-1.0, -1.0, 0.3, 0.3, 0.3):
+        updates, state = update(optax.tree.scale(pull, initial), state, params)
+        params = optax.apply_updates(params, updates)
+        ratios.append(np.asarray(optax.tree.get(state, "spd_ratio"))[-2:])  # the head's
+    assert np.any(np.stack(ratios) > 0)
+    return params, state
+
+
+def test_spd_on_what_trains_is_the_same_in_every_order() -> None:
+    params, runs = model(), {}
+    anchor = optax.tree.scale(0.9, params)
+    for form in FORMS:
+        tx = spd_form(form)
+        dropped = optax_spd.drop_anchor(tx.init(params))
+        runs[form], _ = swing(tx, params, optax_spd.set_anchor(dropped, anchor))
+        assert_equal(runs[form]["embed"], params["embed"])
+    for form in FORMS[1:]:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), runs[form], runs[FORMS[0]]
+        )
+
+
+def test_frozen_arrays_hold_no_anchor() -> None:
+    state = optax_spd.with_frozen(optax_spd.adam_spd(0.1), "embed").init(model())
+    anchor = optax.tree.get(state, "anchor")
+    assert anchor["embed"] == {"embedding": optax.MaskedNode(), "scale": optax.MaskedNode()}
+    assert_equal(anchor["head"], model()["head"])
+
+
+def test_layer_decay_behind_it_counts_the_frozen_layers() -> None:
+    params = {name: jnp.ones(1) for name in ("embed", "layer_0", "layer_1", "head")}
+    decay = optax_spd.layerwise_lr_decay(0.5, r"layer_(\d)")
+    tx = optax_spd.chain(optax_spd.with_frozen(optax.sgd(1.0), ["embed", "layer_1"]), decay)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert [float(updates[name][0]) for name in params] == [0.0, -0.25, 0.0, -1.0]
+
+
+def test_tpgm_with_validation_data_stands_behind_it() -> None:
+    # Inside, it would not see the whole tree for validation_fn, and says so.
+    params = {"embed": jnp.ones(3), "head": jnp.ones(3)}
+    validation = {
+        "validation_fn": lambda params, batch: jnp.sum(
+            (params["head"] * params["embed"] - batch) ** 2
+        ),
+        "validation_batches": jnp.zeros((2, 3)),
+    }
+    tpgm = optax_spd.tpgm(mask=optax_spd.path_mask("head"))
+    tx = optax.chain(optax_spd.with_frozen(optax.adam(0.1), "embed"), tpgm)
+    updates, _state = tx.update(params, tx.init(params), params, **validation)
+    assert not np.any(updates["embed"])
+    assert np.all(updates["head"] < 0)
+    inside = optax_spd.with_frozen(optax.chain(optax.adam(0.1), optax_spd.tpgm()), "embed")
+    with pytest.raises(ValueError, match="validation_fn"):
+        inside.update(params, inside.init(params), params, **validation)
+
+
+# Clients -----------------------------------------------------------------------------------------
+
+
+class Net(nnx.Module):
+    def __init__(self) -> None:
+        self.embed = nnx.Embed(4, 2, rngs=nnx.Rngs(0))
+        self.head = nnx.Linear(2, 2, rngs=nnx.Rngs(1))
+
+
+def test_an_nnx_optimizer() -> None:
+    net = Net()
+    before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(net)))
+    optimizer = nnx.Optimizer(net, optax_spd.sgd_freeze_embed(0.1), wrt=nnx.Param)
+    optimizer.update(net, jax.tree.map(jnp.ones_like, nnx.state(net, nnx.Param)))
+    after = nnx.to_pure_dict(nnx.state(net))
+    assert_equal(after["embed"], before["embed"])
+    np.testing.assert_allclose(after["head"]["kernel"], before["head"]["kernel"] - 0.1, rtol=1e-5)
+    held = [x for x in jax.tree.leaves(optimizer.opt_state) if jnp.size(x) > 1]
+    assert sum(x.nbytes for x in held) == 4 * (4 + 2)
+
+
+def test_an_equinox_model() -> None:
+    layer = eqx.nn.MLP(2, 2, 3, 1, key=jax.random.key(0))
+    params = eqx.filter(layer, eqx.is_inexact_array)
+    tx = optax_spd.with_frozen(optax.adam(0.1), "layers/0")
+    grads = jax.tree.map(jnp.ones_like, params)
+    grads = eqx.tree_at(lambda g: g.layers[0].weight, grads, None)  # as eqx.partition leaves it
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    new = eqx.apply_updates(layer, updates)
+    assert_equal(new.layers[0].weight, layer.layers[0].weight)
+    assert_equal(new.layers[0].bias, layer.layers[0].bias)
+    np.testing.assert_allclose(new.layers[1].bias, layer.layers[1].bias - 0.1, rtol=1e-5)
+
+
+def test_inside_masked_and_partition_and_multi_steps() -> None:
+    params = model()
+    frozen = optax_spd.with_frozen(optax.sgd(1.0), "scale")
+    # Another mask may have taken what the pattern would match.
+    labels = {"embed": "a", "head": "b"}
+    tx = optax.partition({"a": frozen, "b": frozen}, labels)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    assert not np.any(updates["embed"]["scale"])
+    np.testing.assert_array_equal(updates["head"]["bias"], -params["head"]["bias"])
+    steps = optax.MultiSteps(optax_spd.with_frozen(optax_spd.adam_spd(0.1), "embed"), 2)
+    state = steps.init(params)
+    for _ in range(2):
+        updates, state = jax.jit(steps.update)(params, state, params)
+    assert not np.any(updates["embed"]["embedding"])
+    assert np.all(updates["head"]["bias"] != 0)
+
+
+def test_tree_map_params_and_abstract_shapes() -> None:
+    params = model()
+    of_arrays = lambda params: {"embed": params["embed"]["scale"].ndim == 1, "head": False}
+    tx = optax_spd.with_frozen(optax_spd.adam_spd(0.1), of_arrays)  # no function of a placeholder
+    state = tx.init(params)
+    ones = optax.tree_map_params(tx, jnp.ones_like, state)
+    assert_equal(optax.tree.get(ones, "anchor")["head"]["bias"], np.ones(3))
+    assert jax.tree.structure(jax.eval_shape(tx.init, params)) == jax.tree.structure(state)
+
+
+def test_one_trace_for_all_steps() -> None:
+    params, traces = model(), []
+    tx = optax.inject_hyperparams(optax_spd.sgd_freeze_embed, static_args=("embedding",))(
+        learning_rate=0.1, momentum=0.9, embedding=optax_spd.path_mask("embed")
+    )
+
+    @jax.jit
+    def update(state: Any) -> Any:
+        traces.append(1)
+        return tx.update(params, state, params)
+
+    state = tx.init(params)
+    for rate in (0.1, 0.2):
+        state.hyperparams["learning_rate"] = jnp.float32(rate)
+        updates, state = update(state)
+    np.testing.assert_allclose(updates["head"]["bias"], -0.2 * 1.9 * params["head"]["bias"], 1e-5)
+    assert not np.any(updates["embed"]["scale"])
+    assert len(traces) == 1
+
+
+def test_on_an_explicit_mesh() -> None:
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Explicit,))
+    params = {"embed": jnp.ones((4, 2)), "head": jnp.ones((4, 2))}
+    tx = optax_spd.with_frozen(optax.adam(0.1), "embed")
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, NamedSharding(mesh, P("x", None)))
+        updates, _ = jax.jit(tx.update)(placed, tx.init(placed), placed)
+    assert updates["embed"].sharding == updates["head"].sharding == placed["embed"].sharding
+    assert not np.any(updates["embed"])
+
+
+# sgd_freeze_embed --------------------------------------------------------------------------------
+
+
+def test_bytes_a_parameter() -> None:
+    """Parameters, gradients and optimizer state, in float32: 12, 8 and AdamW's 16."""
+    params = {"embedding": {"kernel": jnp.zeros((16, 8))}, "block": {"kernel": jnp.ones((64, 64))}}
+    grads = jax.jit(jax.grad(lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(p))))(params)
+    embedding, block = 16 * 8, 64 * 64
+
+    def total(tx: optax.GradientTransformation) -> int:
+        state = jax.jit(tx.init)(params)
+        return sum(x.nbytes for x in jax.tree.leaves((params, grads, state)))
+
+    assert total(optax_spd.sgd_freeze_embed(0.1)) == 12 * block + 8 * embedding
+    assert total(optax_spd.sgd_freeze_embed(0.1, momentum=None)) == 8 * block + 8 * embedding
+    assert total(optax.adamw(0.1)) == 16 * (block + embedding) + COUNT
+
+
+@pytest.mark.parametrize("momentum", [0.9, None])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_it_is_sgd_on_the_rest(momentum: Any, nesterov: bool) -> None:
+    params = {"wte": {"embedding": normal(0, 3, 2)}, "h": {"kernel": normal(1, 2, 2)}}
+    rate = optax.linear_schedule(0.2, 0.1, 2)
+    found, _ = train(optax_spd.sgd_freeze_embed(rate, momentum, nesterov), params)
+    expected, _ = train(optax.sgd(rate, momentum, nesterov), params)
+    assert_equal(found["wte"], params["wte"])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found["h"], expected["h"]
+    )
+
+
+# Bad input ---------------------------------------------------------------------------------------
+
+
+def test_a_pattern_that_matches_nothing_is_named_with_the_nearest_paths() -> None:
+    for frozen in ("embed/kernels", ["head", "embed/kernels"]):
+        with pytest.raises(ValueError, match="'embed/kernels' matches no") as error:
+            optax_spd.with_frozen(optax.sgd(0.1), frozen).init(model())
+        assert "'embed/embedding'" in str(error.value)
+    with pytest.raises(ValueError, match=r"matches no parameter path.*'dense/kernel'"):
+        optax_spd.sgd_freeze_embed(0.1).init({"dense": {"kernel": jnp.ones(2)}})
+
+
+BAD = {
+    "everything": ("", ValueError, "True for every parameter, so nothing would be trained"),
+    "everything, as a bool": (True, ValueError, "True for every parameter"),
+    "no mask": (None, TypeError, "frozen must hold True or False, got None at 'embed/embedding'"),
+    "numbers": ({"embed": 1, "head": 0}, TypeError, "got 1 at 'embed/embedding'"),
+    "labels": ({"embed": "frozen", "head": False}, TypeError, "got 'frozen' at"),
+    "missing entry": ({"embed": True}, ValueError, "frozen has no entry for .* 'head/bias'"),
+    "too much": ({"embed": True, "head": False, "neck": True}, ValueError, "an entry at 'neck'"),
+    "no pattern": ([], ValueError, "frozen has no entry"),
+}
+
+
+@pytest.mark.parametrize("case", BAD.values(), ids=BAD)
+def test_bad_masks(case: Any) -> None:
+    frozen, error, message = case
+    with pytest.raises(error, match=message):
+        optax_spd.with_frozen(optax.sgd(0.1), frozen).init(model())
+
+
+def test_bad_arguments_are_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="not valid"):
+        optax_spd.with_frozen(optax.sgd(0.1), "(")
+    with pytest.raises(TypeError, match="regular expression"):
+        optax_spd.with_frozen(optax.sgd(0.1), ["embed", True])
+    with pytest.raises(TypeError, match="A factory must be called"):
+        optax_spd.with_frozen(optax.sgd, "embed")

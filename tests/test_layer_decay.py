@@ -1,0 +1,501 @@
+"""Layer-wise decay: the applied step is scaled, by the right power, for every layer and client."""
+
+import re
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.core import freeze
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import optax_spd
+
+NUMBER = r"layer_(\d+)/"
+LAYERS = 3
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def model() -> dict[str, Any]:
+    """An embedding, three layers, and what follows them; of few shapes, which compiles faster."""
+    blocks = {
+        f"layer_{i}": {"kernel": normal(i, 4, 2), "bias": normal(9 + i, 2)} for i in range(LAYERS)
+    }
+    return {
+        "embed": {"embedding": normal(5, 4, 2)},
+        "encoder": blocks,
+        "final_norm": {"scale": normal(6, 2)},
+        "head": {"kernel": normal(7, 4, 2)},
+    }
+
+
+HEIGHTS = {"embed": 4, "layer_0": 3, "layer_1": 2, "layer_2": 1, "final_norm": 0, "head": 0}
+
+
+def heights_of(params: Any) -> Any:
+    """How many layers below the head each array of the model is."""
+    height = lambda path: next(h for name, h in HEIGHTS.items() if name in path)
+    return jax.tree.map_with_path(lambda p, _: height(jax.tree_util.keystr(p)), params)
+
+
+def gradients(params: Any, seed: int = 0) -> Any:
+    leaves, treedef = jax.tree.flatten(params)
+    return treedef.unflatten([normal(20 + seed + i, *np.shape(x)) for i, x in enumerate(leaves)])
+
+
+def train(tx: optax.GradientTransformation, params: Any, steps: int = 3) -> Any:
+    """The parameters after some steps on given gradients."""
+    state, update = tx.init(params), jax.jit(tx.update)
+    for step in range(steps):
+        updates, state = update(gradients(params, step), state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def assert_close(a: Any, b: Any, rtol: float = 1e-6) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=1e-7), a, b)
+
+
+def scaled_ones(tx: optax.GradientTransformation, params: Any) -> Any:
+    """What the stage makes of an update of ones: each array's scale."""
+    updates, _ = tx.update(jax.tree.map(np.ones_like, params), tx.init(params), params)
+    return jax.tree.map(lambda u: float(np.ravel(u)[0]), updates)
+
+
+# Where it stands ---------------------------------------------------------------------------------
+
+
+def moved(tx: optax.GradientTransformation) -> Any:
+    """How far each array of the model moved in training."""
+    params = model()
+    return jax.tree.map(lambda new, old: np.asarray(new) - old, train(tx, params), params)
+
+
+def test_behind_adam_the_applied_step_is_scaled() -> None:
+    plain = moved(optax.adam(0.1))
+    decayed = moved(optax.chain(optax.adam(0.1), optax_spd.layerwise_lr_decay(0.5, NUMBER)))
+    expected = jax.tree.map(lambda d, h: d * 0.5**h, plain, heights_of(plain))
+    # Differences of parameters that moved a little: rounding of the parameters shows.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), decayed, expected)
+
+
+def test_before_adam_it_would_vanish() -> None:
+    """The trap that the docstring's first line warns of."""
+    plain = moved(optax.adam(0.1))
+    wrong = moved(optax.chain(optax_spd.layerwise_lr_decay(0.5, NUMBER), optax.adam(0.1)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), wrong, plain)
+
+
+def test_with_sgd_both_places_are_the_same() -> None:
+    # Why a stage that finds itself before the optimizer is no error.
+    sgd, decay = optax.sgd(0.1, momentum=0.9), optax_spd.layerwise_lr_decay(0.5, NUMBER)
+    assert_close(moved(optax.chain(decay, sgd)), moved(optax.chain(sgd, decay)), rtol=1e-4)
+
+
+def test_adamw_s_weight_decay_is_scaled_with_the_rate() -> None:
+    # As in BEiT, where each layer is a parameter group with a rate of its own.
+    params = model()
+    rates = jax.tree.map(lambda h: str(h), heights_of(params))
+    groups = {str(h): optax.adamw(0.1 * 0.5**h, weight_decay=0.3) for h in range(5)}
+    ours = optax.chain(
+        optax.adamw(0.1, weight_decay=0.3), optax_spd.layerwise_lr_decay(0.5, NUMBER)
+    )
+    assert_close(train(ours, params), train(optax.partition(groups, rates), params), rtol=1e-5)
+
+
+def test_spd_behind_it_judges_the_scaled_step() -> None:
+    params = model()
+    decay, spd = optax_spd.layerwise_lr_decay(0.5, NUMBER), optax_spd.spd(anchor="zero")
+    grads = jax.tree.map(lambda p: np.float32(0.1) * p, params)  # outward, against the gradient
+    tx = optax_spd.chain(optax.sgd(-1.0), decay, spd)
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    steps = jax.tree.map(lambda g, h: np.float32(0.5**h) * g, grads, heights_of(params))
+    expected, wanted = jax.jit(spd.update)(steps, spd.init(params), params, grad=grads)
+    ratio = optax.tree.get(state, "spd_ratio")
+    assert np.all(ratio > 0)
+    np.testing.assert_allclose(ratio, wanted.spd_ratio, rtol=1e-5)
+    assert_close(updates, expected, rtol=1e-4)
+
+
+# Depths ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 12])
+@pytest.mark.parametrize("decay", [0.65, 1.0])
+def test_depths_are_beit_s(count: int, decay: float) -> None:
+    # BEiT: scales decay^(L + 1 - i) for i = 0 (embeddings), 1, ..., L (last layer), L + 1 (head).
+    scales = [decay ** (count + 1 - i) for i in range(count + 2)]
+    names = ["Transformer/posembed_input/pos_embedding"]
+    names += [f"Transformer/encoderblock_{i}/kernel" for i in range(count)]
+    params = {name: jnp.ones(1) for name in [*names, "head/kernel"]}
+    tx = optax_spd.layerwise_lr_decay(decay, r"encoderblock_(\d+)/")
+    found = scaled_ones(tx, params)
+    np.testing.assert_allclose([found[n] for n in params], scales, rtol=1e-5)
+
+
+def test_numbers_need_not_be_contiguous_and_the_first_match_counts() -> None:
+    params = {name: jnp.ones(1) for name in ("block2/unit1", "block4/unit3", "conv_root/kernel")}
+    found = scaled_ones(optax_spd.layerwise_lr_decay(0.5, r"(?:block)(\d+)/"), params)
+    assert list(found.values()) == [0.5**3, 0.5, 0.5**6]
+
+
+def test_a_layer_s_own_embedding_is_not_the_model_s() -> None:
+    params = {"block_0/pos_embedding": jnp.ones(1), "block_1/kernel": jnp.ones(1)}
+    found = scaled_ones(optax_spd.layerwise_lr_decay(0.5, r"block_(\d+)"), params)
+    assert list(found.values()) == [0.25, 0.5]
+
+
+def test_a_function_of_the_name_gives_depths() -> None:
+    params = {name: jnp.ones(1) for name in "abcd"}
+    depth = {"a": -1, "b": np.float32(0.5), "c": 2, "d": None}.__getitem__
+    found = scaled_ones(optax_spd.layerwise_lr_decay(0.25, depth), params)
+    assert list(found.values()) == [0.25**3, 0.25**1.5, 1.0, 1.0]
+    everywhere = scaled_ones(optax_spd.layerwise_lr_decay(0.25, lambda name: None), params)
+    assert set(everywhere.values()) == {1.0}
+
+
+def test_the_scales_are_in_the_state_before_the_first_step_and_after() -> None:
+    params = model()
+    tx = optax_spd.layerwise_lr_decay(0.5, NUMBER, min_scale=0.2)
+    state = tx.init(params)
+    names = optax_spd.layer_names(params)
+    expected = [max(0.2, 0.5**h) for h in jax.tree.leaves(heights_of(params))]
+    np.testing.assert_allclose(state.layer_decay_scale, expected)
+    assert len(names) == len(expected)
+    _, after = tx.update(params, state, params)
+    np.testing.assert_allclose(after.layer_decay_scale, expected)
+    assert after.count == 1
+
+
+def test_zero_trains_only_the_head_and_one_changes_nothing() -> None:
+    params = model()
+    found = scaled_ones(optax_spd.layerwise_lr_decay(0.0, NUMBER), params)
+    assert found == jax.tree.map(lambda h: float(h == 0), heights_of(params))
+    tx = optax_spd.layerwise_lr_decay(1.0, NUMBER)
+    updates, _ = tx.update(params, tx.init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, updates, params)
+
+
+def test_schedules_of_the_decay_and_of_the_floor() -> None:
+    params = {"layer_0": jnp.ones(1), "layer_1": jnp.ones(1), "head": jnp.ones(1)}
+    tx = optax_spd.layerwise_lr_decay(
+        lambda count: 0.5 + 0.25 * count, r"layer_(\d)", min_scale=lambda count: 0.4 - 0.4 * count
+    )
+    state = tx.init(params)
+    found = []
+    for _ in range(2):
+        updates, state = tx.update(params, state, params)
+        found.append([float(updates[name][0]) for name in params])
+    np.testing.assert_allclose(found, [[0.4, 0.5, 1.0], [0.75**2, 0.75, 1.0]])
+
+
+# Stacked layers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_scanned_model_trains_as_the_unrolled_one(axis: int) -> None:
+    # The gradients are of a real loss: the embedding and the head see the layers' changes.
+    unrolled = {
+        "embed": jnp.asarray(normal(0, 3, 4)),
+        "layers": [jnp.asarray(normal(1 + i, 4, 4)) for i in range(LAYERS)],
+        "head": jnp.asarray(normal(8, 4, 1)),
+    }
+    scanned = unrolled | {"layers": jnp.stack(unrolled["layers"], axis)}
+
+    def loss(params: Any, split: Any) -> jax.Array:
+        x = params["embed"]
+        for kernel in split(params["layers"]):
+            x = jnp.tanh(x @ kernel)
+        return jnp.sum((x @ params["head"] - 1.0) ** 2)
+
+    def run(params: Any, split: Any, depth: str, **options: Any) -> Any:
+        tx = optax.chain(optax.adam(0.05), optax_spd.layerwise_lr_decay(0.5, depth, **options))
+
+        def step(carry: Any, _: None) -> Any:
+            params, state = carry
+            updates, state = tx.update(jax.grad(loss)(params, split), state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        scan = jax.jit(lambda carry: jax.lax.scan(step, carry, length=5)[0][0])
+        return scan((params, tx.init(params)))
+
+    each = run(unrolled, lambda layers: layers, r"layers/(\d+)$")
+    stack = optax_spd.stacked("^layers$", axis)
+    split = lambda layers: [jnp.take(layers, i, axis) for i in range(LAYERS)]
+    together = run(scanned, split, r"\[(\d+)\]$", layers=stack)
+    assert_close(together, each | {"layers": jnp.stack(each["layers"], axis)}, rtol=1e-5)
+    moved = [jnp.abs(a - b).max() for a, b in zip(each["layers"], unrolled["layers"], strict=True)]
+    assert moved[2] > 2 * moved[0]
+
+
+def test_a_group_with_an_embedding_in_it_is_one() -> None:
+    params = {"embed": {"embedding": jnp.ones(1)}, "layer_0": {"kernel": jnp.ones(1)}}
+    tx = optax_spd.layerwise_lr_decay(0.5, r"layer_(\d+)", layers=optax_spd.by_module())
+    assert jax.tree.leaves(scaled_ones(tx, params)) == [0.25, 0.5]
+
+
+@pytest.mark.parametrize("init_in_jit", [False, True])
+def test_on_an_explicit_mesh_that_splits_the_stacked_axis(init_in_jit: bool) -> None:
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Explicit,))
+    specs = {"blocks": P("x", None), "gates": P("x"), "head": P(None, "x")}
+    params = {"blocks": jnp.ones((4, 2)), "gates": jnp.ones(4), "head": jnp.ones((2, 4))}
+    layers = optax_spd.stacked("blocks|gates")
+    tx = optax_spd.layerwise_lr_decay(lambda count: 0.5, r"\[(\d)\]", layers=layers)
+    expected, _ = tx.update(params, tx.init(params), params)
+    with jax.set_mesh(mesh):
+        put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+        placed = jax.tree.map(put, params, specs)
+        state = (jax.jit(tx.init) if init_in_jit else tx.init)(placed)
+        updates, after = jax.jit(tx.update)(placed, state, placed)
+    jax.tree.map(np.testing.assert_array_equal, updates, expected)
+    np.testing.assert_array_equal(updates["gates"], [0.0625, 0.125, 0.25, 0.5])
+    assert {k: u.sharding.spec for k, u in updates.items()} == specs
+    types = lambda tree: [jax.typeof(x) for x in jax.tree.leaves(tree)]
+    assert types(after) == types(state)
+
+
+# Masks and parts ---------------------------------------------------------------------------------
+
+
+def test_what_is_masked_out_passes_through_and_does_not_count() -> None:
+    params = model()
+    mask = optax_spd.path_mask(r"embed", r"layer_[01]", "head")
+    tx = optax_spd.layerwise_lr_decay(0.5, NUMBER, mask=mask)
+    updates, state = tx.update(params, tx.init(params), params)
+    assert updates["encoder"]["layer_2"]["kernel"] is params["encoder"]["layer_2"]["kernel"]
+    np.testing.assert_allclose(updates["encoder"]["layer_1"]["bias"], normal(10, 2) * 0.5)
+    np.testing.assert_allclose(updates["embed"]["embedding"], normal(5, 4, 2) * 0.5**3)
+    assert state.layer_decay_scale.shape == (6,)
+
+
+def test_masked_outside_is_masked_inside() -> None:
+    params = model()
+    mask = optax_spd.path_mask("layer", "head")
+    inside = optax_spd.layerwise_lr_decay(0.5, NUMBER, mask=mask)
+    around = optax.masked(optax_spd.layerwise_lr_decay(0.5, NUMBER), mask)
+    assert scaled_ones(around, params) == scaled_ones(inside, params)
+
+
+def test_each_tower_of_a_partition_has_a_top_of_its_own() -> None:
+    params = {
+        "text": {"layer_0": jnp.ones(1), "layer_1": jnp.ones(1)},
+        "vision": {f"layer_{i}": jnp.ones(1) for i in range(4)},
+    }
+    decay = optax_spd.layerwise_lr_decay(0.5, r"layer_(\d+)")
+    labels = {"text": "text", "vision": "vision"}
+    parts = optax.partition({"text": decay, "vision": decay}, labels)
+    assert scaled_ones(parts, params)["text"] == {"layer_0": 0.25, "layer_1": 0.5}
+    assert scaled_ones(decay, params)["text"] == {"layer_0": 0.5**4, "layer_1": 0.5**3}
+
+
+def test_a_part_with_nothing_but_the_embedding_cannot_tell_how_deep_it_is() -> None:
+    params = model()
+    decay = optax_spd.layerwise_lr_decay(0.5, NUMBER)
+    with pytest.raises(ValueError, match=r"behind the partition.*") as error:
+        optax.masked(decay, optax_spd.path_mask("embed")).init(params)
+    assert "embed/embedding" in str(error.value)
+    # Without embeddings nothing is lost: whatever it sees is at full rate.
+    head = optax.masked(decay, optax_spd.path_mask("head"))
+    assert set(jax.tree.leaves(scaled_ones(head, params))) == {1.0}
+
+
+# Trees, dtypes and clients -----------------------------------------------------------------------
+
+
+def test_what_is_no_layer_passes_through() -> None:
+    params = {
+        "layer_0": jnp.ones(2),
+        "layer_1": {"step": jnp.arange(3), "empty": jnp.ones((0, 2)), "static": None},
+        "layer_2": optax.MaskedNode(),
+    }
+    tx = optax_spd.layerwise_lr_decay(0.5, r"layer_(\d)")
+    assert tx.init(params).layer_decay_scale.shape == (1,)
+    float0 = np.zeros(3, jax.dtypes.float0)
+    updates = params | {"layer_1": {**params["layer_1"], "step": float0}}
+    new, _ = tx.update(updates, tx.init(params), params)
+    assert new["layer_1"]["step"] is float0
+    assert new["layer_1"]["empty"] is params["layer_1"]["empty"]
+    assert new["layer_1"]["static"] is None
+    assert new["layer_2"] == optax.MaskedNode()
+    np.testing.assert_array_equal(new["layer_0"], [0.5, 0.5])
+
+
+def test_a_missing_update_stays_missing_and_its_layer_counts() -> None:
+    params = {"layer_0": jnp.ones(1), "layer_1": jnp.ones(1)}
+    tx = optax_spd.layerwise_lr_decay(0.5, r"layer_(\d)")
+    for gap in (None, optax.MaskedNode()):
+        updates, _ = tx.update({"layer_0": jnp.ones(1), "layer_1": gap}, tx.init(params), params)
+        assert updates == {"layer_0": jnp.full(1, 0.25), "layer_1": gap}
+
+
+def test_a_tree_without_layers_has_one_unused_entry() -> None:
+    # Orbax cannot save an empty array.
+    tx = optax_spd.layerwise_lr_decay(0.5, NUMBER)
+    state = tx.init({"static": None})
+    assert state.layer_decay_scale.shape == (1,)
+    updates, _ = tx.update({"static": None}, state, {"static": None})
+    assert updates == {"static": None}
+
+
+def test_bfloat16_updates_are_scaled_in_float32() -> None:
+    params = {f"layer_{i}": jnp.ones(2, jnp.bfloat16) for i in range(9)}
+    tx = optax_spd.layerwise_lr_decay(0.9, r"layer_(\d)")
+    step = jax.tree.map(lambda p: p * jnp.bfloat16(1.1), params)
+    updates, state = tx.update(step, tx.init(params), params)
+    exact = float(step["layer_0"][0]) * 0.9**9
+    assert updates["layer_0"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(updates["layer_0"], jnp.full(2, exact, jnp.bfloat16))
+    assert state.layer_decay_scale.dtype == jnp.float32
+
+
+def test_float64(x64: None) -> None:
+    params = {f"layer_{i}": jnp.ones(1, jnp.float64) for i in range(7)}
+    tx = optax_spd.layerwise_lr_decay(0.7, r"layer_(\d)")
+    updates, state = tx.update(params, tx.init(params), params)
+    assert state.layer_decay_scale.dtype == updates["layer_0"].dtype == jnp.float64
+    np.testing.assert_allclose(updates["layer_0"], 0.7**7, rtol=1e-14)
+
+
+class Block(eqx.Module):
+    kernel: Any
+    activation: Any = None
+
+
+class Net(nnx.Module):
+    def __init__(self) -> None:
+        self.embed = nnx.Embed(3, 2, rngs=nnx.Rngs(0))
+        self.layers = nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(i)) for i in range(2)])
+        self.head = nnx.Linear(2, 1, rngs=nnx.Rngs(3))
+
+
+@pytest.mark.parametrize("kind", ["FrozenDict", "equinox", "nnx.State"])
+def test_containers(kind: str) -> None:
+    block = jnp.ones((2, 2))
+    params = {
+        "FrozenDict": freeze({"layers": {"0": block, "1": block}, "head": block}),
+        "equinox": {"layers": [Block(block), Block(block)], "head": Block(block)},
+        "nnx.State": nnx.state(Net(), nnx.Param),
+    }[kind]
+    tx = optax_spd.layerwise_lr_decay(0.5, r"layers/(\d)")
+    ones = jax.tree.map(np.ones_like, params)
+    updates, state = jax.jit(tx.update)(ones, tx.init(params), params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    scales = dict(zip(optax_spd.layer_names(params), state.layer_decay_scale, strict=True))
+    for name, scale in scales.items():
+        height = 2 - int(name[7]) if "layers" in name else 3 if "embed" in name else 0
+        assert scale == 0.5**height, name
+    leaves = [float(np.ravel(u)[0]) for u in jax.tree.leaves(updates)]
+    assert leaves == [float(s) for s in scales.values()]
+
+
+def test_injected_hyperparameters_change_without_a_new_trace() -> None:
+    params = {"layer_0": jnp.ones(1), "layer_1": jnp.ones(1)}
+    make = optax.inject_hyperparams(
+        optax_spd.layerwise_lr_decay, static_args=("depth", "layers", "mask")
+    )
+    tx = make(decay=0.5, depth=r"layer_(\d)", min_scale=0.0)
+    traces = []
+
+    @jax.jit
+    def update(state: Any) -> Any:
+        traces.append(1)
+        return tx.update(params, state, params)
+
+    updates, state = update(tx.init(params))
+    assert updates["layer_0"] == 0.25
+    state.hyperparams["decay"] = jnp.float32(0.25)
+    updates, state = update(state)
+    assert updates["layer_0"] == 0.0625
+    state.hyperparams["min_scale"] = jnp.float32(0.125)
+    updates, _ = update(state)
+    assert updates["layer_0"] == 0.125
+    assert len(traces) == 1
+
+
+def test_inside_multi_steps() -> None:
+    params = model()
+    tx = optax.chain(optax.sgd(1.0), optax_spd.layerwise_lr_decay(0.5, NUMBER))
+    steps = optax.MultiSteps(tx, 2)
+    state = steps.init(params)
+    for factor in (np.float32(1), np.float32(3)):
+        grads = jax.tree.map(lambda p, f=factor: f * p, params)
+        updates, state = jax.jit(steps.update)(grads, state, params)
+    expected = jax.tree.map(lambda p, h: -2 * p * 0.5**h, params, heights_of(params))
+    assert_close(updates, expected, rtol=1e-5)
+
+
+def test_tree_map_params_and_shapes() -> None:
+    params = model()
+    tx = optax.chain(optax.adam(0.1), optax_spd.layerwise_lr_decay(0.5, NUMBER))
+    state = tx.init(params)
+    doubled = optax.tree_map_params(tx, lambda x: 2 * x, state)
+    assert jax.tree.structure(doubled) == jax.tree.structure(state)
+    np.testing.assert_array_equal(doubled[1].layer_decay_scale, state[1].layer_decay_scale)
+    shapes = jax.eval_shape(tx.init, params)
+    assert shapes[1].layer_decay_scale.shape == (len(optax_spd.layer_names(params)),)
+
+
+# Bad input ---------------------------------------------------------------------------------------
+
+AT_CONSTRUCTION = {
+    "decay > 1": ({"decay": 1.1}, ValueError, "decay must be finite and between 0 and 1"),
+    "decay < 0": ({"decay": -0.1}, ValueError, "decay must be"),
+    "decay nan": ({"decay": float("nan")}, ValueError, "decay must be"),
+    "decay text": ({"decay": "0.5"}, TypeError, "decay must be a number"),
+    "min_scale": ({"min_scale": 2}, ValueError, "min_scale must be"),
+    "no group": ({"depth": "layer"}, ValueError, "has 0 groups"),
+    "two groups": ({"depth": r"(layer)_(\d+)"}, ValueError, "has 2 groups"),
+    "no pattern": ({"depth": "("}, ValueError, "not valid"),
+    "no depth": ({"depth": 3}, TypeError, "depth must be a regular expression"),
+    "layers": ({"layers": "stacked"}, TypeError, "layers must be a function"),
+}
+
+
+@pytest.mark.parametrize("case", AT_CONSTRUCTION.values(), ids=AT_CONSTRUCTION)
+def test_bad_arguments(case: Any) -> None:
+    arguments, error, message = case
+    with pytest.raises(error, match=message):
+        optax_spd.layerwise_lr_decay(**{"decay": 0.5, "depth": NUMBER, **arguments})
+
+
+AT_INIT = {
+    "no match": (r"block_(\d+)", ValueError, "matches no layer.*'encoder/layer_0/bias'"),
+    "no number": (r"layer_\d/(\w+)", ValueError, "matches 'bias' in the layer 'encoder/layer_0/b"),
+    "optional group": (r"layer(x)?", ValueError, "matches None in the layer 'encoder/layer_0/b"),
+    "infinite": (lambda name: float("inf"), ValueError, "inf for the layer 'embed/embedding'"),
+    "nan": (lambda name: np.nan, ValueError, "nan for the layer 'embed/embedding'"),
+    "text": (lambda name: "3", TypeError, "got '3' for the layer 'embed/embedding'"),
+    "bool": (lambda name: True, TypeError, "got True for the layer"),
+}
+
+
+@pytest.mark.parametrize("case", AT_INIT.values(), ids=AT_INIT)
+def test_bad_depths(case: Any) -> None:
+    depth, error, message = case
+    tx = optax_spd.layerwise_lr_decay(0.5, depth)
+    with pytest.raises(error, match=message):
+        tx.init(model())
+
+
+def test_bad_trees() -> None:
+    params = {"layer_0": jnp.ones(2)}
+    tx = optax_spd.layerwise_lr_decay(0.5, r"layer_(\d)")
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=re.escape("`params`")):
+        tx.update(params, state)
+    with pytest.raises(ValueError, match="updates does not match params"):
+        tx.update({"layer_1": jnp.ones(2)}, state, params)
+    with pytest.raises(ValueError, match="'layer_0': updates has shape"):
+        tx.update({"layer_0": jnp.ones(3)}, state, params)
+    with pytest.raises(TypeError, match="complex"):
+        tx.init({"layer_0": jnp.ones(2, jnp.complex64)})
+    more = {"layer_0": jnp.ones(1), "layer_1": jnp.ones(1)}
+    with pytest.raises(ValueError, match=r"layer_decay_scale has shape \(1,\)"):
+        tx.update(more, state, more)

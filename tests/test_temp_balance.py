@@ -1,0 +1,471 @@
+"""The TempBalance stage: the original's learning rates, and how it sits in a training run."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tempbalance_golden as golden
+
+import optax_spd
+from optax_spd import trees as trees_lib
+
+
+def scales(tx: optax.GradientTransformation, params: Any) -> Any:
+    """What the first update of ones is multiplied by."""
+    ones = jax.tree.map(jnp.ones_like, params)
+    updates, _ = jax.jit(tx.update)(ones, tx.init(params), params)
+    return jax.device_get(updates)
+
+
+def assert_scales(tree: Any, parameters: list[str], expected: Any, tolerance: float) -> None:
+    for parameter, value in zip(parameters, expected, strict=True):
+        np.testing.assert_allclose(
+            golden.at(tree, parameter), value, rtol=0, atol=tolerance, err_msg=parameter
+        )
+
+
+# The original's numbers ---------------------------------------------------------------------------
+
+ASSIGN = {
+    "tb_linear_map": "linear",
+    "tb_sqrt": "sqrt",
+    "tb_log2": "log2",
+    "tb_step": "step",
+}
+
+
+def follows_in(case: dict[str, Any]) -> Any:
+    """Which layer a normalisation follows, as the case's settings have it."""
+    settings = case["settings"]
+
+    def follows(module: str) -> str:
+        if settings.get("batchnorm", True) and module.startswith("bn"):
+            # By name, and in this network by order too.
+            return module.replace("bn", "conv")
+        if settings.get("layernorm", False) and module.startswith("ln"):
+            return module.replace("ln", "fc")
+        return module
+
+    return follows
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("case", golden.cases("param_groups"), ids=lambda c: c["name"])
+def test_parameter_groups_of_the_original(case: dict[str, Any]) -> None:
+    settings = case["settings"]
+    parameters = [name for group in case["groups"] for name in group["params"]]
+    params = golden.tree("net_vision", parameters)
+    tx = optax_spd.temp_balance(
+        fit=settings.get("pl_fitting", "median"),
+        assign=ASSIGN[settings["assign_func"]],
+        min_eigenvalues=settings.get("eigs_thresh", 50),
+        skip_first=settings.get("remove_first_layer", True),
+        skip_last=settings.get("remove_last_layer", True),
+        follows=follows_in(case),
+    )
+    updates = scales(tx, params)
+    for rates, base in (("lr_init", "untuned_lr"), ("lr_after_step", "untuned_lr_step")):
+        expected = [
+            rate / case[base]
+            for rate, group in zip(golden.array(case["name"], rates), case["groups"], strict=True)
+            for _ in group["params"]
+        ]
+        assert len(set(np.round(expected, 9))) > 3, "the case should tell layers apart"
+        assert_scales(updates, parameters, expected, 1e-9)
+
+
+WITHIN = {"schedule_func": {"sigmoid": "sigmoid", "linear_map": "linear", "rank": "step"}}
+BODY = optax_spd.path_mask("^roberta/encoder")
+
+
+def balanced(case: dict[str, Any], **changes: Any) -> optax.GradientTransformation:
+    """The case's spectra and numbers, with the rule for learning rates to be filled in."""
+    settings = case["settings"]
+    arguments = {
+        "xmin_pos": settings["xmin_pos"],
+        "min_scale": settings["lr_min_ratio"],
+        "max_scale": settings["lr_min_ratio"] + settings["lr_slope"],
+        "sigmoid_min": settings["sigmoid_min"],
+        "sigmoid_max": settings["sigmoid_max"],
+        "temperature": settings["exp_temp"],
+        # The classifier's first layer is left out for being last; embeddings are no linear layer.
+        "mask": optax_spd.path_mask("^roberta/encoder", "^classifier/dense")
+        if settings["remove_last_layer"] == "False"
+        else BODY,
+    }
+    return optax_spd.temp_balance(**(arguments | changes))
+
+
+def follows_dense(module: str) -> str:
+    return module.replace("LayerNorm", "dense")
+
+
+def trainer(case: dict[str, Any]) -> optax.GradientTransformation:
+    """The stage, or chain of stages, that a setting of the RoBERTa trainer comes to."""
+    settings = case["settings"]
+    rule = WITHIN["schedule_func"][settings["schedule_func"]]
+    if settings["temp_balance_lr"] == "tb_std_sigmoid":
+        return balanced(case, assign="sigmoid", follows=follows_dense)
+    if settings["tb_unit"] == "layer":  # a linear map inside of each block, around the block's rate
+        inside = [
+            balanced(
+                case,
+                assign="linear",
+                follows=follows_dense,
+                mask=optax_spd.path_mask(f"layer/{i}/"),
+            )
+            for i in range(3)
+        ]
+        return optax.chain(balanced(case, unit="block", assign=rule), *inside)
+    return balanced(
+        case, unit="block", assign=rule, normalize=settings["tb_lr_normalize"] == "True"
+    )
+
+
+BY_ALPHA = [
+    case
+    for case in golden.cases("block_trainer")
+    if case["name"] not in ("net_bert/sliding_window", "net_bert/layer_groups")
+]
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("case", BY_ALPHA, ids=lambda c: c["name"])
+def test_block_trainer_of_the_original(case: dict[str, Any]) -> None:
+    params = golden.tree("net_bert", case["param_order"])
+    tx = trainer(case)
+    updates = scales(tx, params)
+    expected = golden.array(case["name"], "param_lr") / case["untuned_lr"]
+    assert len(set(np.round(expected, 9))) > 2, "the case should tell blocks apart"
+    assert_scales(updates, case["param_order"], expected, 1e-9)
+
+
+@pytest.mark.usefixtures("x64")
+def test_weight_decay_of_the_original_balanced_by_a_stage_of_its_own() -> None:
+    (case,) = [
+        c for c in golden.cases("block_trainer") if c["name"] == "net_bert/hybrid_linear_map"
+    ]
+    settings = case["settings"]
+    params = golden.tree("net_bert", case["param_order"])
+    tx = balanced(
+        case,
+        unit="block",
+        assign="linear",
+        min_scale=settings["wd_min_ratio"],
+        max_scale=settings["wd_min_ratio"] + settings["wd_slope"],
+    )
+    decayed = case["decay_parameters"]
+    wd = golden.array(case["name"], "param_wd") / settings["weight_decay"]
+    expected = [w for w, name in zip(wd, case["param_order"], strict=True) if name in decayed]
+    assert_scales(scales(tx, params), decayed, expected, 1e-9)
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_window_of_the_original_is_a_masked_scale() -> None:
+    # The trainer's baseline: one block gets another rate, whatever its spectra.
+    (case,) = [c for c in golden.cases("block_trainer") if c["name"] == "net_bert/sliding_window"]
+    settings = case["settings"]
+    params = golden.tree("net_bert", case["param_order"])
+    block = optax_spd.path_mask(f"layer/{settings['tb_window_idx']}/")
+    tx = optax.masked(optax.scale(settings["tb_window_scale"]), block)
+    expected = golden.array(case["name"], "param_lr") / case["untuned_lr"]
+    assert_scales(scales(tx, params), case["param_order"], expected, 1e-12)
+
+
+@pytest.mark.usefixtures("x64")
+def test_groups_of_like_layers_of_the_original_from_the_pure_functions() -> None:
+    # The trainer's other baseline: reversed, and among the layers of one name in all blocks.
+    (case,) = [c for c in golden.cases("block_trainer") if c["name"] == "net_bert/layer_groups"]
+    weights = golden.kernels("net_bert")
+    alpha = np.array(
+        [
+            optax_spd.power_law_alpha(weights[name], xmin_pos=case["settings"]["xmin_pos"])
+            for name in case["layer_order"]
+        ]
+    )
+    np.testing.assert_allclose(alpha, golden.array(case["name"], "alpha"), rtol=0, atol=1e-9)
+    kinds = [re.sub(r"\.\d+\.", ".", name) for name in case["layer_order"]]
+    found = np.zeros_like(alpha)
+    for kind in set(kinds):
+        members = [i for i, k in enumerate(kinds) if k == kind]
+        found[members] = optax_spd.balance_scales(-alpha[members])
+    expected = golden.array(case["name"], "layer_lr") / case["untuned_lr"]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
+
+
+# In a training run ------------------------------------------------------------------------------
+
+
+def weights(seed: int = 0) -> Any:
+    """Three small modules with different spectra, and normalisation."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return {
+        f"layer_{i}": {
+            "bias": jnp.ones(6),
+            "kernel": jax.random.normal(key, (6, 5)) * jnp.geomspace(1, 2.0**i, 5),
+            "norm": {"scale": jnp.ones(6)},
+        }
+        for i, key in enumerate(keys)
+    }
+
+
+PARAMS = weights()
+ONES = jax.tree.map(jnp.ones_like, PARAMS)
+NAMES = optax_spd.layer_names(PARAMS)
+STAGE = optax_spd.temp_balance(every=3, min_eigenvalues=5)
+STEP = jax.jit(STAGE.update)
+
+
+def expected(params: Any, **options: Any) -> dict[str, float]:
+    """The factors by name, from the pure functions."""
+    alpha = [optax_spd.power_law_alpha(params[name]["kernel"]) for name in params]
+    factors = optax_spd.balance_scales(jnp.stack(alpha), **options)
+    made = dict.fromkeys(NAMES, 1.0)
+    for name, factor in zip(params, factors, strict=True):
+        made[f"{name}/kernel"] = made[f"{name}/bias"] = float(factor)
+    return made
+
+
+def named(state: Any) -> dict[str, float]:
+    found = optax.tree.get(state, "temp_balance_scale")
+    return dict(zip(NAMES, found.tolist(), strict=True))
+
+
+def test_updates_are_scaled_layer_by_layer_from_the_first_step_on() -> None:
+    updates, state = STEP(ONES, STAGE.init(PARAMS), PARAMS)
+    factors = expected(PARAMS)
+    assert sorted(set(factors.values()))[0] == 0.5
+    assert len(set(factors.values())) == 4
+    assert named(state) == pytest.approx(factors, rel=1e-5)
+    flat = trees_lib.flatten(updates)
+    for path, leaf in flat.by_path.items():
+        np.testing.assert_allclose(leaf, factors["/".join(path)], rtol=1e-5)
+    alpha = dict(zip(NAMES, optax.tree.get(state, "temp_balance_alpha").tolist(), strict=True))
+    for name, value in alpha.items():
+        assert (value > 1) if name.endswith("kernel") else (value == 0)
+
+
+def run(tx: Any, trees: list[Any]) -> list[dict[str, float]]:
+    """The factors after each of several updates, as parameters change between them."""
+    step, state, found = jax.jit(tx.update), tx.init(trees[0]), []
+    for params in trees:
+        _, state = step(ONES, state, params)
+        found.append(named(state))
+    return found
+
+
+def test_spectra_are_taken_every_so_many_steps() -> None:
+    trees = [weights(seed) for seed in range(7)]
+    found = run(STAGE, trees)
+    for step, factors in enumerate(found):
+        assert factors == pytest.approx(expected(trees[step // 3 * 3]), rel=1e-4)
+    assert found[0] != found[3] != found[6]
+
+
+def test_how_often_and_how_far_may_be_schedules() -> None:
+    # Wait one step, then longer and longer: spectra at 0, 1, 3, 7.
+    tx = optax_spd.temp_balance(
+        every=lambda count: 1 + count // 2,
+        min_scale=lambda count: 1.0 / (1 + count),
+        max_scale=optax.linear_schedule(1.0, 7.0, 6),
+        min_eigenvalues=5,
+    )
+    trees = [weights(seed) for seed in range(7)]
+    taken = [0, 1, 1, 3, 3, 3, 3]
+    for factors, at in zip(run(tx, trees), taken, strict=True):
+        wanted = expected(trees[at], min_scale=1 / (1 + at), max_scale=1.0 + at)
+        assert factors == pytest.approx(wanted, rel=1e-4)
+
+
+def test_only_the_steps_that_are_due_pay() -> None:
+    jaxpr = jax.make_jaxpr(STAGE.update)(ONES, STAGE.init(PARAMS), PARAMS).jaxpr
+    (choice,) = [e for e in jaxpr.eqns if e.primitive.name == "cond"]
+    names = [str(branch) for branch in choice.params["branches"]]
+    assert ["eigh" in text for text in names] == [False, True]
+    rest = "\n".join(str(e) for e in jaxpr.eqns if e is not choice)
+    assert "eigh" not in rest
+    assert "dot_general" not in rest
+
+
+def test_behind_adam_it_acts_and_in_front_it_does_not() -> None:
+    first = {name: 0.1 * factor for name, factor in expected(PARAMS).items()}
+
+    def steps(tx: Any) -> dict[str, float]:
+        updates, _ = jax.jit(tx.update)(ONES, tx.init(PARAMS), PARAMS)
+        flat = trees_lib.flatten(updates)
+        return {"/".join(path): -float(leaf.mean()) for path, leaf in flat.by_path.items()}
+
+    adam = optax.adam(0.1)
+    assert steps(optax.chain(adam, STAGE)) == pytest.approx(first, rel=1e-4)
+    assert steps(optax.chain(STAGE, adam)) == pytest.approx(dict.fromkeys(NAMES, 0.1), rel=1e-4)
+
+
+def test_a_nan_in_one_layer_reaches_no_other() -> None:
+    broken = PARAMS | {
+        "layer_1": PARAMS["layer_1"] | {"kernel": PARAMS["layer_1"]["kernel"].at[0, 0].set(jnp.nan)}
+    }
+    updates, state = STEP(ONES, STAGE.init(PARAMS), broken)
+    others = expected({name: PARAMS[name] for name in ("layer_0", "layer_2")})
+    assert named(state) == pytest.approx(others, rel=1e-5)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
+    assert np.isfinite(optax.tree.get(state, "temp_balance_alpha")).all()
+
+
+def test_a_gradient_that_is_not_finite_stays_in_its_array() -> None:
+    bad = ONES | {"layer_0": jax.tree.map(lambda x: x * jnp.nan, ONES["layer_0"])}
+    updates, state = STEP(bad, STAGE.init(PARAMS), PARAMS)
+    assert named(state) == pytest.approx(expected(PARAMS), rel=1e-5)
+    assert np.isfinite(updates["layer_1"]["kernel"]).all()
+
+
+def stacked_form(tree: Any) -> Any:
+    return {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *tree.values())}
+
+
+@pytest.mark.parametrize("unit", ["layer", "block"])
+def test_scanned_layers_train_as_unrolled_ones(unit: str) -> None:
+    options = {"min_eigenvalues": 5, "unit": unit, "normalize": True}
+    whole, _ = optax_spd.temp_balance(**options).update(
+        ONES, optax_spd.temp_balance(**options).init(PARAMS), PARAMS
+    )
+    tx = optax_spd.temp_balance(**options, layers=optax_spd.stacked("^layers", axis=1))
+    params = stacked_form(PARAMS)
+    updates, _ = jax.jit(tx.update)(stacked_form(ONES), tx.init(params), params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates, stacked_form(whole)
+    )
+
+
+MESH_KINDS = pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+
+
+@MESH_KINDS
+def test_sharded_equals_unsharded(kind: str) -> None:
+    P, axis = jax.sharding.PartitionSpec, getattr(jax.sharding.AxisType, kind)
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis, axis))
+    params = {
+        "conv": jax.random.normal(jax.random.key(1), (2, 2, 4, 8)),
+        "tall": jax.random.normal(jax.random.key(2), (8, 4)),
+        "wide": jax.random.normal(jax.random.key(3), (4, 16)),
+    }
+    specs = {"conv": P(None, None, "y", "x"), "tall": P("x", "y"), "wide": P(None, ("x", "y"))}
+    tx = optax_spd.temp_balance(min_eigenvalues=4)
+    step = jax.jit(tx.update)
+    expected, plain = step(params, tx.init(params), params)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(
+            params, jax.tree.map(lambda s: jax.sharding.NamedSharding(mesh, s), specs)
+        )
+        state = jax.jit(tx.init)(placed)
+        updates, new_state = step(placed, state, placed)
+        assert jax.tree.map(jax.typeof, new_state) == jax.tree.map(jax.typeof, state)
+    for name in params:
+        assert updates[name].sharding.is_equivalent_to(placed[name].sharding, params[name].ndim)
+        np.testing.assert_allclose(updates[name], expected[name], rtol=1e-5)
+    np.testing.assert_allclose(new_state.temp_balance_alpha, plain.temp_balance_alpha, rtol=1e-5)
+
+
+def test_step_runs_in_a_scan_and_is_traced_once() -> None:
+    traces = []
+
+    def update(updates: Any, state: Any, params: Any) -> Any:
+        traces.append(1)
+        return STAGE.update(updates, state, params)
+
+    step = jax.jit(update, donate_argnums=(0, 1))
+    state, looped = STAGE.init(PARAMS), []
+    for _ in range(4):
+        updates, state = step(jax.tree.map(jnp.copy, ONES), state, PARAMS)
+        looped.append(updates)
+    assert len(traces) == 1
+
+    def body(carry: Any, _: Any) -> Any:
+        updates, carry = STAGE.update(ONES, carry, PARAMS)
+        return carry, updates
+
+    last, scanned = jax.jit(lambda s: jax.lax.scan(body, s, length=4))(STAGE.init(PARAMS))
+    jax.tree.map(np.testing.assert_array_equal, last, state)
+    jax.tree.map(
+        np.testing.assert_array_equal, scanned, jax.tree.map(lambda *x: jnp.stack(x), *looped)
+    )
+
+
+def test_dtypes_and_leaves_that_pass_through() -> None:
+    params = PARAMS | {
+        "empty": jnp.zeros((0, 9)),
+        "none": None,
+        "table": jnp.ones((9, 9), jnp.int32),
+    }
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, params)
+    grads = jax.tree.map(jnp.ones_like, half)
+    grads["layer_0"]["bias"] = None  # no gradient for an array that has a parameter
+    updates, state = jax.jit(STAGE.update)(grads, STAGE.init(half), half)
+    assert jax.tree.map(lambda x: x.dtype, updates) == jax.tree.map(lambda x: x.dtype, grads)
+    assert updates["none"] is None
+    np.testing.assert_array_equal(updates["table"], grads["table"])
+    factors = expected(jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS))
+    np.testing.assert_allclose(
+        updates["layer_2"]["kernel"].astype(np.float32), factors["layer_2/kernel"], rtol=5e-3
+    )
+    assert state.temp_balance_scale.dtype == jnp.float32
+
+
+def test_state_on_shapes_and_placeholders() -> None:
+    shapes = jax.eval_shape(lambda: PARAMS)
+    state = STAGE.init(PARAMS)
+    assert jax.eval_shape(STAGE.init, shapes) == jax.eval_shape(lambda: state)
+    jax.tree.map(np.testing.assert_array_equal, STAGE.init(shapes), state)
+    # The state has nothing of the parameters' shape, so that all of it is passed over.
+    mapped = optax.tree_utils.tree_map_params(STAGE, lambda x: x + 1, state)
+    jax.tree.map(np.testing.assert_array_equal, mapped, state)
+
+
+def test_a_tree_without_weights_that_count_passes_through() -> None:
+    params = {"a": jnp.ones((4, 4)), "b": jnp.ones(3)}
+    tx = optax_spd.temp_balance()
+    updates, state = tx.update(params, tx.init(params), params)
+    jax.tree.map(np.testing.assert_array_equal, updates, params)
+    assert state.count == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"fit": "hill"}, ValueError, "fit must be one of"),
+        ({"assign": "cosine"}, ValueError, "assign must be one of"),
+        ({"unit": "model"}, ValueError, "unit must be one of 'layer', 'block', got 'model'"),
+        ({"every": 0}, ValueError, "every must be at least 1, got 0"),
+        ({"every": 2.5}, TypeError, "every must be an integer"),
+        ({"min_scale": 3.0}, ValueError, "min_scale must not exceed max_scale"),
+        ({"min_eigenvalues": 0}, ValueError, "min_eigenvalues must be at least 1"),
+        ({"min_eigenvalues": lambda _: 9}, TypeError, "min_eigenvalues shapes the program"),
+        ({"block": "("}, ValueError, "is not valid"),
+        ({"follows": "norm"}, ValueError, "follows must be a function"),
+        ({"follows": str, "unit": "block"}, ValueError, 'for unit="layer" only'),
+        ({"skip_last": 1}, TypeError, "skip_last must be True or False"),
+        ({"normalize": None}, TypeError, "normalize must be True or False"),
+        ({"layers": 3}, TypeError, "layers must be a function"),
+    ],
+    ids=range(14),
+)
+def test_bad_arguments(options: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        optax_spd.temp_balance(**options)
+
+
+def test_bad_trees() -> None:
+    state = STAGE.init(PARAMS)
+    with pytest.raises(ValueError, match="params"):
+        STAGE.update(ONES, state)
+    with pytest.raises(ValueError, match="updates does not match params"):
+        STAGE.update({"layer_0": ONES["layer_0"]}, state, PARAMS)
+    with pytest.raises(ValueError, match="temp_balance_scale has shape"):
+        STAGE.update(ONES["layer_0"], state, PARAMS["layer_0"])
+    with pytest.raises(TypeError, match="complex"):
+        STAGE.init({"w": jnp.ones((3, 3), jnp.complex64)})
+    with pytest.raises(ValueError, match="matches no parameter path"):
+        optax_spd.temp_balance(mask=optax_spd.path_mask("nowhere")).init(PARAMS)

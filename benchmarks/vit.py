@@ -1,9 +1,11 @@
 """A ViT's parameter tree, and gradients with which SPD fires in as many layers as asked."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Tree = Any
@@ -50,6 +52,46 @@ def vit_shapes(scale: Scale) -> Tree:
         "norm": norm(),
         "head": dense(width, scale.classes),
     }
+
+
+def image_shape(scale: Scale) -> tuple[int, int, int]:
+    """Height, width and channels of the images; one token a patch, and one for the class."""
+    side = math.isqrt(scale.tokens - 1) * scale.patch
+    return side, side, 3
+
+
+def loss(params: Tree, images: jax.Array, scale: Scale) -> jax.Array:
+    """The forward pass of the ViT, and a loss that needs no labels."""
+    heads = max(1, scale.width // 64)
+
+    def norm(p: Tree, x: jax.Array) -> jax.Array:
+        normed: jax.Array = jax.nn.standardize(x) * p["scale"] + p["bias"]
+        return normed
+
+    def dense(p: Tree, x: jax.Array) -> jax.Array:
+        result: jax.Array = x @ p["kernel"] + p["bias"]
+        return result
+
+    def attention(p: Tree, x: jax.Array) -> jax.Array:
+        qkv = dense(p["qkv"], x).reshape(*x.shape[:2], 3, heads, -1)
+        mixed = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        return dense(p["out"], mixed.reshape(x.shape))
+
+    def block(p: Tree, x: jax.Array) -> jax.Array:
+        x = x + attention(p["attention"], norm(p["norm_1"], x))
+        return x + dense(p["mlp"]["out"], jax.nn.gelu(dense(p["mlp"]["in"], norm(p["norm_2"], x))))
+
+    kernel = params["patch_embedding"]["kernel"]
+    patches = jax.lax.conv_general_dilated(
+        images, kernel, kernel.shape[:2], "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    x = patches.reshape(len(images), -1, scale.width) + params["patch_embedding"]["bias"]
+    token = jnp.broadcast_to(params["class_token"], (len(images), 1, scale.width))
+    x = jnp.concatenate([token, x], axis=1) + params["position_embedding"]
+    for index in range(scale.depth):
+        x = block(params[f"block_{index:02}"], x)
+    logits = dense(params["head"], norm(params["norm"], x[:, 0]))
+    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - logits[:, 0])
 
 
 def is_shape(node: Any) -> bool:

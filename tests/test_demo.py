@@ -7,6 +7,7 @@ cache directory (or OPTAX_SPD_CACHE), so only the first run downloads.
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -16,6 +17,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from rich.console import Console
 from rich.progress import Progress
@@ -29,12 +31,14 @@ from examples.demo import (  # noqa: E402
     assets,
     data,
     experiment,
+    low_data,
     methods,
     pictures,
     report,
+    scores,
     training,
 )
-from examples.demo.__main__ import main  # noqa: E402
+from examples.demo.__main__ import main, parser  # noqa: E402
 from examples.demo.errors import DemoError, DivergedError  # noqa: E402
 from examples.demo.minilm import load_encoder  # noqa: E402
 
@@ -304,13 +308,15 @@ def test_a_failed_download_ends_in_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--methods", "adam,sdp"], "unknown method 'sdp'; choose from probe, adam, adamw, l2-sp"),
+        (["--methods", "adam,sdp"], "unknown method 'sdp'; choose from probe, ft, adam, adamw"),
         (["--methods", ""], "unknown method ''"),
         (["--lr", "0"], "expected a positive number, got '0'"),
         (["--lr", "nan"], "expected a positive number, got 'nan'"),
         (["--seeds", "0"], "expected a whole number from 1 to 100, got '0'"),
         (["--examples", "15"], "expected a whole number from 16 to 5000, got '15'"),
         (["--examples", "many"], "expected a whole number from 16 to 5000, got 'many'"),
+        (["--examples", "64/8"], "expected a whole number from 16 to 5000, got '8'"),
+        (["--examples", "64,,128"], "expected a whole number from 16 to 5000, got ''"),
         (["--steps", "0"], "expected a whole number from 1 to"),
         (["--evaluation", "2001"], "expected a whole number from 50 to 2000"),
         (["--speed", "9"], "unrecognized arguments: --speed 9"),
@@ -323,6 +329,41 @@ def test_a_wrong_option_is_one_clear_line(arguments, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("512", [512]),
+        ("64/128/256/512", [64, 128, 256, 512]),
+        ("512, 64,128", [64, 128, 512]),
+        ("64/64", [64]),
+    ],
+)
+def test_numbers_of_examples_are_read_smallest_first(text, expected):
+    assert parser().parse_args(["--examples", text]).examples == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], methods.DEFAULT),
+        (["--examples", "64"], methods.DEFAULT),
+        (["--examples", "64/128"], methods.LOW_DATA),
+        (["--examples", "64/128", "--methods", "spd,adam"], ["adam", "spd"]),
+    ],
+)
+def test_several_numbers_of_examples_have_methods_of_their_own(arguments, expected, monkeypatch):
+    chosen = []
+
+    def run(settings, *others):
+        chosen.append(settings.methods)
+        raise DemoError("that is enough")
+
+    monkeypatch.setattr("examples.demo.__main__.run", run)
+    monkeypatch.setattr(experiment.Workbench, "load", lambda *arguments: None)
+    assert main(arguments) == 1
+    assert chosen == [expected]
 
 
 def test_an_output_place_that_is_a_file_is_found_out_before_the_work(tmp_path, capsys):
@@ -347,25 +388,86 @@ def test_schedule_warms_up_over_a_tenth_and_ends_at_zero():
     assert rates[100] == pytest.approx(0.0, abs=1e-6)
 
 
-def test_every_method_starts_trains_and_stays_finite():
-    target = {"w": jnp.array([2.0, -1.0])}
-    for method in methods.METHODS.values():
-        if method.optimizer is None:
-            continue
-        tx = method.optimizer(training.schedule(3e-4, 20))
-        params = {"w": jnp.array([1.0, 1.0])}
-        state = tx.init(params)
-        extra = {}
-        if method.validates_every:  # without, the radii stay at half of the first step
-            extra["validation_fn"] = lambda params, batch: jnp.sum((params["w"] - batch) ** 2)
-            extra["validation_batches"] = target["w"][None]
-        for _ in range(20):
-            grads = jax.tree.map(jnp.subtract, params, target)
-            updates, state = tx.update(grads, state, params, **extra)
-            params = jax.tree.map(jnp.add, params, updates)
-        assert np.isfinite(params["w"]).all()
-        # Towards its target; AdamW's decay would pull the other entry back from 2.
-        assert float(params["w"][1]) < 0.9998
+def made_up_params(size=2, kernels=("query",)):
+    """A small tree with the paths that the methods know; every array costs compilation."""
+    rng = np.random.default_rng(0)
+
+    def matrix():
+        return rng.normal(size=(size, size)).astype(np.float32)
+
+    def norm():
+        return {"scale": np.ones(size, np.float32), "bias": np.zeros(size, np.float32)}
+
+    def block():
+        dense = {k: {"kernel": matrix(), "bias": np.zeros(size, np.float32)} for k in kernels}
+        return {**dense, "feed_forward_norm": norm()}
+
+    tables = ("word", "position", "token_type")
+    encoder = {table: {"embedding": matrix()} for table in tables}
+    encoder |= {"norm": norm(), "block_0": block(), "block_1": block()}
+    head = {"kernel": np.ones((size, 1), np.float32), "bias": np.ones(1, np.float32)}
+    return {"encoder": encoder, "head": head}
+
+
+REAL_RUN = ("adam", "spd", "ftp", "sgd-freeze", "tpgm-after")  # methods of the short real run
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, m in methods.METHODS.items() if m.optimizer and n not in REAL_RUN]
+)
+def test_every_other_method_starts_trains_and_stays_finite(name, monkeypatch):
+    method = methods.METHODS[name]
+
+    def towards_zero(params, batch):
+        return sum(jnp.sum(x**2) for x in jax.tree.leaves(params))
+
+    monkeypatch.setattr(training, "validation_loss", towards_zero)
+    held_out = None
+    if method.validates_every:  # without, the radii stay at half of the first step
+        held_out = (np.zeros((1, 1, 1), np.int32), np.ones((1, 1, 1), bool), np.zeros((1, 1)))
+    start = made_up_params()
+    tx = method.optimizer(training.schedule(method.rate * 3e-4, 20))
+    params, state = jax.tree.map(jnp.array, start), tx.init(start)
+    for _ in range(20):
+        grads = jax.tree.map(jnp.copy, params)  # of half the squared norm
+        params, state = training.apply_gradient(tx, params, state, grads, held_out)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    assert float(params["head"]["bias"][0]) < 0.9998
+
+
+def applied(tx, params):
+    """What one step of ones does to each parameter, relative to the head's bias, by path."""
+    ones = jax.tree.map(jnp.ones_like, params)
+    updates, state = jax.jit(tx.update)(ones, tx.init(params), params)
+    steps = {
+        "/".join(key.key for key in path): float(np.ravel(leaf)[0])
+        for path, leaf in jax.tree_util.tree_leaves_with_path(updates)
+    }
+    return {path: step / steps["head/bias"] for path, step in steps.items()}, state
+
+
+def test_layer_decay_counts_the_tables_and_their_normalisation_below_the_first_block(monkeypatch):
+    monkeypatch.setattr(methods, "BLOCKS", 2)
+    monkeypatch.setattr(methods, "ADAMW_WEIGHT_DECAY", 0.0)
+    steps, _ = applied(methods.layer_decay(lambda _: 1.0, decay=0.5), made_up_params())
+    for path, step in steps.items():
+        expected = 1.0 if path.startswith("head/") else 0.125
+        expected = {"block_0": 0.25, "block_1": 0.5}.get(path.split("/")[1], expected)
+        assert step == pytest.approx(expected), path
+
+
+def test_temp_balance_takes_the_blocks_alone_and_normalisation_follows():
+    params = made_up_params(64, ("query", "feed_forward_in", "feed_forward_out"))
+    steps, state = applied(methods.temp_balance(lambda _: 1.0), params)
+    exponents, scales = training._balance(params, state)
+    kernels = {path for path in steps if "/block_" in path and path.endswith("/kernel")}
+    assert set(scales) == set(exponents) == kernels
+    assert min(scales.values()) == pytest.approx(methods.TEMP_BALANCE_LOW)
+    assert max(scales.values()) == pytest.approx(methods.TEMP_BALANCE_HIGH)
+    for path, step in steps.items():
+        module = methods.followed(path.rpartition("/")[0])
+        assert step == pytest.approx(scales.get(f"{module}/kernel", 1.0)), path
+    assert training._balance(params, optax.adam(1.0).init(params)) == (None, None)
 
 
 def nan_loss(params, tokens, mask, labels):
@@ -432,7 +534,7 @@ def test_a_row_is_an_output_unit_or_a_token():
         "word": {"embedding": np.array([[1.0, -2.0], [0.5, 0.5], [2.0, 0.0]])},
         "dense": {"kernel": np.array([[1.0, -2.0], [-3.0, 0.5]]), "bias": np.array([1.0, -1.0])},
     }
-    norms = experiment.row_norms(params)
+    norms = scores.row_norms(params)
     assert norms == {"word/embedding": 3.0, "dense/kernel": 4.0, "dense/bias": 2.0}
     # The largest ball that still changes nothing has that radius.
     zeros = jax.tree.map(np.zeros_like, params)
@@ -445,9 +547,9 @@ def test_a_row_is_an_output_unit_or_a_token():
 
 def score(correct, distance=1.0, **others):
     """A score whose domains all have these right and wrong answers."""
-    domains = experiment.DOMAINS
+    domains = scores.DOMAINS
     right = np.array(correct, bool)
-    return experiment.Score(
+    return scores.Score(
         accuracy=dict.fromkeys(domains, float(right.mean())),
         auc=dict.fromkeys(domains, 0.75),
         correct=dict.fromkeys(domains, right),
@@ -460,7 +562,7 @@ def score(correct, distance=1.0, **others):
 
 
 def settings(**changes):
-    defaults = {"methods": ["adam", "spd"], "seeds": 1, "examples": 16, "steps": 1}
+    defaults = {"methods": ["adam", "spd"], "seeds": 1, "examples": [16], "steps": 1}
     defaults |= {"learning_rate": 3e-4, "evaluation": 100}
     return experiment.Settings(**(defaults | changes))
 
@@ -495,10 +597,19 @@ def test_the_closing_statement_claims_what_the_numbers_show():
 
 
 def test_standard_error_is_that_of_paired_differences():
-    results = {"adam": [score([1, 0] * 200)], "spd": [score([1, 1, 1, 0] * 100)]}
+    most, half = [score([1, 1, 1, 0] * 100)], [score([1, 0] * 200)]
+    found = scores.gain(most, half, data.OUT_OF_DISTRIBUTION)
+    assert found.mean == pytest.approx(25)
     # Differences are 1 for a quarter of 400 snippets, else 0; the mean is over three domains.
-    expected = np.sqrt(0.25 * 0.75 / 400 / 3)
-    assert report.standard_error(results) == pytest.approx(expected)
+    assert found.error == pytest.approx(100 * np.sqrt(0.25 * 0.75 / 400 / 3))
+    assert not found.is_noise
+    # Of a gain over the same gain nothing is left, without any error: the snippets are the same.
+    none = found - found
+    assert (none.mean, none.error, none.is_noise) == (0, 0, True)
+    # On the other half of the snippets, errors add up.
+    other = scores.gain([score([1, 0, 1, 1] * 100)], [score([1, 0] * 200)], ["movie"])
+    inside = scores.gain(most, half, ["movie"])
+    assert (inside - other).error == pytest.approx(100 * np.sqrt(0.5 / 400))
 
 
 def radii(order):
@@ -540,37 +651,179 @@ def test_the_order_of_the_radii_is_said_of_methods_that_have_some():
     assert report.radius_order({"adam": [score(right)]}) == ""
 
 
-def test_the_table_fits_a_terminal_and_knows_no_step_without_training():
-    scores = {name: [score([1, 0], 12.345)] for name in methods.METHODS}
-    scores["ftp"] = [score([1, 0], step_seconds=0.3456)]
+def low_data_results():
+    """Accuracies of 50 % and 75 %, and a method that is missing with the most examples."""
+    half, most = score([1, 0] * 200), score([1, 1, 1, 0] * 100)
+    return [
+        experiment.Outcome({"adam": [half], "spd": [most], "ftp": [half]}, {}),
+        experiment.Outcome({"adam": [half], "spd": [half]}, {"ftp": "FTP: the loss is nan"}),
+    ]
+
+
+def low_data_settings(**changes):
+    return settings(examples=[64, 512], methods=["adam", "spd", "ftp"], **changes)
+
+
+def test_the_low_data_statement_claims_what_the_numbers_show():
+    made = low_data.report(low_data_settings(), low_data_results())
+    few, many, change = re.split("With |The gain with ", made.statement)[1:]
+    assert few.startswith("64 examples: SPD ID +25.0 ± 2.2 (better), OOD +25.0 ± 1.2 (better)")
+    assert many.startswith("512: SPD ID +0.0 ± 0.0 (noise), OOD +0.0 ± 0.0 (noise)")
+    assert change.startswith("64 less the gain with 512: SPD ID +25.0 ± 2.2 (larger)")
+    assert "FTP" not in made.statement  # not there with 512
+    assert "LP-FT (Adam)" in made.statement
+    assert "one in twenty of these 6" in made.statement
+    assert "One training set" in made.statement
+    gains = made.record["gains"]
+    assert gains[64]["spd"]["ID"] == {
+        "seeds": [25.0],
+        "error": pytest.approx(2.165, rel=1e-3),
+        "noise": False,
+    }
+    assert list(gains[64]) == ["spd", "ftp"]
+    assert list(gains[512]) == ["spd"]
+    assert made.record["diverged"] == {64: {}, 512: {"ftp": "FTP: the loss is nan"}}
+    json.dumps(made.record)
+
+    only = [experiment.Outcome({"adam": [score([1])]}, {})] * 2
+    alone = low_data.report(settings(examples=[64, 512], methods=["adam"]), only)
+    assert alone.statement.startswith("No comparison: it needs adam and one more method")
+
+
+def test_the_low_data_table_and_picture_show_every_number_there_is():
+    outcomes = low_data_results()
+    shown = low_data.report(low_data_settings(), outcomes)
+    text = printed(shown.table)
+    assert "LP-FT (Adam)  50.0 / 50.0  50.0 / 50.0" in text
+    assert text.splitlines()[-1].split() == ["FTP", "50.0", "/", "50.0", "-"]
+    left, right = shown.pictures["low_data.png"].axes
+    assert [tick.get_text() for tick in left.get_xticklabels()] == ["64", "512"]
+    for axes in (left, right):
+        lines = {bar.get_label(): bar.lines[0].get_xydata() for bar in axes.containers}
+        assert lines["SPD"].tolist() == [[64, 0.75], [512, 0.5]]
+        assert lines["FTP"].tolist() == [[64, 0.5]]
+
+    for outcome in outcomes:
+        for each in outcome.results.values():
+            each.append(score([1] * 400))
+    several = low_data.report(low_data_settings(seeds=2), outcomes)
+    assert "LP-FT (Adam)    75.0 / 75.0    75.0 / 75.0\n" in printed(several.table)
+    assert "±35.4   ±35.4" in printed(several.table)
+    assert "(noise)" in several.statement  # a gain of 25 on one seed, of 0 on the other
+    assert "One training set" not in several.statement
+
+
+def printed(table):
     console = Console(width=80, file=io.StringIO())
-    console.print(report.table(scores))
+    console.print(table)
     lines = console.file.getvalue().splitlines()
-    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def test_four_numbers_of_examples_fit_a_terminal():
+    every = experiment.Outcome({n: [score([1, 0])] * 3 for n in methods.METHODS}, {})
+    four = settings(examples=[64, 128, 256, 512], methods=list(methods.METHODS), seeds=3)
+    assert printed(low_data.report(four, [every] * 4).table).count("±") == 8 * len(methods.METHODS)
+
+
+def test_every_size_and_seed_has_its_own_start_and_few_examples_have_little_validation(monkeypatch):
+    """Also: what diverges with one number of examples is only left out there."""
+    texts = made_up_texts(300)
+    bench = experiment.Workbench({"norm": {"scale": np.ones(3)}}, data.Splits(*[texts] * 3, {}))
+    probes, started = [], []
+
+    def probe(embeddings, labels, validation_embeddings, validation_labels):
+        assert len(validation_embeddings) == len(validation_labels)
+        probes.append((len(labels), len(validation_labels)))
+        return {"kernel": np.ones((3, 1)), "bias": np.ones(1)}
+
+    def produce(method, label, run_settings, material, fitted, progress):
+        started.append(
+            (label, len(material.texts), float(material.start_of(method)["head"]["bias"][0]))
+        )
+        if label == "Adam, 16 examples, seed 1":
+            raise DivergedError("the loss is nan")
+        return training.Fitted(material.start)
+
+    monkeypatch.setattr(training, "embed", lambda encoder, texts, *_: np.zeros((len(texts), 3)))
+    monkeypatch.setattr(training, "linear_probe", probe)
+    monkeypatch.setattr(experiment, "produce", produce)
+    monkeypatch.setattr(experiment, "measure", lambda *arguments: score([1, 0]))
+    wanted = settings(methods=["ft", "adam", "wise-ft"], examples=[16, 64], seeds=2)
+    with Progress(disable=True) as progress:
+        few, many = experiment.run(wanted, bench, progress)
+    assert probes == [(16, 16), (16, 16), (64, 64), (64, 64)]
+    assert started[:2] == [
+        ("Adam new head, 16 examples, seed 0", 16, 0.0),
+        ("Adam, 16 examples, seed 0", 16, 1.0),
+    ]
+    assert list(few.results) == ["ft"]
+    assert few.diverged == {
+        "adam": "Adam, 16 examples, seed 1: the loss is nan",
+        "wise-ft": "WiSE-FT, 16 examples, seed 1: it needs the result of Adam",
+    }
+    assert {name: len(found) for name, found in many.results.items()} == dict.fromkeys(
+        ["ft", "adam", "wise-ft"], 2
+    )
+    assert many.diverged == {}
+
+
+def test_the_factors_of_temp_balance_are_said_kernel_by_kernel():
+    found = [score([1], scales=radii(lambda block, _: block)), score([1], scales=None)]
+    said = report.balance({"adam": [score([1])], "temp-balance": found})
+    assert "query 0.25 (0.00 to 0.50), key 0.50 (0.00 to 1.00)" in said
+    assert report.balance({"adam": [score([1])]}) == ""
+
+
+def test_the_legend_names_the_settings_of_the_methods_that_ran():
+    few = report.chosen(["probe", "sgd"])
+    assert f"SGD (learning rate times {methods.SGD_RATE:g})." in few
+    assert "decay" not in few
+    more = report.chosen(list(methods.METHODS))
+    assert f"AdamW (weight decay {methods.ADAMW_WEIGHT_DECAY:g}); layer decay" in more
+    assert "SPD is not multiplied" in more
+    assert report.chosen(["probe", "ft"]) == ""
+
+
+def test_the_table_fits_a_terminal_and_knows_no_step_without_training():
+    results = {name: [score([1, 0], 12.345)] for name in methods.METHODS}
+    for name, method in methods.METHODS.items():
+        if method.optimizer:
+            results[name] = [score([1, 0], 12.345, step_seconds=0.3456)]
+    lines = printed(report.table(results)).splitlines()
     (ftp,) = [line for line in lines if line.lstrip().startswith("FTP")]
     (probe,) = [line for line in lines if line.lstrip().startswith("linear")]
     assert ftp.split()[-1] == "0.346"
     assert probe.split()[-1] == "-"
-    assert not any("…" in line for line in lines)
 
 
-def test_a_method_that_diverges_leaves_the_others_their_results(tmp_path, minilm, sentiment):
-    arguments = ["--methods", "probe,wise-ft", "--lr", "1e30", "--examples", "32"]
+def test_low_data_mode_on_real_data_and_a_method_that_diverges_in_it(tmp_path, minilm, sentiment):
+    arguments = ["--methods", "probe,wise-ft", "--lr", "1e30", "--examples", "16/32"]
     out = tmp_path / "results"
-    done = run_demo(*arguments, "--steps", "2", "--evaluation", "50", "--out", str(out))
+    done = run_demo(
+        *arguments, "--steps", "2", "--evaluation", "50", "--out", str(out), PYTHONWARNINGS="error"
+    )
     assert done.returncode == 1
-    adam, wise_ft = done.stderr.splitlines()
-    assert adam.startswith("python -m examples.demo: left out Adam: the loss is nan at step 1")
-    assert wise_ft.endswith("left out WiSE-FT: it needs the result of Adam")
-    assert "linear probe: ID" in done.stdout
+    lines = done.stderr.splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("python -m examples.demo: left out Adam, 16 examples: the loss is ")
+    assert lines[3].endswith("left out WiSE-FT, 32 examples: it needs the result of Adam")
+    assert "linear probe, 32 examples: ID" in done.stdout
+    assert "No comparison: it needs adam and one more method with 16 and 32." in done.stdout
+    assert sorted(path.name for path in out.iterdir()) == ["low_data.png", "results.json"]
     record = json.loads((out / "results.json").read_text())
-    assert list(record["results"]) == ["probe"]
-    assert list(record["diverged"]) == ["adam", "wise-ft"]
+    assert record["settings"]["examples"] == [16, 32]
+    for size in ("16", "32"):
+        assert list(record["results"][size]) == ["probe"]
+        assert list(record["diverged"][size]) == ["adam", "wise-ft"]
+    few, more = (record["results"][size]["probe"][0]["accuracy"] for size in ("16", "32"))
+    assert few != more
 
 
 def test_nothing_is_written_if_every_method_diverges(tmp_path, monkeypatch, capsys):
     outcome = experiment.Outcome({}, {"adam": "Adam: the loss is nan"})
-    monkeypatch.setattr("examples.demo.__main__.run", lambda *arguments: outcome)
+    monkeypatch.setattr("examples.demo.__main__.run", lambda *arguments: [outcome])
     monkeypatch.setattr(experiment.Workbench, "load", lambda *arguments: None)
     assert main(["--methods", "adam", "--out", str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err == "python -m examples.demo: left out Adam: the loss is nan\n"
@@ -579,12 +832,12 @@ def test_nothing_is_written_if_every_method_diverges(tmp_path, monkeypatch, caps
 
 def test_a_short_real_run_ends_in_table_pictures_and_numbers(tmp_path, minilm, sentiment):
     out = tmp_path / "new" / "results"
-    arguments = ["--methods", "spd,tpgm-after,ftp", "--examples", "32"]
+    arguments = ["--methods", ",".join(REAL_RUN), "--examples", "32"]
     arguments += ["--steps", "3"]
-    done = run_demo(*arguments, "--evaluation", "64", "--out", str(out), PYTHONWARNINGS="error")
+    done = run_demo(*arguments, "--evaluation", "50", "--out", str(out), PYTHONWARNINGS="error")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    for expected in ("method", "dist.", "s per", "Adam", "SPD", "FTP", "TPGM after"):
+    for expected in ("method", "dist.", "s per", "Adam", "SPD", "FTP", "SGD freeze", "TPGM after"):
         assert expected in done.stdout
     assert "SPD against Adam out of distribution" in done.stdout
     assert "Rank correlation of radius and depth" in done.stdout
@@ -598,7 +851,10 @@ def test_a_short_real_run_ends_in_table_pictures_and_numbers(tmp_path, minilm, s
     for name in ("accuracy.png", "deviation.png", "radii.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     record = json.loads((out / "results.json").read_text())
-    assert list(record["results"]) == ["adam", "spd", "ftp", "tpgm-after"]
+    assert list(record["results"]) == ["adam", "spd", "ftp", "sgd-freeze", "tpgm-after"]
+    for table in ("word", "position", "token_type"):
+        assert record["results"]["sgd-freeze"][0]["deviation"][f"{table}/embedding"] == 0
+        assert record["results"]["adam"][0]["deviation"][f"{table}/embedding"] > 0
     for entry in record["results"].values():
         assert 0 < entry[0]["distance"] < 10
         assert 0.2 < entry[0]["mean_ood_accuracy"] <= 1

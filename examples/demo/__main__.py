@@ -1,6 +1,7 @@
 """Fine-tunes a pretrained transformer with several methods and compares what is left of it.
 
 python -m examples.demo --out demo_results
+python -m examples.demo --examples 64/128/256/512 --seeds 3
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from typing import NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from examples.demo import assets, data, report
+from examples.demo import assets, data, low_data, output, report
 from examples.demo.errors import DemoError
 from examples.demo.experiment import Settings, Workbench, run
-from examples.demo.methods import DEFAULT, METHODS
+from examples.demo.methods import DEFAULT, LOW_DATA, METHODS
 
 LARGEST_TRAINING_SET = 5000
 
@@ -45,6 +46,12 @@ def between(low: int, high: int) -> Callable[[str], int]:
         return value
 
     return convert
+
+
+def training_sizes(text: str) -> list[int]:
+    """Numbers of examples, "512" or "64/128/256/512", smallest first."""
+    convert = between(data.BATCH, LARGEST_TRAINING_SET)
+    return sorted({convert(part) for part in text.replace(",", "/").split("/")})
 
 
 def learning_rate(text: str) -> float:
@@ -82,18 +89,25 @@ def parser() -> Parser:
     add(
         "--methods",
         type=method_names,
-        default=",".join(DEFAULT),
-        help=f"comma-separated, of {', '.join(METHODS)}; wise-ft and tpgm-after bring adam along",
+        default=argparse.SUPPRESS,
+        help=f"comma-separated, of {', '.join(METHODS)}; wise-ft and tpgm-after bring adam along "
+        f"(default: {','.join(DEFAULT)}; with several numbers of examples: {','.join(LOW_DATA)})",
     )
     add("--seeds", type=between(1, 100), default=1, help="number of training sets drawn")
     add(
         "--examples",
-        type=between(data.BATCH, LARGEST_TRAINING_SET),
-        default=512,
-        help="movie snippets to train on",
+        type=training_sizes,
+        default="512",
+        help="movie snippets to train on; several numbers (64/128/256/512) run the methods with "
+        "each of them and plot accuracy against it",
     )
     add("--steps", type=between(1, 100_000), default=128, help=f"steps of {data.BATCH} snippets")
-    add("--lr", type=learning_rate, default=3e-4, help="peak learning rate of all methods")
+    add(
+        "--lr",
+        type=learning_rate,
+        default=3e-4,
+        help="peak learning rate; SGD's are a multiple of it",
+    )
     add(
         "--evaluation",
         type=between(50, data.HELD_OUT),
@@ -105,8 +119,9 @@ def parser() -> Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    several = len(options.examples) > 1
     settings = Settings(
-        methods=options.methods,
+        methods=getattr(options, "methods", LOW_DATA if several else DEFAULT),
         seeds=options.seeds,
         examples=options.examples,
         steps=options.steps,
@@ -114,38 +129,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
         evaluation=options.evaluation,
     )
     # No narrower than the table, whatever the terminal: Rich would cut the numbers short.
-    console = Console(width=max(Console().width, 80 if settings.seeds == 1 else 90))
+    narrowest = 80 if settings.seeds == 1 else 90
+    if several:
+        narrowest = 20 + low_data.COLUMN * len(settings.examples)
+    console = Console(width=max(Console().width, narrowest))
     try:
         began = time.perf_counter()
-        report.check_directory(options.out)
+        output.check_directory(options.out)
         with console.status("preparing"):
             bench = Workbench.load(assets.cache_directory(), console.print)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-            outcome = run(settings, bench, progress)
+            outcomes = run(settings, bench, progress)
         seconds = time.perf_counter() - began
-        for reason in outcome.diverged.values():
+        reasons = [reason for outcome in outcomes for reason in outcome.diverged.values()]
+        for reason in reasons:
             print(f"{parser().prog}: left out {reason}", file=sys.stderr)
-        if not outcome.results:
+        if not any(outcome.results for outcome in outcomes):
             return 1
-        written = report.write(options.out, settings, outcome, seconds)
+        if several:
+            made = low_data.report(settings, outcomes)
+        else:
+            made = report.report(settings, *outcomes)
+        written = output.write(options.out, settings, made, seconds)
     except DemoError as error:
         print(f"{parser().prog}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{parser().prog}: interrupted, nothing was written", file=sys.stderr)
         return 130
-    results = outcome.results
     console.print()
-    console.print(report.table(results))
-    for line in report.legend(settings, results):
+    console.print(made.table)
+    for line in made.legend:
         console.print(line, highlight=False)
     console.print()
-    console.print(report.statement(settings, results), style="bold", highlight=False)
-    if order := report.radius_order(results):
-        console.print(order, highlight=False)
+    console.print(made.statement, style="bold", highlight=False)
+    for line in made.remarks:
+        console.print(line, highlight=False)
     console.print(f"{seconds:.0f} s in all; wrote {', '.join(map(str, written))}", highlight=False)
-    return 1 if outcome.diverged else 0
+    return 1 if reasons else 0
 
 
 if __name__ == "__main__":

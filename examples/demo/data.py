@@ -15,7 +15,7 @@ import math
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,13 @@ class Texts:
     def first(self, count: int) -> Texts:
         """The first texts, `count` at most."""
         return Texts(self.tokens[:count], self.labels[:count])
+
+
+def join(sets: Iterable[Texts]) -> Texts:
+    """All texts, set after set."""
+    sets = list(sets)
+    tokens = [ids for texts in sets for ids in texts.tokens]
+    return Texts(tokens, np.concatenate([texts.labels for texts in sets]))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""One run of the demo: every method on every seed, and what is measured."""
+"""One run of the demo: every method on every seed, and what is measured.
+
+With several numbers of training examples, every method on every seed for each number.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -19,9 +23,9 @@ from examples.demo import assets, data, methods, training
 from examples.demo.errors import DivergedError
 from examples.demo.methods import METHODS, WISE_FT_ALPHAS, Method
 from examples.demo.minilm import Params, load_encoder
+from examples.demo.scores import Results, Score, measure
 from examples.demo.training import Tick
 
-DOMAINS = (data.IN_DISTRIBUTION, *data.OUT_OF_DISTRIBUTION)
 # Snippets that choose the probe's regularisation and WiSE-FT's share, and teach TPGM its radii.
 VALIDATION = 500
 
@@ -32,44 +36,10 @@ class Settings:
 
     methods: Sequence[str]
     seeds: int
-    examples: int
+    examples: Sequence[int]  # more than one: the low-data mode
     steps: int
     learning_rate: float
     evaluation: int  # snippets scored in each test set
-
-
-@dataclass(frozen=True)
-class Score:
-    """One method on one seed. `correct` says of every test snippet whether it was right.
-
-    Radii are in units of the norm (MARS) and by path; the relative ones are divided by the norm of
-    the anchor's array.
-    """
-
-    accuracy: dict[str, float]
-    auc: dict[str, float]
-    correct: dict[str, np.ndarray]
-    distance: float
-    relative_distance: float
-    deviation: dict[str, float]
-    seconds: float
-    step_seconds: float | None = None
-    alpha: float | None = None
-    radii: dict[str, float] | None = None
-    relative_radii: dict[str, float] | None = None
-
-    @property
-    def shifted_accuracy(self) -> float:
-        """Mean accuracy of the other domains, each counting the same."""
-        return float(np.mean([self.accuracy[name] for name in data.OUT_OF_DISTRIBUTION]))
-
-    @property
-    def shifted_auc(self) -> float:
-        """Mean area under the ROC curve of the other domains."""
-        return float(np.mean([self.auc[name] for name in data.OUT_OF_DISTRIBUTION]))
-
-
-Results = dict[str, list[Score]]  # method -> one score a seed
 
 
 @dataclass(frozen=True)
@@ -99,6 +69,19 @@ class Workbench:
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """The snippets that nothing trains on, and the pretrained encoder's embeddings of them.
+
+    They are the same for all seeds and numbers of examples.
+    """
+
+    validation: data.Texts
+    tests: dict[str, data.Texts]
+    frozen_validation: np.ndarray
+    frozen: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
 class Material:
     """What all methods of a seed share; `frozen` are the test sets' embeddings at the start."""
 
@@ -109,58 +92,79 @@ class Material:
     tests: dict[str, data.Texts]
     frozen: dict[str, np.ndarray]
 
+    def start_of(self, method: Method) -> Params:
+        """The pretrained encoder under the probe's head, or under one of zeros."""
+        if not method.new_head:
+            return self.start
+        head = jax.tree.map(np.zeros_like, self.start["head"])
+        return {"encoder": self.start["encoder"], "head": head}
 
-def run(settings: Settings, bench: Workbench, progress: Progress) -> Outcome:
-    """Runs every method on every seed.
 
-    The test sets and the split are the same for all seeds; a seed draws the training snippets and
-    their order, the same for all methods. A method that diverges is left out from then on, and so
-    are those that need its result.
+def run(settings: Settings, bench: Workbench, progress: Progress) -> list[Outcome]:
+    """Runs every method on every seed, with each number of examples: an outcome each.
+
+    The test sets and the split are the same for all; a seed draws the training snippets and their
+    order, the same for all methods. A method that diverges is left out from then on at that
+    number of examples, and so are those that need its result.
     """
-    total = progress.add_task("whole run", total=settings.seeds * len(settings.methods) + 1)
-    results: Results = {name: [] for name in settings.methods}
-    diverged: dict[str, str] = {}
-    for material in prepare(settings, bench, progress):
-        progress.update(total, completed=material.seed * len(settings.methods) + 1)
-        fitted: dict[str, Params] = {}
-        for name in settings.methods:
-            if name not in diverged:
-                label = METHODS[name].label
+    runs = len(settings.examples) * settings.seeds * len(settings.methods)
+    total = progress.add_task("whole run", total=runs + 1)
+    held_out = hold_out(settings, bench, progress)
+    progress.advance(total)
+    outcomes = []
+    for examples in settings.examples:
+        note = f", {examples} examples" if len(settings.examples) > 1 else ""
+        outcome = Outcome({name: [] for name in settings.methods}, {})
+        outcomes.append(outcome)
+        for seed in range(settings.seeds):
+            material = prepare(bench, held_out, examples, seed)
+            fitted: dict[str, Params] = {}
+            for name in settings.methods:
+                label = METHODS[name].label + note
                 if settings.seeds > 1:
-                    label += f", seed {material.seed}"
+                    label += f", seed {seed}"
                 try:
-                    score = _try(name, label, settings, material, fitted, progress)
-                    results[name].append(score)
+                    if name not in outcome.diverged:
+                        score = _try(name, label, settings, material, fitted, progress)
+                        outcome.results[name].append(score)
                 except DivergedError as error:
-                    diverged[name] = f"{label}: {error}"
-                    del results[name]
+                    outcome.diverged[name] = f"{label}: {error}"
+                    del outcome.results[name]
                     progress.console.print(f"{label}: diverged")
-            progress.advance(total)
-    return Outcome(results, diverged)
+                progress.advance(total)
+    return outcomes
 
 
-def prepare(settings: Settings, bench: Workbench, progress: Progress) -> Iterator[Material]:
-    """The data and the start of each seed, one after the other."""
+def hold_out(settings: Settings, bench: Workbench, progress: Progress) -> HeldOut:
+    """Validation and test snippets; their embeddings are what the probe and its scores need."""
     splits = bench.splits
     tests = {
         data.IN_DISTRIBUTION: splits.test.first(settings.evaluation),
         **{name: texts.first(settings.evaluation) for name, texts in splits.shifted.items()},
     }
     validation = splits.validation.first(min(VALIDATION, settings.evaluation))
-    # The probe's features: the same for every seed, so they are computed once.
-    with _bar(progress, "pretrained embeddings", _batches(validation, *tests.values())) as tick:
-        frozen = {name: training.embed(bench.encoder, texts, tick) for name, texts in tests.items()}
-        frozen_validation = training.embed(bench.encoder, validation, tick)
-    for seed in range(settings.seeds):
-        texts = splits.training(settings.examples, seed)
-        head = training.linear_probe(
-            training.embed(bench.encoder, texts),
-            texts.labels,
-            frozen_validation,
-            validation.labels,
-        )
-        start = {"encoder": bench.encoder, "head": head}
-        yield Material(seed, start, texts, validation, tests, frozen)
+    everything = {"validation": validation, **tests}
+    with _bar(progress, "pretrained embeddings", _batches(*everything.values())) as tick:
+        frozen = training.embed_all(bench.encoder, everything, tick)
+    return HeldOut(validation, tests, frozen.pop("validation"), frozen)
+
+
+def prepare(bench: Workbench, held_out: HeldOut, examples: int, seed: int) -> Material:
+    """The data and the start of one seed.
+
+    There are no more validation snippets than training examples: who has few labels has no
+    hundreds of others to choose the probe's regularisation by.
+    """
+    texts = bench.splits.training(examples, seed)
+    validation = held_out.validation.first(examples)
+    head = training.linear_probe(
+        training.embed(bench.encoder, texts),
+        texts.labels,
+        held_out.frozen_validation[: len(validation)],
+        validation.labels,
+    )
+    start = {"encoder": bench.encoder, "head": head}
+    return Material(seed, start, texts, validation, held_out.tests, held_out.frozen)
 
 
 def _try(
@@ -184,10 +188,7 @@ def _try(
     if made.params is not material.start:
         work = _batches(*material.tests.values())
         with _bar(progress, f"{label}: evaluation", work) as tick:
-            embedded = {
-                domain: training.embed(made.params["encoder"], snippets, tick)
-                for domain, snippets in material.tests.items()
-            }
+            embedded = training.embed_all(made.params["encoder"], material.tests, tick)
     score = measure(made, material.start, material.tests, embedded, seconds)
     progress.console.print(
         f"{label}: ID {100 * score.accuracy[data.IN_DISTRIBUTION]:.1f}, "
@@ -209,10 +210,11 @@ def produce(
     Raises:
       DivergedError: something is not finite.
     """
-    seed, start, validation = material.seed, material.start, material.validation
+    seed, validation = material.seed, material.validation
+    start = material.start_of(method)
     if method.optimizer is not None:
         batches = list(data.training_batches(material.texts, settings.steps, seed))
-        tx = method.optimizer(training.schedule(settings.learning_rate, settings.steps))
+        tx = optimizer(method.optimizer, method.rate * settings.learning_rate, settings.steps)
         held_out = None
         if method.validates_every is not None:
             held_out = validation_for(validation, settings.steps, method.validates_every, seed)
@@ -226,6 +228,12 @@ def produce(
         with _bar(progress, f"{label}: radii", 1):
             return project_back(fitted[method.radii_of], start, validation, seed)
     return training.Fitted(start)
+
+
+@cache
+def optimizer(recipe: methods.Recipe, peak: float, steps: int) -> optax.GradientTransformation:
+    """The same one each time, so that its update is traced and compiled once."""
+    return recipe(training.schedule(peak, steps))
 
 
 def validation_for(texts: data.Texts, steps: int, every: int, seed: int) -> training.Validation:
@@ -266,65 +274,8 @@ def average(fitted: Params, start: Params, validation: data.Texts, tick: Tick) -
     return training.Fitted(optax_spd.wise_ft(fitted, start, best), alpha=best)
 
 
-def measure(
-    made: training.Fitted,
-    start: Params,
-    tests: dict[str, data.Texts],
-    embedded: dict[str, np.ndarray],
-    seconds: float,
-) -> Score:
-    """Scores one result; the distances are the encoder's, whose start is the pretrained weights."""
-    params = made.params
-    scores = {domain: training.logits(params, embedded[domain]) for domain in tests}
-    labels = {domain: texts.labels for domain, texts in tests.items()}
-    correct = {domain: (scores[domain] > 0) == (labels[domain] == 1) for domain in tests}
-    distance, relative = training.drift(params["encoder"], start["encoder"])
-    relative_radii = None
-    if made.radii is not None:
-        sizes = row_norms(start)
-        # An array of zeros, such as a bias, has no size to compare with.
-        relative_radii = {path: r / sizes[path] for path, r in made.radii.items() if sizes[path]}
-    return Score(
-        accuracy={domain: training.accuracy(scores[domain], labels[domain]) for domain in tests},
-        auc={domain: training.auc(scores[domain], labels[domain]) for domain in tests},
-        correct=correct,
-        distance=distance,
-        relative_distance=relative,
-        deviation=deviations(params["encoder"], start["encoder"]),
-        seconds=seconds,
-        step_seconds=made.step_seconds,
-        alpha=made.alpha,
-        radii=made.radii,
-        relative_radii=relative_radii,
-    )
-
-
-def row_norms(params: Params) -> dict[str, float]:
-    """The largest absolute row sum of every array, by path: what a radius compares to."""
-    sizes = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
-        path = "/".join(key.key for key in keys)
-        array = np.abs(np.asarray(leaf)).astype(np.float64)
-        rows = methods.LAYERS(path, leaf).output_axes if array.ndim > 1 else ()
-        outputs = {axis % array.ndim for axis in rows}
-        summed = tuple(axis for axis in range(array.ndim) if axis not in outputs)
-        sizes[path] = float(array.sum(summed).max())
-    return sizes
-
-
-def deviations(params: Params, anchor: Params) -> dict[str, float]:
-    """Relative deviation of every weight matrix and table of the encoder, by path."""
-    ours = jax.tree_util.tree_leaves_with_path(params)
-    theirs = jax.tree.leaves(anchor)
-    return {
-        "/".join(key.key for key in path): training.drift(leaf, pretrained)[1]
-        for (path, leaf), pretrained in zip(ours, theirs, strict=True)
-        if leaf.ndim == 2
-    }
-
-
 def _batches(*texts: data.Texts) -> int:
-    return sum(1 for each in texts for _ in data.evaluation_indices(each))
+    return sum(1 for _ in data.evaluation_indices(data.join(texts)))
 
 
 @contextmanager

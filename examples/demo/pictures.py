@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 from examples.demo import data
-from examples.demo.experiment import Results
 from examples.demo.methods import METHODS, Method
 from examples.demo.minilm import BLOCKS
+from examples.demo.scores import Results, Score
 
 TABLES = ("word", "position", "token_type")
 KERNELS = ("query", "key", "value", "attention_out", "feed_forward_in", "feed_forward_out")
@@ -115,6 +115,53 @@ def radius_picture(results: Results) -> Figure:
     if learned:
         handles, labels = left.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False)
+    return figure
+
+
+def low_data_picture(curve: Mapping[int, Results], labels: Mapping[str, str]) -> Figure:
+    """Accuracy against the number of examples; bars are standard deviations over the seeds."""
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    panels = figure.subplots(1, 2)
+    measures: list[tuple[str, Callable[[Score], float]]] = [
+        ("accuracy in distribution (movie)", lambda score: score.accuracy[data.IN_DISTRIBUTION]),
+        ("mean accuracy out of distribution", lambda score: score.shifted_accuracy),
+    ]
+    for axes, (title, measure) in zip(panels, measures, strict=True):
+        for place, name in enumerate(labels):
+            method = METHODS[name]
+            found = {
+                examples: [measure(score) for score in results[name]]
+                for examples, results in curve.items()
+                if name in results
+            }
+            if not found:
+                continue
+            several = any(len(values) > 1 for values in found.values())
+            # Side by side, so that the bars do not cover each other.
+            shift = 1.015 ** (place - (len(labels) - 1) / 2) if several else 1.0
+            axes.errorbar(
+                [examples * shift for examples in found],
+                [float(np.mean(values)) for values in found.values()],
+                yerr=[float(np.std(v, ddof=1)) for v in found.values()] if several else None,
+                capsize=3,
+                elinewidth=1,
+                marker=method.marker,
+                markersize=8,
+                markeredgecolor="white",
+                color=method.colour,
+                label=labels[name],
+            )
+        axes.set_xscale("log")
+        axes.set_xticks(list(curve), [str(examples) for examples in curve])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel("training examples")
+        axes.set_ylabel(title)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, 1))
+        axes.margins(0.08)
+        axes.grid(alpha=0.3)
+    handles, shown = panels[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, shown, loc="outside right center", frameon=False)
     return figure
 
 

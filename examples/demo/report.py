@@ -1,38 +1,51 @@
-"""The table, the closing statement and the files of a run."""
+"""The table, the closing statement and the pictures of a run with one number of examples."""
 
 from __future__ import annotations
 
-import dataclasses
-import io
-import json
-import math
-import os
-import platform
-import tempfile
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
-import jax
 import numpy as np
 from rich import box
 from rich.table import Table
 
-import optax_spd
-from examples.demo import data, methods
-from examples.demo.errors import DemoError
-from examples.demo.experiment import DOMAINS, Outcome, Results, Score, Settings
+from examples.demo import data, output
+from examples.demo.experiment import Outcome, Settings
 from examples.demo.methods import METHODS
 from examples.demo.minilm import BLOCKS
+from examples.demo.output import Report
 from examples.demo.pictures import (
     KERNELS,
     accuracy_picture,
     deviation_picture,
     radius_picture,
 )
+from examples.demo.scores import Results, Score, gain
 
 AGGRESSIVE = 3e-4  # three times the rate at which Adam validates best; see README.md
+
+
+def report(settings: Settings, outcome: Outcome) -> Report:
+    results = outcome.results
+    return Report(
+        table(results),
+        legend(settings, results),
+        statement(settings, results),
+        [remark for remark in (radius_order(results), balance(results)) if remark],
+        {
+            "accuracy.png": accuracy_picture(results),
+            "deviation.png": deviation_picture(results),
+            "radii.png": radius_picture(results),
+        },
+        {
+            "radius_order": {
+                name: orders
+                for name, scores in results.items()
+                if (orders := _depth_orders(scores))
+            },
+            "diverged": outcome.diverged,
+            "results": output.numbers(results),
+        },
+    )
 
 
 def table(results: Results) -> Table:
@@ -74,20 +87,15 @@ def legend(settings: Settings, results: Results) -> list[str]:
     """What the reader of the table has to know."""
     seeds = "1 seed" if settings.seeds == 1 else f"{settings.seeds} seeds (mean ± std)"
     lines = [
-        f"{settings.examples} movie snippets, {settings.steps} steps of {data.BATCH}, learning "
-        f"rate {settings.learning_rate:g} for all methods, {seeds}; up to {settings.evaluation} "
-        "snippets in each test set.",
+        f"{settings.examples[0]} movie snippets, {settings.steps} steps of {data.BATCH}, learning "
+        f"rate {settings.learning_rate:g}, {seeds}; up to {settings.evaluation} snippets in each "
+        "test set.",
         f"ID ({data.IN_DISTRIBUTION}) and OOD: accuracy in %; dist.: Euclidean distance of the "
         "encoder from its pretrained weights; sec: seconds of training with compilation, without "
         "evaluation (WiSE-FT: of choosing its share; TPGM after: of learning its radii); s per "
         "step: mean of the second half of training, where nothing is compiled.",
-        "The anchor is the start: pretrained encoder and linear probe. Settings were chosen on "
-        f"movie validation data with other seeds: AdamW {methods.ADAMW_WEIGHT_DECAY:g}, "
-        f"L2-SP {methods.L2_SP_WEIGHT_DECAY:g} (both times the learning rate), "
-        f"SPD {methods.SPD_WEIGHT_DECAY:g}; radii learn at the rate {methods.TPGM_RATE:g} on each "
-        f"{methods.TPGM_EVERY}th step (TPGM), {methods.TPGM_AFTER_RATE:g} for "
-        f"{methods.TPGM_AFTER_BATCHES} batches (TPGM after), {methods.FTP_RATE:g} with k "
-        f"{methods.FTP_K:g} (FTP). TPGM's batches are movie validation data.",
+        "All but “Adam new head” start from the pretrained encoder and the linear probe, which is "
+        f"the anchor of those that have one. {chosen(results)}",
     ]
     alphas = [f"{score.alpha:g}" for score in results.get("wise-ft", [])]
     if alphas:
@@ -99,23 +107,39 @@ def legend(settings: Settings, results: Results) -> list[str]:
     return lines
 
 
+def chosen(names: Collection[str]) -> str:
+    """The settings of the methods, with what their numbers mean."""
+    found = [
+        f"{METHODS[name].label} ("
+        + ", ".join(f"{key} {value:g}" for key, value in METHODS[name].chosen.items())
+        + ")"
+        for name in names
+        if METHODS[name].chosen
+    ]
+    if not found:
+        return ""
+    said = f"Settings, chosen on movie validation data with other seeds: {'; '.join(found)}."
+    if any("weight decay" in METHODS[name].chosen for name in names):
+        said += " The weight decay of SPD is not multiplied by the learning rate, others are."
+    return said
+
+
 def statement(settings: Settings, results: Results) -> str:
     """What this run shows about SPD against Adam, and no more."""
     if not {"spd", "adam"} <= results.keys():
         return "No comparison: it needs both adam and spd in --methods."
-    pairs = list(zip(results["spd"], results["adam"], strict=True))
-    identity = data.IN_DISTRIBUTION
-    shifted = [100 * (spd.shifted_accuracy - adam.shifted_accuracy) for spd, adam in pairs]
-    inside = [100 * (spd.accuracy[identity] - adam.accuracy[identity]) for spd, adam in pairs]
-    auc = float(np.mean([spd.shifted_auc - adam.shifted_auc for spd, adam in pairs]))
-    further = np.mean([adam.distance for _, adam in pairs]) / np.mean(
-        [spd.distance for spd, _ in pairs]
+    spd, adam = results["spd"], results["adam"]
+    shifted = gain(spd, adam, data.OUT_OF_DISTRIBUTION)
+    inside = gain(spd, adam, [data.IN_DISTRIBUTION])
+    auc = np.mean([score.shifted_auc for score in spd]) - np.mean(
+        [score.shifted_auc for score in adam]
     )
-    error = 100 * standard_error(results)
-    gain = float(np.mean(shifted))
-    if abs(gain) <= 2 * error or min(shifted) < 0 < max(shifted):
+    further = np.mean([score.distance for score in adam]) / np.mean(
+        [score.distance for score in spd]
+    )
+    if shifted.is_noise:
         verdict = "within noise: this run does not separate the two"
-    elif gain > 0:
+    elif shifted.mean > 0:
         verdict = "more than twice that error: SPD generalised better here"
     else:
         verdict = "more than twice that error: Adam generalised better here"
@@ -126,11 +150,11 @@ def statement(settings: Settings, results: Results) -> str:
     if settings.learning_rate >= AGGRESSIVE:
         rate = f"an aggressive {rate}"
     return (
-        f"At {rate}, SPD against Adam out of distribution: {gain:+.1f} points{_each(shifted)}, "
-        f"standard error {error:.1f} from the choice of test snippets - {verdict}. "
-        f"AUC out of distribution {auc:+.3f}; in distribution {np.mean(inside):+.1f} points"
-        f"{_each(inside)}. Adam ends {further:.1f} times as far from the pretrained weights."
-        f"{caution}"
+        f"At {rate}, SPD against Adam out of distribution: {shifted.mean:+.1f} points"
+        f"{_each(shifted.seeds)}, standard error {shifted.error:.1f} from the choice of test "
+        f"snippets - {verdict}. AUC out of distribution {auc:+.3f}; in distribution "
+        f"{inside.mean:+.1f} points{_each(inside.seeds)}. Adam ends {further:.1f} times as far "
+        f"from the pretrained weights.{caution}"
     )
 
 
@@ -153,6 +177,30 @@ def radius_order(results: Results) -> str:
         + "; ".join(found)
         + ". At +1 each block's radius is wider than all below it, at -1 tighter; six kinds "
         "without any order would average 0, give or take 0.18."
+    )
+
+
+def balance(results: Results) -> str:
+    """What TempBalance multiplied the steps by, kernel by kernel; "" without it."""
+    found = [score.scales for score in results.get("temp-balance", []) if score.scales]
+    if not found:
+        return ""
+    kinds = {
+        kernel: [
+            scale
+            for scales in found
+            for path, scale in scales.items()
+            if path.endswith(f"/{kernel}/kernel")
+        ]
+        for kernel in KERNELS
+    }
+    return (
+        "TempBalance's last factors, kernel by kernel (mean of the blocks, least to most): "
+        + ", ".join(
+            f"{kernel} {np.mean(scales):.2f} ({min(scales):.2f} to {max(scales):.2f})"
+            for kernel, scales in kinds.items()
+        )
+        + "."
     )
 
 
@@ -186,103 +234,6 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def standard_error(results: Results) -> float:
-    """Standard error of SPD's mean OOD accuracy minus Adam's, over the choice of test snippets.
-
-    Paired: what counts is on how many snippets the two differ, not how hard the snippets are.
-    """
-    variance = 0.0
-    for domain in data.OUT_OF_DISTRIBUTION:
-        spd, adam = (
-            np.mean([score.correct[domain] for score in results[name]], axis=0)
-            for name in ("spd", "adam")
-        )
-        variance += float(np.var(spd - adam)) / len(spd)
-    return math.sqrt(variance) / len(data.OUT_OF_DISTRIBUTION)
-
-
-def check_directory(directory: Path) -> None:
-    """Finds out before the work, and without creating anything, whether results can be written."""
-    existing = directory
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not existing.is_dir():
-        raise DemoError(f"--out {directory}: {existing} is not a directory")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise DemoError(f"--out {directory}: {existing} cannot be written")
-
-
-def write(directory: Path, settings: Settings, outcome: Outcome, seconds: float) -> list[Path]:
-    """Writes the pictures and results.json; a file appears complete or not at all."""
-    results = outcome.results
-    contents = {
-        "accuracy.png": _png(accuracy_picture(results)),
-        "deviation.png": _png(deviation_picture(results)),
-        "radii.png": _png(radius_picture(results)),
-        "results.json": json.dumps(_record(settings, outcome, seconds), indent=1).encode(),
-    }
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".results-", dir=directory) as scratch:
-            for name, content in contents.items():
-                (Path(scratch) / name).write_bytes(content)
-            for name in contents:
-                os.replace(Path(scratch) / name, directory / name)
-    except OSError as error:
-        raise DemoError(f"cannot write to {directory}: {error.strerror or error}") from error
-    return [directory / name for name in contents]
-
-
-def _record(settings: Settings, outcome: Outcome, seconds: float) -> dict[str, Any]:
-    results = outcome.results
-    packages = ("jax", "jaxlib", "optax", "flax", "numpy", "scikit-learn")
-    return {
-        "settings": dataclasses.asdict(settings),
-        "weight_decay": {
-            "adamw": methods.ADAMW_WEIGHT_DECAY,
-            "l2-sp": methods.L2_SP_WEIGHT_DECAY,
-            "spd": methods.SPD_WEIGHT_DECAY,
-        },
-        "radius_learning": {
-            "tpgm": {"rate": methods.TPGM_RATE, "every": methods.TPGM_EVERY, "norm": "mars"},
-            "tpgm-after": {
-                "rate": methods.TPGM_AFTER_RATE,
-                "batches": methods.TPGM_AFTER_BATCHES,
-                "norm": "mars",
-            },
-            "ftp": {"rate": methods.FTP_RATE, "k": methods.FTP_K, "norm": "mars"},
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "optax_spd": optax_spd.__version__,
-            **{package: version(package) for package in packages},
-        },
-        "device": str(jax.devices()[0].device_kind),
-        "cores": os.cpu_count(),
-        "seconds": seconds,
-        "domains": DOMAINS,
-        "statement": statement(settings, results),
-        "radius_order": {
-            name: orders for name, scores in results.items() if (orders := _depth_orders(scores))
-        },
-        "diverged": outcome.diverged,
-        "results": {
-            name: [
-                {key: value for key, value in dataclasses.asdict(score).items() if key != "correct"}
-                | {"mean_ood_accuracy": score.shifted_accuracy, "mean_ood_auc": score.shifted_auc}
-                for score in scores
-            ]
-            for name, scores in results.items()
-        },
-    }
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
-
-
 def _spread(values: Sequence[float]) -> str:
     mean = f"{np.mean(values):.1f}"
     return mean if len(values) == 1 else f"{mean}±{np.std(values, ddof=1):.1f}"
@@ -293,7 +244,7 @@ def _step_seconds(scores: Sequence[Score]) -> str:
     return f"{np.mean(known):.3f}" if known else "-"
 
 
-def _each(values: Sequence[float], digits: int = 1) -> str:
+def _each(values: Sequence[float] | np.ndarray, digits: int = 1) -> str:
     if len(values) == 1:
         return ""
     return " (seed by seed " + ", ".join(f"{value:+.{digits}f}" for value in values) + ")"

@@ -57,6 +57,30 @@ GRID: list[tuple[str, float, Recipe, int | None]] = [
         (f"FTP {rate:g}, k {k:g}", PEAK, partial(methods.ftp, rate=rate, k=k), None)
         for rate, k in ((3e-3, 1.0), (1e-2, 1.0), (3e-2, 1.0), (1e-2, 0.0))
     ),
+    *(
+        (f"layer decay {decay:g}", PEAK, partial(methods.layer_decay, decay=decay), None)
+        for decay in (0.65, 0.75, 0.85)
+    ),
+    *(
+        (f"{name} {factor:g}", factor * PEAK, recipe, None)
+        for name, recipe in (("SGD", methods.sgd), ("SGD freeze", methods.sgd_freeze))
+        for factor in (3.0, 10.0, 30.0)
+    ),
+    *(
+        (
+            f"TempBalance {low:g} to {high:g}",
+            PEAK,
+            partial(methods.temp_balance, low=low, high=high),
+            None,
+        )
+        for low, high in ((0.5, 1.5), (0.75, 1.25))
+    ),
+    (
+        "TempBalance sigmoid, blocks",
+        PEAK,
+        partial(methods.temp_balance, unit="block", assign="sigmoid"),
+        None,
+    ),
 ]
 # Of TPGM after training: the radii's rate and the number of batches.
 AFTER = ((1e-2, 32), (3e-2, 32), (1e-1, 32))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,8 +17,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 import optax_spd
-from examples.demo.data import Batch, Texts, evaluation_batches
+from examples.demo.data import Batch, Texts, evaluation_batches, join
 from examples.demo.errors import DivergedError
+from examples.demo.methods import BALANCED
 from examples.demo.minilm import Classifier, Encoder, Params
 
 Tick = Callable[[], None]
@@ -59,12 +60,36 @@ class Validation:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a method came to. `radii` are by path, `alpha` is WiSE-FT's share."""
+    """What a method came to.
+
+    Radii and scales are by path; `scales` are TempBalance's last ones, of the arrays that have a
+    spectrum, `exponents` their α. `alpha` is WiSE-FT's share.
+    """
 
     params: Params
     step_seconds: float | None = None
     radii: dict[str, float] | None = None
     alpha: float | None = None
+    exponents: dict[str, float] | None = None
+    scales: dict[str, float] | None = None
+
+
+# The optimizer is part of the program, which a second fit with the same one finds compiled.
+# Donated, the old parameters and state are overwritten in place instead of held beside the new.
+@partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+def apply_gradient(
+    tx: optax.GradientTransformation,
+    params: Params,
+    state: Any,
+    grads: Params,
+    held_out: Batch | None,
+) -> tuple[Params, Any]:
+    # Only TPGM takes these; the others' update has three arguments.
+    extra: dict[str, Any] = {}
+    if held_out is not None:
+        extra = {"validation_fn": validation_loss, "validation_batches": held_out}
+    updates, state = tx.update(grads, state, params, **extra)
+    return optax.apply_updates(params, updates), state
 
 
 def fit(
@@ -81,20 +106,6 @@ def fit(
     Raises:
       DivergedError: a loss or a parameter is no longer finite.
     """
-
-    # Donated, the old parameters and state are overwritten in place instead of held beside the
-    # new ones.
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def apply_gradient(
-        params: Params, state: Any, grads: Params, held_out: Batch | None
-    ) -> tuple[Params, Any]:
-        # Only TPGM takes these; the others' update has three arguments.
-        extra: dict[str, Any] = {}
-        if held_out is not None:
-            extra = {"validation_fn": validation_loss, "validation_batches": held_out}
-        updates, state = tx.update(grads, state, params, **extra)
-        return optax.apply_updates(params, updates), state
-
     params: Params = jax.tree.map(jnp.array, start)
     state = tx.init(params)
     half = len(batches) // 2
@@ -105,7 +116,7 @@ def fit(
             began = time.perf_counter()
         loss, grads = loss_and_gradient(params, tokens, mask, labels)
         held_out = None if validation is None else validation.at(step)
-        params, state = apply_gradient(params, state, grads, held_out)
+        params, state = apply_gradient(tx, params, state, grads, held_out)
         if not math.isfinite(loss):
             raise DivergedError(f"the loss is {loss} at step {step}: try a smaller --lr")
         tick()
@@ -113,7 +124,8 @@ def fit(
     seconds = (time.perf_counter() - began) / (len(batches) - half)
     if not math.isfinite(optax.tree.norm(params)):
         raise DivergedError("the parameters after the last step are not finite: try a smaller --lr")
-    return Fitted(params, seconds, _radii(params, state))
+    exponents, scales = _balance(params, state)
+    return Fitted(params, seconds, _radii(params, state), exponents=exponents, scales=scales)
 
 
 def _radii(params: Params, state: Any) -> dict[str, float] | None:
@@ -122,6 +134,17 @@ def _radii(params: Params, state: Any) -> dict[str, float] | None:
         if (radii := optax.tree.get(state, key)) is not None:
             return named_radii(params, radii)
     return None
+
+
+def _balance(params: Params, state: Any) -> tuple[dict[str, float] | None, dict[str, float] | None]:
+    """TempBalance's exponents and scales by path; None for other methods."""
+    exponents = optax.tree.get(state, "temp_balance_alpha")
+    if exponents is None:
+        return None, None
+    scales = optax.tree.get(state, "temp_balance_scale")
+    names = optax_spd.layer_names(params, mask=BALANCED)
+    found = [row for row in zip(names, exponents, scales, strict=True) if row[1] > 0]
+    return {n: float(e) for n, e, _ in found}, {n: float(s) for n, _, s in found}
 
 
 def named_radii(params: Params, radii: jax.Array) -> dict[str, float]:
@@ -153,6 +176,15 @@ def embed(encoder: Params, texts: Texts, tick: Tick = lambda: None) -> np.ndarra
         rows[indices] = _embed(encoder, tokens, mask)[: len(indices)]
         tick()
     return rows
+
+
+def embed_all(
+    encoder: Params, sets: Mapping[str, Texts], tick: Tick = lambda: None
+) -> dict[str, np.ndarray]:
+    """Embeddings of several sets, as of one: so few batches as can be are filled up."""
+    rows = embed(encoder, join(sets.values()), tick)
+    ends = np.cumsum([len(texts) for texts in sets.values()])
+    return dict(zip(sets, np.split(rows, ends[:-1]), strict=True))
 
 
 def logits(params: Params, embeddings: np.ndarray) -> np.ndarray:

@@ -1,0 +1,199 @@
+"""What TempBalance's spectra cost, and how exact they are: ``python -m benchmarks.balancing``.
+
+Three updates of a ViT's parameters, in one process and in turn: Adam's; Adam's and TempBalance's on
+a step that is not due; and on one that is, which takes the spectra of all weights. Then a whole
+training step of the same ViT with Adam (loss and gradient on random images), to say what share of a
+run the spectra take at ``every=100``. At last the exponents in float32, by Gram matrix and by
+singular values, against float64 on all weights: random ones, or with ``--weights minilm`` those of
+the demo's pretrained encoder.
+"""
+
+import argparse
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import optax_spd
+from benchmarks import measuring, reporting, vit
+from examples.demo import assets
+from examples.demo.minilm import load_encoder
+from optax_spd import spectra
+
+Tree = Any
+
+LEARNING_RATE = 1e-6
+EVERY = 100
+PLAIN, BETWEEN, DUE = "adam", "temp_balance, not due", "temp_balance, due"
+NEVER = 2**30  # updates after the first
+
+
+def load_minilm() -> Tree:
+    """The weights of the demo's encoder, downloaded unless they are in its cache."""
+    weights, _ = assets.fetch(assets.MINILM, assets.cache_directory(), print)
+    return load_encoder(weights)
+
+
+def updates_of(params: Tree, samples: int, min_eigenvalues: int) -> dict[str, measuring.Candidate]:
+    """The three updates, timed."""
+    stages = {
+        PLAIN: optax.identity(),
+        BETWEEN: optax_spd.temp_balance(every=NEVER, min_eigenvalues=min_eigenvalues),
+        DUE: optax_spd.temp_balance(every=1, min_eigenvalues=min_eigenvalues),
+    }
+    candidates = {
+        name: measuring.make_candidate(
+            optax.chain(optax.adam(LEARNING_RATE), stage), params, params
+        )
+        for name, stage in stages.items()
+    }
+    grads = jax.tree.map(lambda x: jnp.full_like(x, 1e-3), params)
+    # The warm-up has the first step of all, on which spectra are always taken.
+    measuring.measure([*candidates.values()], grads, samples=samples, steps=1, compilations=1)
+    return candidates
+
+
+def training_seconds(scale: vit.Scale, params: Tree, batch: int, samples: int) -> list[float]:
+    """Whole training steps with Adam."""
+    tx = optax.adam(LEARNING_RATE)
+
+    def step(params: Tree, state: Tree, images: jax.Array) -> tuple[Tree, Tree]:
+        grads = jax.grad(vit.loss)(params, images, scale)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    candidate = measuring.make_candidate(tx, params, params, step)
+    images = jax.random.normal(jax.random.key(0), (batch, *vit.image_shape(scale)))
+    measuring.measure([candidate], images, samples=samples, steps=1, compilations=1, warm_up=1)
+    return candidate.step_seconds
+
+
+def errors_of(params: Tree) -> dict[str, dict[str, float]]:
+    """Per fit the largest errors of α in float32, by Gram matrix and by singular values."""
+    weights = [
+        np.asarray(leaf, np.float32)
+        for leaf in jax.tree.leaves(params)
+        if leaf.ndim == 2 and min(leaf.shape) > 2
+    ]
+    exact = [np.linalg.svd(w.astype(np.float64), compute_uv=False)[::-1] ** 2 for w in weights]
+    found = {
+        way: [
+            spectra.squared_singular_values([jnp.asarray(w)[None]], exact=way == "svd")[0]
+            for w in weights
+        ]
+        for way in ("gram", "svd")
+    }
+    errors: dict[str, dict[str, float]] = {}
+    for fit in spectra.FITS:
+        options = spectra.Fit(fit)
+        truth = _in_float64(exact, options)
+        errors[fit] = {
+            way: float(np.max(np.abs(_vector(spectra.fitted_alphas(values, options)) - truth)))
+            for way, values in found.items()
+        }
+    return errors
+
+
+def _in_float64(exact: list[np.ndarray], options: spectra.Fit) -> np.ndarray:
+    jax.config.update("jax_enable_x64", True)
+    try:
+        return _vector(spectra.fitted_alphas([jnp.asarray(e)[None] for e in exact], options))
+    finally:
+        jax.config.update("jax_enable_x64", False)
+
+
+def _vector(alphas: list[jax.Array]) -> np.ndarray:
+    return np.concatenate([np.asarray(alpha, np.float64) for alpha in alphas])
+
+
+def compare(*, scale: str, weights: str, batch: int, samples: int) -> dict[str, Any]:
+    """Measures everything the table shows, as JSON values."""
+    before = reporting.environment()
+    size = vit.SCALES[scale]
+    anchor, _, _ = vit.make_trees(size, fire=0)
+    params = jax.tree.map(jnp.asarray, anchor)
+    candidates = updates_of(params, samples, min(50, size.width))
+    seconds = {name: c.step_seconds for name, c in candidates.items()}
+    balanced = optax.tree.get(candidates[DUE].state, "temp_balance_alpha")
+    taking = [d - b for d, b in zip(seconds[DUE], seconds[BETWEEN], strict=True)]
+    training = training_seconds(size, params, batch, max(1, samples // 4))
+    recomputation, step = statistics.median(taking), statistics.median(training)
+    return {
+        "environment": before,
+        "settings": {"scale": scale, "weights": weights, "batch": batch, "samples": samples},
+        "tree": {
+            "parameters": sum(x.size for x in jax.tree.leaves(params)),
+            "weights": int(np.sum(np.asarray(balanced) > 0)),
+        },
+        "updates": {name: measuring.summary(c) for name, c in candidates.items()},
+        "recomputation_seconds": measuring.spread(taking),
+        "between_to_plain": measuring.spread(
+            [b / a for a, b in zip(seconds[PLAIN], seconds[BETWEEN], strict=True)]
+        ),
+        "training_step_seconds": measuring.spread(training),
+        "share_of_training": recomputation / (EVERY * step + recomputation),
+        "errors": errors_of(load_minilm() if weights == "minilm" else params),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as plain text."""
+    settings, tree, taking = result["settings"], result["tree"], result["recomputation_seconds"]
+    ratio, training = result["between_to_plain"], result["training_step_seconds"]
+
+    def row(*cells: str) -> str:
+        return f"{cells[0]:<24}" + "".join(f"{cell:>18}" for cell in cells[1:])
+
+    lines = [
+        *reporting.header(result["environment"]),
+        f"tree      {settings['scale']}: {tree['parameters']:,} parameters, spectra of "
+        f"{tree['weights']} weights, float32",
+        f"samples   {settings['samples']} of each update in turn",
+        "",
+        row("", "update [ms]", "quartiles", "temporaries [MB]"),
+    ]
+    for name, measured in result["updates"].items():
+        step, temporaries = measured["step_seconds"], measured["temporary_bytes"]
+        lines.append(
+            row(
+                name,
+                f"{1e3 * step['median']:.1f}",
+                reporting.quartiles(step, 1e3, digits=1),
+                "unknown" if temporaries is None else f"{temporaries / 1e6:.0f}",
+            )
+        )
+    lines += [
+        "",
+        f"Taking the spectra once: {taking['median']:.2f} s (quartiles "
+        f"{reporting.quartiles(taking)}). An update that does not takes {ratio['median']:.2f} "
+        f"(quartiles {reporting.quartiles(ratio)}) of Adam's time.",
+        f"A training step on {settings['batch']} images: {training['median']:.2f} s. At "
+        f"every={EVERY} the spectra are {result['share_of_training']:.2%} of the training time.",
+        "",
+        f"Largest error of α in float32, weights: {settings['weights']}",
+        row("", "Gram matrix", "singular values"),
+    ]
+    for fit, errors in result["errors"].items():
+        lines.append(row(fit, f"{errors['gram']:.1e}", f"{errors['svd']:.1e}"))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the arguments, measures, prints the table and writes the JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.balancing", description=__doc__.splitlines()[0]
+    )
+    add = parser.add_argument
+    add("--scale", choices=vit.SCALES, default="vit-b16", help="size of the ViT")
+    add("--weights", choices=("random", "minilm"), default="random", help="for the errors")
+    add("--batch", type=reporting.count, default=8, help="images in a training batch")
+    add("--samples", type=reporting.count, default=8, help="timings of each update")
+    reporting.run(parser, argv, compare, table)
+
+
+if __name__ == "__main__":
+    main()

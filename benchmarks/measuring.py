@@ -131,17 +131,19 @@ def measure(
                 candidate.fired.append(shares)
 
 
+def distinct_bytes(tree: Tree) -> int:
+    """Bytes of the buffers in a tree, each counted once."""
+    buffers = {leaf.unsafe_buffer_pointer(): leaf.nbytes for leaf in jax.tree.leaves(tree)}
+    return sum(buffers.values())
+
+
 def state_bytes(candidate: Candidate) -> tuple[int, int]:
     """Bytes of the state's distinct buffers: of those shaped like parameters, and of the others."""
-
-    def distinct(tree: Tree) -> int:
-        buffers = {leaf.unsafe_buffer_pointer(): leaf.nbytes for leaf in jax.tree.leaves(tree)}
-        return sum(buffers.values())
-
     like_params = optax.tree_utils.tree_map_params(
         candidate.tx, lambda leaf: leaf, candidate.state, transform_non_params=lambda _: None
     )
-    return distinct(like_params), distinct(candidate.state) - distinct(like_params)
+    shaped = distinct_bytes(like_params)
+    return shaped, distinct_bytes(candidate.state) - shaped
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

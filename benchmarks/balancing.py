@@ -22,7 +22,7 @@ import optax_spd
 from benchmarks import measuring, reporting, vit
 from examples.demo import assets
 from examples.demo.minilm import load_encoder
-from optax_spd import spectra
+from optax_spd import power_law, spectra
 
 Tree = Any
 
@@ -73,7 +73,7 @@ def training_seconds(scale: vit.Scale, params: Tree, batch: int, samples: int) -
 
 
 def errors_of(params: Tree) -> dict[str, dict[str, float]]:
-    """Per fit the largest errors of α in float32, by Gram matrix and by singular values."""
+    """Per fit the largest errors of α in float32, by each way to decompose."""
     weights = [
         np.asarray(leaf, np.float32)
         for leaf in jax.tree.leaves(params)
@@ -81,27 +81,25 @@ def errors_of(params: Tree) -> dict[str, dict[str, float]]:
     ]
     exact = [np.linalg.svd(w.astype(np.float64), compute_uv=False)[::-1] ** 2 for w in weights]
     found = {
-        way: [
-            spectra.squared_singular_values([jnp.asarray(w)[None]], exact=way == "svd")[0]
-            for w in weights
-        ]
+        way: [spectra.decomposed(jnp.asarray(w)[None, None], exact=way == "svd") for w in weights]
         for way in ("gram", "svd")
     }
     errors: dict[str, dict[str, float]] = {}
-    for fit in spectra.FITS:
-        options = spectra.Fit(fit)
+    for fit in power_law.FITS:
+        options = power_law.Fit(fit)
         truth = _in_float64(exact, options)
         errors[fit] = {
-            way: float(np.max(np.abs(_vector(spectra.fitted_alphas(values, options)) - truth)))
-            for way, values in found.items()
+            way: float(np.max(np.abs(_vector(power_law.fitted_alphas(each, options)) - truth)))
+            for way, each in found.items()
         }
     return errors
 
 
-def _in_float64(exact: list[np.ndarray], options: spectra.Fit) -> np.ndarray:
+def _in_float64(exact: list[np.ndarray], options: power_law.Fit) -> np.ndarray:
     jax.config.update("jax_enable_x64", True)
     try:
-        return _vector(spectra.fitted_alphas([jnp.asarray(e)[None] for e in exact], options))
+        found = [spectra.Spectrum(jnp.asarray(e)[None], jnp.ones(1)) for e in exact]
+        return _vector(power_law.fitted_alphas(found, options))
     finally:
         jax.config.update("jax_enable_x64", False)
 
@@ -178,7 +176,7 @@ def table(result: dict[str, Any]) -> str:
         row("", "Gram matrix", "singular values"),
     ]
     for fit, errors in result["errors"].items():
-        lines.append(row(fit, f"{errors['gram']:.1e}", f"{errors['svd']:.1e}"))
+        lines.append(row(fit, *(f"{errors[way]:.1e}" for way in ("gram", "svd"))))
     return "\n".join(line.rstrip() for line in lines)
 
 

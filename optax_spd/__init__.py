@@ -11,11 +11,11 @@ from optax_spd.l2_sp import l2_sp
 from optax_spd.layer_decay import layerwise_lr_decay
 from optax_spd.layers import LayerSpec, by_module, layer_names, outputs, stacked
 from optax_spd.masks import path_mask
+from optax_spd.power_law import power_law_alpha
 from optax_spd.projected_recipes import adam_ftp, adam_tpgm, sgd_ftp
 from optax_spd.projections import project
 from optax_spd.recipes import adam_spd, adamw_l2_sp
 from optax_spd.spd import spd
-from optax_spd.spectra import power_law_alpha
 from optax_spd.temp_balance import temp_balance
 from optax_spd.tpgm import tpgm
 from optax_spd.wise_ft import wise_ft

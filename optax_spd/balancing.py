@@ -2,13 +2,17 @@
 
 import dataclasses
 import math
+import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_spd import deviations, layers as layers_lib, spectra, trees
+from optax_spd import deviations, layers as layers_lib, power_law, spectra, trees
+
+BIAS = re.compile(r"bias$")
 
 
 class Weight(NamedTuple):
@@ -42,28 +46,52 @@ class Weight(NamedTuple):
         """The numbers of its layers."""
         return np.arange(self.entry.start, self.entry.start + self.entry.count)
 
-    def matrices(self, array: jax.Array) -> jax.Array:
-        """The (inputs, outputs) matrices of all its layers, on a leading axis."""
-        # Decompositions need whole matrices; under jit with automatic sharding XLA sees to it.
-        ordered = jnp.transpose(deviations.replicated(array), self.order)
-        return ordered.reshape(-1, self.rows, self.columns)
+    def source(self, array: jax.Array) -> spectra.Source:
+        """Its layers as matrices (inputs, outputs) in at least float32."""
+        shape = (self.positions, self.rows, self.columns)
+        stacked = self.entry.stacked_axes
+        rest = [axis for axis in self.order if axis not in stacked]
+        inner = [axis - sum(s < axis for s in stacked) for axis in rest]
+        dtype = layers_lib.compute_dtype(array)
+
+        def whole(go: jax.Array | bool) -> jax.Array:
+            waited = array if go is True else jnp.where(go, array, jnp.zeros((), array.dtype))
+            ordered = jnp.transpose(deviations.replicated(waited), self.order)
+            return ordered.astype(dtype).reshape(-1, *shape)
+
+        def one(number: jax.Array) -> jax.Array:
+            layer = array
+            places = jnp.unravel_index(number, self.entry.stacked_shape)
+            for axis, place in reversed(list(zip(stacked, places, strict=True))):
+                layer = jax.lax.dynamic_index_in_dim(layer, place, axis, keepdims=False)
+            # A decomposition needs whole matrices; under jit with automatic sharding XLA sees to
+            # it. Only this layer is gathered and widened, not the stack.
+            ordered = jnp.transpose(deviations.replicated(layer), inner)
+            return ordered.astype(dtype).reshape(shape)
+
+        return spectra.Source(shape, dtype, self.entry.count, whole, one)
 
 
 def as_weight(index: int, entry: layers_lib.ArrayLayers, shape: tuple[int, ...]) -> Weight | None:
-    """How an array is a matrix or a convolution; None for one with fewer than two axes.
+    """How an array is a matrix or a convolution; None for one that has no spectrum.
 
-    An array with one output axis and at least four in all is a convolution, whose inputs are the
-    last axis that is not the output; else all axes that are not outputs are inputs. (An attention
-    kernel has three, or several output axes.)
+    None are arrays with fewer than two axes, those whose axes are all outputs, and biases by name
+    (an attention's have two axes). Unless ``layers=`` says which axes are spatial, an array with
+    one output axis and at least four in all is a convolution, whose inputs are the last axis that
+    is not the output; else all axes that are not outputs are inputs. (An attention kernel has
+    three axes, or several outputs.)
     """
     rest = [axis for axis in range(len(shape)) if axis not in entry.stacked_axes]
-    if len(rest) < 2:
-        return None
     inputs = [axis for axis in rest if axis not in entry.output_axes]
-    convolution = len(entry.output_axes) == 1 and len(rest) >= 4
-    spatial, inputs = (inputs[:-1], inputs[-1:]) if convolution else ([], inputs)
+    if len(rest) < 2 or not inputs or BIAS.search(entry.name):
+        return None
+    if entry.spatial_axes is not None:
+        spatial = [axis for axis in inputs if axis in entry.spatial_axes]
+    else:
+        spatial = inputs[:-1] if len(entry.output_axes) == 1 and len(rest) >= 4 else []
+    inputs = [axis for axis in inputs if axis not in spatial]
 
-    def size(axes: Any) -> int:
+    def size(axes: Sequence[int]) -> int:
         return math.prod(shape[axis] for axis in axes)
 
     return Weight(
@@ -73,7 +101,7 @@ def as_weight(index: int, entry: layers_lib.ArrayLayers, shape: tuple[int, ...])
         size(spatial),
         size(inputs),
         size(entry.output_axes),
-        convolution,
+        bool(spatial),
     )
 
 
@@ -91,7 +119,7 @@ class Selection:
     weights: tuple[Weight, ...]
     counted: np.ndarray
 
-    def alphas(self, leaves: list[Any], fit: spectra.Fit) -> tuple[jax.Array, jax.Array]:
+    def alphas(self, leaves: list[Any], fit: power_law.Fit) -> tuple[jax.Array, jax.Array]:
         """α of every layer, and whether there is one.
 
         A layer of several arrays has the unweighted mean of theirs.
@@ -103,19 +131,14 @@ class Selection:
         Returns:
           Two vectors of shape (``plan.vector_size``,): α, in ``plan.dtype``, 0 where there is none.
         """
-        arrays = [leaves[w.leaf] for w in self.weights]
-        values = spectra.squared_singular_values(
-            [
-                w.matrices(a.astype(layers_lib.compute_dtype(a)))
-                for w, a in zip(self.weights, arrays, strict=True)
-            ],
-            exact=fit.needs_small_eigenvalues,
+        found = spectra.spectra_of(
+            [w.source(leaves[w.leaf]) for w in self.weights], exact=fit.exact
         )
-        layered = [
-            spectra.pooled(v.reshape(w.entry.count, -1), fit) if w.convolution else v
-            for w, v in zip(self.weights, values, strict=True)
+        scaled = [
+            power_law.conv_scaled(spectrum, fit) if w.convolution else spectrum
+            for w, spectrum in zip(self.weights, found, strict=True)
         ]
-        alphas = spectra.fitted_alphas(layered, fit)
+        alphas = power_law.fitted_alphas(scaled, fit)
         alpha = jnp.concatenate([a.astype(self.plan.dtype) for a in alphas])
         ids = np.concatenate([w.layers for w in self.weights])
         # 0 is "fix-finger" finding no tail, infinity a spectrum of equals, NaN a broken weight.
@@ -150,9 +173,9 @@ def select(
         weight = None if entry is None else as_weight(index, entry, jnp.shape(leaf))
         if entry is None or weight is None:
             continue
-        _check_whole(entry.name, leaf)
         matrices[weight.layers] = True
         if weight.eigenvalues >= min_eigenvalues:
+            _check_whole(entry.name, leaf)
             counted[weight.layers] = True
             weights.append(weight)
     present = np.flatnonzero(matrices)

@@ -1,7 +1,7 @@
 """Which layers take the learning-rate factors of which: by module, or by block."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_spd import balancing, layers as layers_lib, trees
+
+INDEX = re.compile(r"\[[\d,]+\]$")  # behind the name of a stacked layer
 
 Follows = Callable[[str], str]
 """From the path of an array's module to the path of the module whose factor it takes."""
@@ -88,8 +90,10 @@ def modules(
 ) -> Modules:
     """Which layers' factors the arrays without a spectrum of their own take.
 
-    An array of rank 0 or 1 follows the weights of its module (what its path names without the last
-    key), or of the module that ``follows`` names; a stacked one index by index.
+    An array without a spectrum of any size follows the weights of its module (what its path names
+    without the last key), or of the module that ``follows`` names; a stacked one index by index.
+    The top of the tree is a module only if it holds one weight: with several, what stands there
+    belongs to none of them.
 
     Args:
       flat: the parameters.
@@ -107,10 +111,12 @@ def modules(
         for layer, place in _places(weight.entry):
             if counted[layer] and layer not in members.setdefault(place, []):
                 members[place].append(layer)
+    if sum(map(len, leaders.get("", {}).values())) > 1:
+        del leaders[""]
     known = {_module(trees.path_name(path)) for path in flat.paths}
     pairs = {(int(layer), int(layer)) for layer in np.flatnonzero(counted)}
-    for entry, leaf in zip(plan.arrays, flat.leaves, strict=True):
-        if entry is None or jnp.ndim(leaf) - len(entry.stacked_axes) > 1:
+    for index, (entry, leaf) in enumerate(zip(plan.arrays, flat.leaves, strict=True)):
+        if entry is None or balancing.as_weight(index, entry, jnp.shape(leaf)) is not None:
             continue
         module = _module(entry.name)
         target = module if follows is None else _target(follows, module, known, whole=whole)
@@ -151,14 +157,66 @@ def _target(follows: Follows, module: str, known: set[str], *, whole: bool) -> s
     return target
 
 
-def blocks(plan: layers_lib.LayerPlan, pattern: re.Pattern[str]) -> Blocks:
-    """Finds the block of each layer: what the pattern matches in its name."""
-    numbers: dict[str, int] = {}
-    found = np.full(plan.vector_size, -1, np.int32)
-    for layer, name in enumerate(plan.names):
-        if match := pattern.search(name):
-            found[layer] = numbers.setdefault(match.group(), len(numbers))
-    return Blocks(found, len(numbers))
+def blocks(plan: layers_lib.LayerPlan, pattern: re.Pattern[str] | None, *, whole: bool) -> Blocks:
+    """Finds the block of each layer.
+
+    Args:
+      plan: the layers.
+      pattern: a block is what it matches in the layer's name - what its groups match, if it has
+        some. None for the numbering that the paths have.
+      whole: whether no other mask has taken parameters away.
+
+    Raises:
+      ValueError: no layer of a whole tree is in a block.
+    """
+    labels = _numbered(plan.names) if pattern is None else [_match(pattern, n) for n in plan.names]
+    if whole and plan.names and not any(labels):
+        wanted = "numbered keys" if pattern is None else f"what block={pattern.pattern!r} matches"
+        raise ValueError(
+            f"No layer is in a block: {wanted} was looked for in "
+            f"{trees.nearest_paths('', [(name,) for name in plan.names], count=5)}. Give block= a "
+            'pattern that matches there, or use unit="layer".'
+        )
+    numbers: dict[Hashable, int] = {}
+    found = [-1 if x is None else numbers.setdefault(x, len(numbers)) for x in labels]
+    found += [-1] * (plan.vector_size - len(found))
+    return Blocks(np.array(found, np.int32), len(numbers))
+
+
+def _match(pattern: re.Pattern[str], name: str) -> Hashable | None:
+    match = pattern.search(name)
+    return None if match is None else match.groups() or match.group()
+
+
+def _numbered(names: Sequence[str]) -> list[Hashable | None]:
+    """Each name up to the first key whose number tells it from its siblings, and its index.
+
+    A number that has no other beside it ("ResNet50_0", "wav2vec2") counts nothing.
+    """
+    siblings: dict[tuple[str, str], set[str]] = {}
+    for name in names:
+        for above, stem, number in _numbered_keys(name):
+            siblings.setdefault((above, stem), set()).add(number)
+
+    def label(name: str) -> Hashable | None:
+        index = INDEX.search(name)
+        for above, stem, number in _numbered_keys(name):
+            if len(siblings[above, stem]) > 1:
+                return above, stem, number, index and index.group()
+        return index and index.group()
+
+    return [label(name) for name in names]
+
+
+def _numbered_keys(name: str) -> list[tuple[str, str, str]]:
+    """The keys above the last that end in a number: (path above, key without it, number)."""
+    keys = INDEX.sub("", name).split("/")
+    found = []
+    for depth, key in enumerate(keys[:-1]):
+        stem = key.rstrip("0123456789")
+        if stem != key:
+            found.append(("/".join(keys[:depth]), stem, key[len(stem) :]))
+    return found
 
 
 def _mean(values: jax.Array, counted: jax.Array) -> jax.Array:

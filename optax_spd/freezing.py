@@ -103,7 +103,9 @@ def with_frozen(
 def _selection(frozen: Frozen) -> Callable[[PyTree], PyTree]:
     """``frozen=`` in any of its forms as a function from params to a (prefix) tree of bools."""
     patterns = (frozen,) if isinstance(frozen, str) else frozen
-    if isinstance(patterns, list | tuple) and any(isinstance(p, str) for p in patterns):
+    if isinstance(patterns, list | tuple | set | frozenset) and any(
+        isinstance(p, str) for p in patterns
+    ):
         return masks.path_mask(*patterns)
     if masks.is_mask_function(frozen):
         return frozen  # type: ignore[return-value]
@@ -122,7 +124,14 @@ def _mask_of(tree: PyTree, select: Callable[[PyTree], PyTree]) -> PyTree:
     flat = trees.flatten(tree)
     if not flat.leaves:
         return False  # Optax's placeholder for any tree of parameters, which no mask fits
-    covering = trees.broadcast_prefix(flat, select(tree), "frozen", lambda _: False)
+    frozen = select(tree)
+    if frozen is False and flat.paths != [()]:
+        raise ValueError(
+            "frozen gives one False for the whole tree, so nothing would be frozen: leave "
+            "with_frozen out, or pass a tree of bools. If this is optax.inject_hyperparams, which "
+            "takes every callable for a schedule, name the argument in its static_args."
+        )
+    covering = trees.broadcast_prefix(flat, frozen, "frozen", lambda _: False)
     for path, leaf, value in zip(flat.paths, flat.leaves, covering, strict=True):
         if not trees.is_gap(leaf) and not isinstance(value, bool | np.bool_):
             raise TypeError(

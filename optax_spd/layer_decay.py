@@ -91,9 +91,9 @@ def layerwise_lr_decay(
           in the layer names (:func:`optax_spd.layer_names`; a stacked layer's ends in "[i]", so
           ``r"\[(\d+)\]$"`` counts the layers of a scanned model). Then D is the largest number
           plus one: the last layer has the scale ``decay``. Embeddings
-          (:data:`optax_spd.DEFAULT_EMBEDDING_PATTERNS`) that it does not match are at depth -1,
-          and everything else it does not match, such as the head and the last normalisation, is
-          at depth D: full rate;
+          (:data:`optax_spd.DEFAULT_EMBEDDING_PATTERNS`) that it does not match are one below the
+          smallest, and everything else it does not match, such as the head and the last
+          normalisation, is at depth D: full rate;
         - a function from layer name to d, or to None for full rate. Then D is the largest d.
       min_scale: the smallest scale, from 0 to 1, or a schedule of it.
       layers: what a layer is, see :func:`optax_spd.stacked`; None for one per array.
@@ -192,7 +192,7 @@ def _by_pattern(pattern: str) -> Heights:
         top = max(numbers.values()) + 1
         for i, number in numbers.items():
             found[i] = top - number
-        found[below] = top + 1
+        found[below] = top - min(numbers.values()) + 1
         return found
 
     return heights
@@ -260,8 +260,9 @@ def _by_function(depth: Callable[[str], Any]) -> Heights:
             for i, name in enumerate(plan.names)
             if (number := depth(name)) is not None
         }
+        top = max(numbers.values(), default=0.0)
         for i, number in numbers.items():
-            found[i] = max(numbers.values()) - number
+            found[i] = top - number
         return found
 
     return heights

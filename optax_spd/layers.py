@@ -1,9 +1,8 @@
 """What a layer is: the unit that gets one decision, one ratio or one radius.
 
-By default every parameter array is a layer, as in the papers' loops over PyTorch tensors. Three
-things differ in JAX, and a :class:`LayerSpec` per array says them: arrays that hold many layers
-along a *stacked* axis (``nn.scan``, ``nnx.vmap``), which axes are *output* units, and which arrays
-are judged together as one *group*.
+By default every parameter array is a layer, as in the papers' loops over PyTorch tensors. What
+differs in JAX a :class:`LayerSpec` per array says: *stacked* axes that hold many layers
+(``nn.scan``, ``nnx.vmap``), axes of *output* units, arrays judged together as one *group*.
 """
 
 import dataclasses
@@ -30,6 +29,8 @@ class LayerSpec:
         of shape (embed, heads, head_dim): two). They count in the whole array, stacked axes
         included; the default means the last axis that is not stacked. An array of rank 0 or 1
         (stacked axes removed) is one row, whatever stands here.
+      spatial_axes: axes that a convolution slides along; only spectra tell them from inputs. None
+        for what :func:`optax_spd.temp_balance` says.
       group: arrays with equal labels (any hashable but None) form one layer together; stacked
         ones index by index.
 
@@ -42,6 +43,7 @@ class LayerSpec:
     stacked_axes: Sequence[int] = ()
     output_axes: Sequence[int] = (-1,)
     group: Hashable | None = None
+    spatial_axes: Sequence[int] | None = None
 
 
 LayerFn = Callable[[str, Any], LayerSpec]
@@ -52,14 +54,12 @@ def check_layers(layers: Any) -> None:
     """Refuses a ``layers=`` that is no function of (path, array)."""
     if layers is not None and not callable(layers):
         raise TypeError(
-            f"layers must be a function (path, array) -> LayerSpec, got {layers!r}. See "
-            "optax_spd.stacked, outputs and by_module."
+            f"layers must be a function (path, array) -> LayerSpec, got {layers!r}; see stacked()."
         )
 
 
-def _per_array(path: str, array: Any) -> LayerSpec:
+def _per_array(_path: str, _array: Any) -> LayerSpec:
     """The default: one array, one layer."""
-    del path, array
     return LayerSpec()
 
 
@@ -172,6 +172,7 @@ class ArrayLayers:
       stacked_axes: non-negative, sorted.
       output_axes: non-negative, sorted; () for an array that is one row.
       stacked_shape: the sizes of the stacked axes.
+      spatial_axes: non-negative, sorted; None where nobody says.
       start: index of its first layer.
     """
 
@@ -180,6 +181,7 @@ class ArrayLayers:
     output_axes: tuple[int, ...]
     stacked_shape: tuple[int, ...]
     start: int
+    spatial_axes: tuple[int, ...] | None = None
 
     @property
     def count(self) -> int:
@@ -289,9 +291,16 @@ def _place(name: str, array: Any, spec: LayerSpec, start: int) -> ArrayLayers:
                 f"layers= gives {name!r} of shape {shape} the stacked axes {stacked_axes} and the "
                 f"output axes {output_axes}; an axis cannot be both."
             )
-    return ArrayLayers(
-        name, stacked_axes, output_axes, tuple(shape[a] for a in stacked_axes), start
-    )
+    spatial_axes = None
+    if spec.spatial_axes is not None:
+        spatial_axes = _normalized(name, shape, _as_axes(spec.spatial_axes), "spatial")
+        if set(spatial_axes) & {*stacked_axes, *output_axes}:
+            raise ValueError(
+                f"layers= gives {name!r} the spatial axes {spatial_axes}, and some of them are "
+                f"stacked ({stacked_axes}) or output axes ({output_axes}) too."
+            )
+    stacked_shape = tuple(shape[a] for a in stacked_axes)
+    return ArrayLayers(name, stacked_axes, output_axes, stacked_shape, start, spatial_axes)
 
 
 def _normalized(

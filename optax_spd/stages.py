@@ -250,7 +250,9 @@ def scaled(
             return None
         step = trees.as_real(leaf, layers_lib.compute_dtype(leaf), "updates", path)
         factor = deviations_lib.spread(entry, scale, step.ndim).astype(step.dtype)
-        return (step * factor).astype(jnp.result_type(leaf))
+        # A factor of 0 stops a layer, also one whose update is not finite.
+        stopped = deviations_lib.predicate_like(factor == 0, step)
+        return jnp.where(stopped, 0, step * factor).astype(jnp.result_type(leaf))
 
     changed = zip(flat.paths, map(product, flat.paths, plan.arrays, leaves), strict=True)
     return trees.replace_leaves(updates, {path: u for path, u in changed if u is not None})

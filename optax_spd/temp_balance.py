@@ -3,9 +3,9 @@
 Zhou, Pang, Liu, Yang, Yan, Gal, Mahoney, Yang: "Temperature Balancing, Layer-wise Weight Analysis,
 and Neural Network Training", NeurIPS 2023, https://arxiv.org/abs/2312.00359; the authors' code:
 YefanZhou/TempBalance. Liu et al.: "Model Balancing Helps Low-data Training and Fine-tuning", EMNLP
-2024, https://arxiv.org/abs/2410.12178; the authors' code: ZihangHLiu/ModelBalancing. For each layer
-with incoming update u and weights W, of exponent α (:mod:`optax_spd.spectra`; small: heavy-tailed,
-well trained), among n layers:
+2024, https://arxiv.org/abs/2410.12178; the authors' code: ZihangHLiu/ModelBalancing. For each of n
+layers with incoming update u and weights of exponent α (:mod:`optax_spd.power_law`; a small one
+means a heavy tail, a layer that is well trained):
 
     u' = s u
 
@@ -16,8 +16,8 @@ well trained), among n layers:
     "sigmoid"   s = 10^(c (1 / (1 + exp(-τ x)) - 1/2)),  x = α - mean α,
                 c = c_max if x > 0, else c_min
 
-The first four are the paper of 2023's, per layer; the last is the paper of 2024's, which has one s
-for all layers of a block, from the mean of their α.
+The first four are those of the paper of 2023, per layer. The last is that of the paper of 2024,
+which has one s for all layers of a block, from the mean of their α.
 
 Differences from the authors' code:
 
@@ -29,7 +29,9 @@ Differences from the authors' code:
    arrays with two axes count, embeddings too; theirs takes linear and convolution layers.
 4. A layer whose α cannot be had (not finite, all eigenvalues equal, no candidate for a tail) takes
    no part and has s = 1. In theirs NaN would spread over all layers.
-5. Who follows whom is told by paths and not by the order of modules, which trees do not keep.
+5. Who follows whom is told by paths and not by the order of modules, which trees do not keep. So
+   normalisation keeps its update unless ``follows`` names its layer; theirs lets it follow the
+   layer in front of it, or the one with the same number.
 """
 
 from typing import Any, NamedTuple
@@ -44,7 +46,7 @@ from optax_spd import (
     following,
     layers as layers_lib,
     masks,
-    spectra,
+    power_law,
     stages,
     trees,
 )
@@ -53,8 +55,6 @@ from optax_spd.balance_scales import balance_scales, check_scales
 PyTree = Any
 
 UNITS = ("layer", "block")
-# Up to the first key that ends in a number ("encoder/layer_3", "h/0"), or a stacked array's index.
-BLOCK_PATTERN = r"^.*?\d+(?=/)|\[[\d,]+\]$"
 
 
 class TempBalanceState(NamedTuple):
@@ -83,7 +83,7 @@ def temp_balance(
     max_scale: checks.ScalarOrSchedule = 1.5,
     min_eigenvalues: int = 50,
     unit: str = "layer",
-    block: str = BLOCK_PATTERN,
+    block: str | None = None,
     follows: following.Follows | None = None,
     skip_first: bool = False,
     skip_last: bool = False,
@@ -100,23 +100,24 @@ def temp_balance(
 ) -> optax.GradientTransformationExtraArgs:
     r"""TempBalance; it stands *behind* the optimizer that it balances, next in the chain.
 
-    In front of Adam it would do nothing, since Adam divides every scale out again. Each ``every``
-    updates it estimates the power-law exponent α of every weight matrix's spectrum, and from then
-    on multiplies the layer's update:
+    In front of Adam it would do nothing, since Adam divides every scale out again. On every
+    ``every``-th update it estimates the power-law exponent α of each weight matrix's spectrum, and
+    from then on multiplies the layer's update:
 
     .. math::
 
         u' = s\,u, \qquad
         s = s_{min} + (s_{max} - s_{min}) \frac{\alpha - \min \alpha}{\max \alpha - \min \alpha}
 
-    and likewise for the other ``assign``. The first update is balanced already. Between, a step
-    costs one multiplication. It needs no gradient and no anchor.
+    and likewise for the other ``assign``. The first update is balanced already. In between
+    a step costs one multiplication. It needs no gradient and no anchor.
 
-    Arrays with at least two axes and ``min_eigenvalues`` eigenvalues count. Biases follow the
-    weights of their module. Everything else keeps its update (normalisation too, unless ``follows``
-    or ``unit="block"`` says otherwise). What this means for a model is in the state, by
-    :func:`optax_spd.layer_names`. A model without such weights (LoRA of rank 8) is not balanced at
-    all. Embedding tables count unless masked out.
+    Arrays with at least two axes and ``min_eigenvalues`` eigenvalues count, except those named
+    "bias". Biases, and what else has fewer axes, follow the weights of their module. Everything
+    else keeps its update (normalisation too, unless ``follows`` or ``unit="block"`` says
+    otherwise). What this means for a model is in the state, by :func:`optax_spd.layer_names`. A
+    model without such weights (LoRA of rank 8) is not balanced at all. Embedding tables count
+    unless masked out. In ``optax.partition`` or ``optax.masked`` a part is balanced by itself.
 
     Args:
       every: take the spectra on updates 0, ``every``, 2 ``every``, ...; or a schedule of how many
@@ -131,8 +132,10 @@ def temp_balance(
       unit: "layer" (Zhou et al. 2023) or "block" (Liu et al. 2024: all arrays of a block have the
         factor that belongs to the mean α of its weights; arrays outside of blocks keep their
         update).
-      block: regular expression searched in layer names; equal matches are one block. By default
-        the path up to its first key that ends in a number, else the index of a stacked layer.
+      block: for ``unit="block"``: regular expression searched in layer names; what it matches - its
+        groups, if it has some - is the block. None for the first key of the path whose number
+        differs from its siblings' ("encoder/layer_3", "h/0"), and the index of a stacked layer.
+        Two stacks (encoder and decoder) need a pattern: ``r"^(\w+)/.*(\[\d+\])$"``.
       follows: for ``unit="layer"``: from the path of an array's module to the path of the module
         whose factor it takes if it has less than two axes: normalisation after its layer.
       skip_first: leave out the first layer with at least two axes, in ``layer_names`` order.
@@ -140,7 +143,8 @@ def temp_balance(
         network: ``mask`` is the surer way to leave out a stem or a head.
       normalize: divide the factors by their mean over the layers that count.
       xmin_pos: see :func:`optax_spd.power_law_alpha`, as all that follow.
-      conv_norm: for convolutions: arrays with one output axis and at least four in all.
+      conv_norm: for convolutions: arrays with one output axis and at least four in all, or with
+        ``spatial_axes`` in their :class:`optax_spd.LayerSpec`.
       filter_zeros: leave out eigenvalues up to 1e-5.
       bins: of "fix-finger".
       sigmoid_min: see :func:`optax_spd.balance_scales`, as the next two.
@@ -149,22 +153,25 @@ def temp_balance(
       layers: what a layer is, see :func:`optax_spd.stacked`; each slice of a stacked array has a
         spectrum of its own, a group has the mean of its arrays. Give attention kernels their output
         axes (:func:`optax_spd.outputs`), or a kernel (embed, heads, head_dim) is taken for a matrix
-        of embed times heads inputs.
+        of embed times heads inputs; and PyTorch-like convolutions (Equinox's) output and spatial
+        axes.
       mask: a tree of bools or a function of params: True where the method applies.
 
     Returns:
       A stage whose ``update`` needs ``params``. Updates keep structure and dtypes. State: two
-      numbers a layer. Under ``jit`` with sharding each device decomposes all matrices. Under
-      ``optax.inject_hyperparams`` name in ``static_args`` what shapes the program:
-      ``("min_eigenvalues", "xmin_pos", "conv_norm", "filter_zeros", "bins", "skip_first",
-      "skip_last", "normalize", "follows", "layers", "mask")``. ``optax.MultiSteps`` updates the
-      inner stage on each micro-step: one that is due takes the spectra anew on each of them.
+      numbers a layer. Under ``jit`` with sharding each device decomposes all matrices, gathering
+      some at a time. Under ``vmap`` every step takes the spectra, since a condition becomes a
+      choice between results. ``optax.MultiSteps`` updates the inner stage on each micro-step: one
+      that is due takes the spectra anew on each of them. Under ``optax.inject_hyperparams`` name in
+      ``static_args`` what shapes the program: ``("min_eigenvalues", "xmin_pos", "conv_norm",
+      "filter_zeros", "bins", "skip_first", "skip_last", "normalize", "follows", "layers",
+      "mask")``.
 
     Raises:
       TypeError: an argument of the wrong type, a complex parameter.
       ValueError: an unknown ``fit``, ``assign`` or ``unit``, a number out of range (at
-        construction); no params, trees that do not match, weights split by ``shard_map`` (in
-        ``update``).
+        construction); no params, trees that do not match, weights split by a checked ``shard_map``
+        (in ``update``; ``pmap`` and ``check_vma=False`` cannot be checked).
 
     Example:
       >>> import jax
@@ -209,9 +216,11 @@ def temp_balance(
             'follows must be a function from module path to module path, for unit="layer" only, '
             f"got {follows!r} with unit={unit!r}."
         )
-    pattern = checks.compile_pattern(block)
+    if block is not None and unit != "block":
+        raise ValueError(f'block={block!r} needs unit="block", got unit={unit!r}.')
+    pattern = None if block is None else checks.compile_pattern(block)
     layers_lib.check_layers(layers)
-    options = spectra.Fit(fit, xmin_pos, conv_norm, filter_zeros, bins)
+    options = power_law.Fit(fit, xmin_pos, conv_norm, filter_zeros, bins)
 
     def init(params: PyTree) -> TempBalanceState:
         _, plan = stages.planned(params, layers, mask)
@@ -238,7 +247,7 @@ def temp_balance(
         if unit == "layer":
             group = following.modules(flat, selection, follows, whole=masks.is_whole(flat))
         else:
-            group = following.blocks(plan, pattern)
+            group = following.blocks(plan, pattern, whole=masks.is_whole(flat))
 
         def measure() -> tuple[jax.Array, ...]:
             alpha, found = selection.alphas(flat.leaves, options)
@@ -254,7 +263,8 @@ def temp_balance(
             return state.count, alpha, scale.astype(plan.dtype)
 
         def keep() -> tuple[jax.Array, ...]:
-            return state.measured, state.temp_balance_alpha, state.temp_balance_scale
+            held = (state.temp_balance_alpha, state.temp_balance_scale)
+            return state.measured, *(vector.astype(plan.dtype) for vector in held)
 
         wait = every(state.count) if callable(every) else every
         due = (state.count == 0) | (state.count - state.measured >= wait)

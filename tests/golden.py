@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 DATA = pathlib.Path(__file__).parent / "data"
+# The steps of the longest case; shorter ones go on without gradients or a learning rate.
+LONGEST = 50
 
 
 class Case(NamedTuple):
@@ -21,17 +23,51 @@ class Case(NamedTuple):
     params: dict[str, np.ndarray]
     fields: dict[str, dict[str, np.ndarray]]
 
+    def task(self) -> "Task":
+        """What an optimizer has to be run on."""
+        closed_loop = self.settings["kind"] == "quadratic"
+
+        def field(name: str, key: str) -> np.ndarray:
+            return self.fields[name][key if closed_loop else "theta0"] * closed_loop
+
+        def padded(rows: np.ndarray) -> np.ndarray:
+            missing = LONGEST - len(rows)
+            assert missing >= 0
+            return np.pad(rows, [(0, missing), *[(0, 0)] * (rows.ndim - 1)])
+
+        return Task(
+            theta0=self.theta0,
+            anchor=self.anchor,
+            lr=padded(np.asarray(self.lr)),
+            pull={name: field(name, "A") for name in self.theta0},
+            target={name: field(name, "target") for name in self.theta0},
+            rows={
+                name: padded(self.fields[name]["noise" if closed_loop else "grads"])
+                for name in self.theta0
+            },
+        )
+
+
+class Task(NamedTuple):
+    """A case's arrays, in the same shapes for recorded and for closed-loop gradients of any length.
+
+    A compiled program thus serves every case that has its tensors: compiling is what the replays
+    take long for.
+    """
+
+    theta0: dict[str, jax.Array]
+    anchor: dict[str, jax.Array] | None
+    lr: Any
+    pull: dict[str, Any]
+    target: dict[str, Any]
+    rows: dict[str, Any]
+
     def gradient(self, step: jax.Array, theta: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """The gradient at a step: recorded, or of the case's quadratic in closed loop."""
-
-        def one(name: str) -> jax.Array:
-            recorded = {k: jnp.asarray(v) for k, v in self.fields[name].items()}
-            if self.settings["kind"] == "quadratic":
-                pull = recorded["A"] * (theta[name] - recorded["target"])
-                return pull + recorded["noise"][step]
-            return recorded["grads"][step]
-
-        return {name: one(name) for name in theta}
+        return {
+            name: self.pull[name] * (theta[name] - self.target[name]) + self.rows[name][step]
+            for name in theta
+        }
 
 
 def settings(method: str) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What several test files share: the methods in float64 NumPy, and a plain training run."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -132,14 +133,19 @@ def decisions(state: Any) -> jax.Array:
     return vector
 
 
-def train(tx: Any, params: Any, gradients: Any) -> tuple[Any, np.ndarray]:
-    """Trains on recorded gradients (a leading step axis); parameters, and decisions by step."""
+@functools.lru_cache(maxsize=16)
+def training(tx: Any) -> Any:
+    """A jitted run; kept, since a second one on arrays of the same shapes then compiles nothing."""
 
     def step(carry: Any, grads: Any) -> Any:
         params, state = carry
         updates, state = tx.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), decisions(state)
 
-    scan = jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), gradients))
-    (params, _), found = jax.device_get(scan(params))
+    return jax.jit(lambda params, grads: jax.lax.scan(step, (params, tx.init(params)), grads))
+
+
+def train(tx: Any, params: Any, gradients: Any) -> tuple[Any, np.ndarray]:
+    """Trains on recorded gradients (a leading step axis); parameters, and decisions by step."""
+    (params, _), found = jax.device_get(training(tx)(params, gradients))
     return params, found

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_spectra import numpy_alpha
+from test_power_law import numpy_alpha
 
 import optax_spd
-from optax_spd import balancing, layers as layers_lib, spectra, trees
+from optax_spd import balancing, layers as layers_lib, power_law, trees
 
 
 def selected(params: Any, layers: Any = None, minimum: int = 1, **skips: bool) -> Any:
@@ -25,7 +25,9 @@ def counted(params: Any, layers: Any = None, minimum: int = 1, **skips: bool) ->
 
 
 def alphas(selection: Any, params: Any) -> Any:
-    return jax.jit(lambda leaves: selection.alphas(leaves, spectra.Fit()))(jax.tree.leaves(params))
+    return jax.jit(lambda leaves: selection.alphas(leaves, power_law.Fit()))(
+        jax.tree.leaves(params)
+    )
 
 
 def alpha_of(matrices: Any) -> float:
@@ -86,10 +88,20 @@ SPECS = {
         optax_spd.LayerSpec(stacked_axes=(0,)),
         list,
     ),
-    "outputs first": (
-        (6, 2, 4, 8),
-        optax_spd.LayerSpec(output_axes=(0,)),
-        lambda w: [w.transpose(1, 2, 3, 0)],
+    "PyTorch's convolution": (
+        (6, 8, 2, 2),
+        optax_spd.LayerSpec(output_axes=(0,), spatial_axes=(2, 3)),
+        lambda w: [w.transpose(2, 3, 1, 0)],
+    ),
+    "one-dimensional convolution": (
+        (3, 8, 6),
+        optax_spd.LayerSpec(spatial_axes=(0,)),
+        lambda w: [w],
+    ),
+    "rank 4, no convolution": (
+        (2, 3, 4, 6),
+        optax_spd.LayerSpec(spatial_axes=()),
+        lambda w: [w.reshape(24, 6)],
     ),
 }
 
@@ -108,6 +120,32 @@ def test_any_layout_has_the_spectra_of_its_matrices() -> None:
         alpha, np.concatenate([expected[name] for name in sorted(params)]), rtol=1e-4
     )
     np.testing.assert_array_equal(found, alpha > 0)
+
+
+def test_biases_have_no_spectrum_whatever_their_axes() -> None:
+    params = {
+        "query": {"kernel": jnp.ones((16, 4, 8)), "bias": jnp.ones((4, 8))},
+        "stem": {"kernel": jnp.ones((4, 4))},
+        "relative_bias": {"embedding": jnp.ones((8, 4))},
+        "units": jnp.ones((4, 4)),
+    }
+    layers = optax_spd.outputs("query/kernel", (1, 2), layers=optax_spd.outputs("units", (0, 1)))
+    assert counted(params, layers) == ["query/kernel", "relative_bias/embedding", "stem/kernel"]
+    assert counted(params, layers, skip_first=True) == ["relative_bias/embedding", "stem/kernel"]
+
+
+def test_stacks_beyond_a_batch_are_the_same_on_any_stacked_axis(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("optax_spd.spectra.BATCH_BYTES", 1000)
+    w = normal(7, 5, 4, 6, 3)  # two stacked axes around the matrix: layer 0 to 14
+    params = {"w": w, "x": normal(8, 6, 6)}
+    spec = optax_spd.LayerSpec(stacked_axes=(0, 3))
+    alpha, _ = alphas(
+        selected(params, lambda p, _: spec if p == "w" else optax_spd.LayerSpec()), params
+    )
+    expected = [alpha_of(w[i, :, :, j]) for i in range(5) for j in range(3)]
+    np.testing.assert_allclose(alpha[:15], expected, rtol=1e-4)
 
 
 def test_a_group_has_the_mean_of_its_arrays() -> None:

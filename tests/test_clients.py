@@ -26,6 +26,7 @@ LAYERS = 3
 FTP = {"k": 0.5, "radius_learning_rate": 0.05}
 
 
+@functools.cache
 def make(form: str) -> optax.GradientTransformationExtraArgs:
     """Adam with SPD or FTP, in each of the forms that need no ``grad=`` from the loop."""
     if form == "adam_ftp":
@@ -41,14 +42,16 @@ def make(form: str) -> optax.GradientTransformationExtraArgs:
 FORMS = pytest.mark.parametrize("form", ["adam_spd", "chain", "adam_ftp"])
 
 
+@functools.cache
 def plain_of(form: str) -> Any:
     """What a form is compared with."""
     return plain_ftp() if form == "adam_ftp" else plain_optimizer()
 
 
-def plain_ftp(**options: Any) -> Any:
+@functools.cache
+def plain_ftp() -> Any:
     """The bare Optax chain with FTP; wants ``grad=``."""
-    return optax.chain(optax.adam(RATE), optax_spd.ftp(**FTP, **options))
+    return optax.chain(optax.adam(RATE), optax_spd.ftp(**FTP))
 
 
 def plain_optimizer(weight_decay: Any = 1.0, rate: Any = RATE, **options: Any) -> Any:
@@ -73,16 +76,21 @@ def stack(trees: list[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
-def reference(tx: Any, params: Any, grads: Any) -> Run:
-    """The run of a plain loop: ``tx.update(grads, state, params, grad=grads)``."""
+@functools.cache
+def scan_of(tx: Any) -> Any:
+    """A jitted plain loop; many tests compare with the same one, so it is compiled once for all."""
 
     def step(carry: Any, grad: Any) -> Any:
         params, state = carry
         updates, state = tx.update(grad, state, params, grad=grad)
         return (optax.apply_updates(params, updates), state), ratio_of(state)
 
-    scan = jax.jit(lambda carry, grads: jax.lax.scan(step, carry, grads))
-    (params, _), ratios = scan((params, tx.init(params)), grads)
+    return jax.jit(lambda params, grads: jax.lax.scan(step, (params, tx.init(params)), grads))
+
+
+def reference(tx: Any, params: Any, grads: Any) -> Run:
+    """The run of a plain loop: ``tx.update(grads, state, params, grad=grads)``."""
+    (params, _), ratios = scan_of(tx)(params, grads)
     return Run(params, np.asarray(ratios))
 
 
@@ -112,7 +120,9 @@ def assert_like_plain_loop(
       tx: the optimizer of the plain loop.
     """
     ratios = np.stack([np.asarray(state_of(step)) for step in range(len(grads))])
-    expected = reference(tx or plain_optimizer(), plain(params), stack([plain(g) for g in grads]))
+    expected = reference(
+        tx or plain_of("adam_spd"), plain(params), stack([plain(g) for g in grads])
+    )
     assert_same_run(Run(final, ratios), expected)
 
 
@@ -207,21 +217,27 @@ def columns(run: Run, *names: str) -> Run:
     return Run({name: params[name] for name in names}, run.ratios[:, chosen])
 
 
+@functools.cache
+def step_of(tx: Any) -> Any:
+    """A jitted step without ``grad=``; an optimizer that runs twice is compiled once."""
+
+    @jax.jit
+    def step(grad: Any, state: Any, params: Any) -> Any:
+        updates, state = tx.update(grad, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
 def loop(
     tx: Any,
     params: Any = PARAMS,
     grads: Any = GRADS,
     ratio: Callable[[Any], Any] = ratio_of,
-    **options: Any,
 ) -> Run:
     """The run of ``tx.update(grads, state, params)`` in a jitted step, without ``grad=``."""
 
-    @jax.jit
-    def step(grad: Any, state: Any, params: Any) -> Any:
-        updates, state = tx.update(grad, state, params, **options)
-        return optax.apply_updates(params, updates), state
-
-    state = tx.init(params)
+    step, state = step_of(tx), tx.init(params)
     ratios = []
     for index in range(len(jax.tree.leaves(grads)[0])):
         params, state = step(at(grads, index), state, params)
@@ -865,7 +881,7 @@ def test_recipe_keeps_dtypes_over_a_run(
     tx = optax_spd.adam_spd(RATE, eps=1e-4)
     state, types = tx.init(params), jax.tree.map(jax.typeof, tx.init(params))
     run = loop(tx, params, grads)
-    updates, state = jax.jit(tx.update)(at(grads, 0), state, params)
+    updates, state = jax.eval_shape(tx.update, at(grads, 0), state, params)
     assert jax.tree.map(jax.typeof, state) == types
     assert jax.tree.map(jax.typeof, run.params) == jax.tree.map(jax.typeof, params)
     assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, params)

@@ -9,7 +9,6 @@ import pytest
 
 import optax_spd
 from optax_spd import balancing, following, layers as layers_lib, trees
-from optax_spd.temp_balance import BLOCK_PATTERN
 
 PARAMS = {
     "block_0": {
@@ -68,6 +67,24 @@ def test_stacked_arrays_follow_index_by_index() -> None:
     found = pairs(STACKED, lambda _: "dense", optax_spd.stacked("", 0))
     assert found["dense/bias[1]"] == ["dense/kernel[1]"]
     assert found["norm[0]"] == ["dense/kernel[0]"]
+
+
+def test_biases_of_attention_follow_though_they_have_two_axes() -> None:
+    params = {"query": {"kernel": jnp.ones((16, 4, 8)), "bias": jnp.ones((4, 8))}}
+    found = pairs(params, layers=optax_spd.outputs("kernel", (1, 2)))
+    assert found == {"query/bias": ["query/kernel"], "query/kernel": ["query/kernel"]}
+
+
+def test_arrays_at_the_top_follow_only_a_lone_weight() -> None:
+    dense = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
+    assert pairs(dense)["bias"] == ["kernel"]
+    flat = {
+        "w1": jnp.ones((4, 4)),
+        "b1": jnp.ones(4),
+        "w2": jnp.ones((4, 4)),
+        "logit_scale": jnp.ones(()),
+    }
+    assert sorted(pairs(flat)) == ["w1", "w2"]
 
 
 def test_a_group_with_a_weight_leads_itself() -> None:
@@ -133,22 +150,47 @@ def test_factors_of_blocks() -> None:
     np.testing.assert_allclose(divided, np.array([1, 1, 3, 1.5, 3]) / 1.5, rtol=1e-6)
 
 
-def labels(params: Any, pattern: str = BLOCK_PATTERN, layers: Any = None) -> list[Any]:
+def labels(params: Any, pattern: str | None = None, layers: Any = None) -> list[Any]:
     _, plan, _ = parts(params, layers)
-    blocks = following.blocks(plan, re.compile(pattern))
+    regex = None if pattern is None else re.compile(pattern)
+    blocks = following.blocks(plan, regex, whole=True)
     assert blocks.concerned.tolist() == [bool(b >= 0) for b in blocks.block]
     return blocks.block.tolist()
 
 
-def test_blocks_by_the_first_numbered_key() -> None:
+W = {"w": jnp.ones(2)}
+
+
+def test_blocks_by_the_first_key_that_counts() -> None:
     assert labels(PARAMS) == [0] * 9 + [1] * 2 + [-1] * 2
-    assert labels({"decoder": {"0": {"w": jnp.ones(2)}}, "encoder": {"0": {"w": jnp.ones(2)}}}) == [
-        0,
-        1,
-    ]
-    assert labels({"conv2d": {"w": jnp.ones(2)}, "w1": jnp.ones(2)}) == [-1, -1]
+    two_towers = {"decoder": {"0": W, "1": W}, "encoder": {"0": W, "1": W}}
+    assert labels(two_towers) == [0, 1, 2, 3]
+    # A number without a sibling is part of a name.
+    nested = {"wav2vec2": {"Encoder_0": {"Block_0": {"Dense_0": W, "Dense_1": W}, "Block_1": W}}}
+    assert labels(nested) == [0, 0, 1]
     assert labels(PARAMS, "^block") == [0] * 11 + [-1] * 2
 
 
 def test_blocks_of_stacked_layers_are_their_indices() -> None:
-    assert labels(STACKED, layers=optax_spd.stacked("", 0)) == [0, 1] * 3
+    stacked = optax_spd.stacked("", 0)
+    assert labels(STACKED, layers=stacked) == [0, 1] * 3
+    # Cycles of several kinds of layers: the kind and the index.
+    assert (
+        labels({"layers_0": STACKED, "layers_1": STACKED}, layers=stacked)
+        == [0, 1] * 3 + [2, 3] * 3
+    )
+    # Two stacks look like two modules of one; a pattern with groups tells them apart.
+    towers = {"decoder": STACKED, "encoder": STACKED}
+    assert labels(towers, layers=stacked) == [0, 1] * 6
+    by_tower = r"^(\w+)/.*(\[\d+\])$"
+    assert labels(towers, by_tower, stacked) == [0, 1] * 3 + [2, 3] * 3
+
+
+def test_a_tree_without_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"numbered keys was looked for in 'head/bias', 'head/ker"):
+        labels({"head": PARAMS["head"]})
+    with pytest.raises(ValueError, match=r"what block='layerz' matches was looked for"):
+        labels(PARAMS, "layerz")
+    _, plan, _ = parts({"head": PARAMS["head"]})
+    part = following.blocks(plan, None, whole=False)  # a mask may have taken the blocks
+    assert not part.concerned.any()

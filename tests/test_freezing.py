@@ -465,3 +465,21 @@ def test_bad_arguments_are_refused_at_once() -> None:
         optax_spd.with_frozen(optax.sgd(0.1), ["embed", True])
     with pytest.raises(TypeError, match="A factory must be called"):
         optax_spd.with_frozen(optax.sgd, "embed")
+
+
+def test_one_false_for_all_is_refused() -> None:
+    params = {"embed": jnp.ones((2, 2)), "head": jnp.ones(2)}
+    with pytest.raises(ValueError, match=r"one False for the whole tree.*static_args"):
+        optax_spd.with_frozen(optax.sgd(0.1), False).init(params)
+    # inject_hyperparams calls the function with a step count.
+    matrices = lambda tree: jax.tree.map(lambda x: x.ndim == 2, tree)
+    tx = optax.inject_hyperparams(optax_spd.sgd_freeze_embed)(0.1, embedding=matrices)
+    with pytest.raises(ValueError, match="static_args"):
+        tx.init(params)
+
+
+def test_a_set_of_patterns_is_several_patterns() -> None:
+    params = {"a": jnp.ones(2), "b": jnp.ones(2), "c": jnp.ones(2)}
+    tx = optax_spd.with_frozen(optax.sgd(1.0), {"^a", "^b"})
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert [float(u.sum()) for u in updates.values()] == [0, 0, -2]

@@ -1,8 +1,9 @@
 """FTP against the original implementation and against float64 NumPy."""
 
 import collections
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import golden
 import jax
@@ -23,64 +24,78 @@ CASES = golden.settings("ftp")
 TORCH_LAYOUT = optax_spd.outputs(".*", 0)
 
 
-def constrained(case: golden.Case) -> dict[str, bool]:
-    return {tensor["name"]: tensor["constrained"] for tensor in case.settings["tensors"]}
+class Numbers(NamedTuple):
+    """A case's hyperparameters that may change from case to case in a compiled program."""
+
+    k: float
+    weight_decay: float
+    betas: tuple[float, float] | None
+    eps: float | None
+    momentum: float | None
 
 
-def inner_of(case: golden.Case) -> optax.GradientTransformation:
+class Kind(NamedTuple):
+    """What decides about a case's program, besides the shapes of its arrays."""
+
+    algorithm: str
+    constrained: tuple[str, ...]
+    nesterov: bool
+    dampening: float
+    # NumPy computes with them.
+    amsgrad_betas: tuple[float, float] | None
+
+
+def numbers_of(settings: dict[str, Any]) -> Numbers:
+    betas = tuple(settings["betas"]) if "betas" in settings else None
+    momentum = settings.get("momentum") or None
+    return Numbers(settings["k"], settings["weight_decay"], betas, settings.get("eps"), momentum)
+
+
+def kind_of(settings: dict[str, Any]) -> Kind:
+    return Kind(
+        algorithm=settings["algorithm"],
+        constrained=tuple(sorted(t["name"] for t in settings["tensors"] if t["constrained"])),
+        nesterov=settings.get("nesterov", False),
+        dampening=settings.get("dampening", 0.0),
+        amsgrad_betas=numbers_of(settings).betas if settings.get("amsgrad") else None,
+    )
+
+
+def inner_of(task: golden.Task, numbers: Numbers, kind: Kind) -> optax.GradientTransformation:
     """The case's AdamW or SGD, from Optax's parts where Optax computes the same."""
-    settings = case.settings
-    rate = optax.scale_by_learning_rate(lambda count: case.lr[count])
-    decay = optax.add_decayed_weights(settings["weight_decay"])
-    if settings["algorithm"] == "AdamP":
-        b1, b2 = settings["betas"]
-        if settings["amsgrad"]:
-            adam = torch_like.scale_by_amsgrad(b1, b2, settings["eps"])
+    rate = optax.scale_by_learning_rate(lambda count: task.lr[count])
+    decay = optax.add_decayed_weights(numbers.weight_decay)
+    if kind.algorithm == "AdamP":
+        if kind.amsgrad_betas:
+            adam = torch_like.scale_by_amsgrad(*kind.amsgrad_betas, numbers.eps)
         else:
-            adam = optax.scale_by_adam(b1, b2, settings["eps"])
+            adam = optax.scale_by_adam(*numbers.betas, numbers.eps)
         return optax.chain(adam, decay, rate)
-    if settings["dampening"]:
-        momentum = torch_like.dampened_trace(settings["momentum"], settings["dampening"])
-    elif settings["momentum"]:
-        momentum = optax.trace(settings["momentum"], settings["nesterov"])
+    if kind.dampening:
+        momentum = torch_like.dampened_trace(numbers.momentum, kind.dampening)
+    elif numbers.momentum is not None:
+        momentum = optax.trace(numbers.momentum, kind.nesterov)
     else:
         momentum = optax.identity()
     return optax.chain(decay, momentum, rate)
 
 
-def recipe_of(case: golden.Case) -> optax.GradientTransformation:
-    settings = case.settings
-    rate = lambda count: case.lr[count]
-    common = {
-        "k": settings["k"],
-        "weight_decay": settings["weight_decay"],
-        "layers": TORCH_LAYOUT,
-        "anchor": case.anchor,
-        "mask": constrained(case),
-    }
-    if settings["algorithm"] == "AdamP":
-        return optax_spd.adam_ftp(rate, *settings["betas"], settings["eps"], **common)
-    momentum = settings["momentum"] or None
-    return optax_spd.sgd_ftp(rate, momentum, settings["nesterov"], **common)
-
-
-def stage_of(case: golden.Case, **options: Any) -> optax.GradientTransformationExtraArgs:
-    return optax_spd.ftp(
-        case.settings["k"],
-        layers=TORCH_LAYOUT,
-        anchor=case.anchor,
-        mask=constrained(case),
-        **options,
-    )
-
-
-def optimizer_of(case: golden.Case, form: str) -> tuple[Any, bool]:
+def optimizer_of(
+    task: golden.Task, numbers: Numbers, kind: Kind, form: str
+) -> tuple[optax.GradientTransformationExtraArgs, bool]:
     """The case's optimizer in one of its forms, and whether the caller passes ``grad=``."""
-    if form == "optax.chain":
-        return optax.chain(inner_of(case), stage_of(case)), True
-    if form == "optax_spd.chain":
-        return optax_spd.chain(inner_of(case), stage_of(case)), False
-    return recipe_of(case), False
+    mask = {name: name in kind.constrained for name in task.theta0}
+    options = {"layers": TORCH_LAYOUT, "anchor": task.anchor, "mask": mask}
+    if form != "recipe":
+        stages = inner_of(task, numbers, kind), optax_spd.ftp(numbers.k, **options)
+        if form == "optax.chain":
+            return optax.chain(*stages), True
+        return optax_spd.chain(*stages), False
+    rate = lambda count: task.lr[count]
+    options |= {"k": numbers.k, "weight_decay": numbers.weight_decay}
+    if kind.algorithm == "AdamP":
+        return optax_spd.adam_ftp(rate, *numbers.betas, numbers.eps, **options), False
+    return optax_spd.sgd_ftp(rate, numbers.momentum, kind.nesterov, **options), False
 
 
 def has_recipe(settings: dict[str, Any]) -> bool:
@@ -88,12 +103,13 @@ def has_recipe(settings: dict[str, Any]) -> bool:
     return not settings.get("amsgrad") and not settings.get("dampening")
 
 
-def run(case: golden.Case, tx: Any, pass_grad: bool) -> tuple[Any, Any]:
+def run(task: golden.Task, numbers: Numbers, kind: Kind, form: str) -> tuple[Any, Any]:
     """Parameters and FTP's state vectors after every step."""
+    tx, pass_grad = optimizer_of(task, numbers, kind, form)
 
     def step(carry: Any, index: jax.Array) -> Any:
         params, state = carry
-        grads = case.gradient(index, params)
+        grads = task.gradient(index, params)
         extra = {"grad": grads} if pass_grad else {}
         updates, state = tx.update(grads, state, params, **extra)
         params = optax.apply_updates(params, updates)
@@ -104,9 +120,17 @@ def run(case: golden.Case, tx: Any, pass_grad: bool) -> tuple[Any, Any]:
         }
         return (params, state), (params, vectors)
 
-    steps = jnp.arange(case.settings["steps"])
-    scan = jax.jit(lambda carry: jax.lax.scan(step, carry, steps)[1])
-    return scan((case.theta0, tx.init(case.theta0)))
+    return jax.lax.scan(step, (task.theta0, tx.init(task.theta0)), jnp.arange(golden.LONGEST))[1]
+
+
+@functools.cache
+def program(kind: Kind, form: str) -> Any:
+    """``run`` compiled, for all cases of a kind whose arrays have the same shapes.
+
+    With x64 the hyperparameters are float64 as Python's are, and weakly typed, too: float32
+    arrays stay float32.
+    """
+    return jax.jit(lambda task, numbers: run(task, numbers, kind, form))
 
 
 FORMS = ["optax.chain", "optax_spd.chain", "recipe"]
@@ -114,8 +138,8 @@ FORMS = ["optax.chain", "optax_spd.chain", "recipe"]
 # enough of a chain that gets ``grad=`` from outside.
 REPLAYS = [
     (case, form)
-    for index, case in enumerate(CASES)
     for form in FORMS
+    for index, case in enumerate(CASES)
     if (form == "recipe" and has_recipe(case))
     or (form == "optax_spd.chain" and not has_recipe(case))
     or (form == "optax.chain" and index % 6 == 0)
@@ -126,23 +150,29 @@ REPLAYS = [
     ("settings", "form"), REPLAYS, ids=[f"{c['name']}-{form}" for c, form in REPLAYS]
 )
 def test_replays_the_original(settings: dict[str, Any], form: str, x64: None) -> None:
-    assert_replayed(settings, form, 1e-9 if settings["dtype"] == "float64" else 1e-5)
+    case = golden.load("ftp", settings)
+    found = program(kind_of(settings), form)(case.task(), numbers_of(settings))
+    assert_replayed(case, found, 1e-9 if settings["dtype"] == "float64" else 1e-5)
 
 
 @pytest.mark.parametrize(
     "settings", [c for c in CASES if c["dtype"] == "float32"], ids=lambda c: c["name"]
 )
 def test_replays_float32_without_x64(settings: dict[str, Any]) -> None:
-    assert_replayed(settings, "recipe", 2e-5)
-
-
-def assert_replayed(settings: dict[str, Any], form: str, tolerance: float) -> None:
     case = golden.load("ftp", settings)
-    params, vectors = run(case, *optimizer_of(case, form))
-    names = optax_spd.layer_names(case.theta0, mask=constrained(case))
-    assert names == sorted(name for name, yes in constrained(case).items() if yes)
+    # As arguments the hyperparameters would be float32: 1 - 0.999 would lose its digits.
+    replay = jax.jit(lambda task: run(task, numbers_of(settings), kind_of(settings), "recipe"))
+    assert_replayed(case, replay(case.task()), 2e-5)
+
+
+def assert_replayed(case: golden.Case, found: tuple[Any, Any], tolerance: float) -> None:
+    params, vectors = jax.tree.map(lambda rows: rows[: case.settings["steps"]], found)
+    constrained = kind_of(case.settings).constrained
+    mask = {name: name in constrained for name in case.theta0}
+    names = optax_spd.layer_names(case.theta0, mask=mask)
+    assert names == list(constrained)
     for name in case.theta0:
-        assert params[name].dtype == settings["dtype"]
+        assert params[name].dtype == case.settings["dtype"]
         np.testing.assert_allclose(
             params[name], case.params[name], rtol=0, atol=min(tolerance, 1e-5), err_msg=name
         )
@@ -151,7 +181,7 @@ def assert_replayed(settings: dict[str, Any], form: str, tolerance: float) -> No
             np.testing.assert_allclose(
                 vector[:, index], case.fields[name][field], rtol=0, atol=tolerance, err_msg=field
             )
-    assert vectors["gamma"].dtype == settings["dtype"]
+    assert vectors["gamma"].dtype == case.settings["dtype"]
 
 
 # Against NumPy -----------------------------------------------------------------------------------
@@ -275,14 +305,18 @@ def test_agrees_with_numpy_behind_any_optimizer(
     specs = dict.fromkeys(params, LayerSpec())
     rows = lambda tree: oracles.rows_by_layer(tree, specs)
     theta_0, state, inner_state = rows(params), tx.init(params), inner.init(params)
-    update, inner_update = jax.jit(tx.update), jax.jit(inner.update)
+
+    @jax.jit
+    def train(grads: Any, state: Any, inner_state: Any, params: Any) -> Any:
+        inner_updates, inner_state = inner.update(grads, inner_state, params)
+        return inner_updates, inner_state, *tx.update(grads, state, params)
+
     layers = {name: oracles.FTP(norm) for name in params}
     for step in range(20):
         grads = jax.tree.map(
             lambda x, step=step: np.cos(step / 3) + rng.normal(size=x.shape), params
         )
-        u, inner_state = inner_update(grads, inner_state, params)
-        updates, state = update(grads, state, params)
+        u, inner_state, updates, state = train(grads, state, inner_state, params)
         values = (float(k(step)), float(rate(step))) if scheduled else (0.5, 0.01)
         radii = dict(zip(optax_spd.layer_names(params), state[1].ftp_radii, strict=True))
         for name, layer in layers.items():
@@ -299,17 +333,22 @@ def test_agrees_with_numpy_behind_any_optimizer(
         assert sum(layer.met[event] for layer in layers.values()) >= (5 if scheduled else 2), event
 
 
+@functools.cache
+def adam_ftp_apart(norm: str) -> optax.GradientTransformationExtraArgs:
+    """One object for both axes, so that the run of the slices is compiled once."""
+    return optax_spd.adam_ftp(0.1, norm=norm, radius_learning_rate=0.05)
+
+
 @NORMS
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_stacked_array_trains_as_its_slices(axis: int, norm: str, x64: None) -> None:
     rng = np.random.default_rng(0)
     slices = {f"blocks[{i}]": rng.normal(size=(4, 3)) for i in range(3)}
     grads = recorded_gradients(slices, 1)
-    options = {"norm": norm, "radius_learning_rate": 0.05}
-    apart, radii = oracles.train(optax_spd.adam_ftp(0.1, **options), slices, grads)
+    apart, radii = oracles.train(adam_ftp_apart(norm), slices, grads)
     together = lambda tree, axis: {"blocks": np.stack(list(tree.values()), axis)}
     layers = optax_spd.stacked("blocks", axis)
-    tx = optax_spd.adam_ftp(0.1, **options, layers=layers)
+    tx = optax_spd.adam_ftp(0.1, norm=norm, radius_learning_rate=0.05, layers=layers)
     found, found_radii = oracles.train(tx, together(slices, axis), together(grads, axis + 1))
     np.testing.assert_allclose(found_radii, radii, atol=1e-12)
     assert len(np.unique(radii[-1])) == 3

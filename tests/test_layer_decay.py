@@ -143,7 +143,23 @@ def test_depths_are_beit_s(count: int, decay: float) -> None:
 def test_numbers_need_not_be_contiguous_and_the_first_match_counts() -> None:
     params = {name: jnp.ones(1) for name in ("block2/unit1", "block4/unit3", "conv_root/kernel")}
     found = scaled_ones(optax_spd.layerwise_lr_decay(0.5, r"(?:block)(\d+)/"), params)
-    assert list(found.values()) == [0.5**3, 0.5, 0.5**6]
+    assert list(found.values()) == [0.5**3, 0.5, 0.5**4]  # one below the lowest number
+
+
+def test_a_layer_that_is_stopped_stays_where_it_is_whatever_its_update() -> None:
+    params = {"layer_0": jnp.ones(2), "layer_1": jnp.ones(2), "head": jnp.ones(2)}
+    updates = {
+        "layer_0": jnp.array([jnp.inf, jnp.nan]),
+        "layer_1": jnp.ones(2),
+        "head": jnp.ones(2),
+    }
+    tx = optax_spd.layerwise_lr_decay(0.0, r"layer_(\d+)")
+    found, _ = tx.update(updates, tx.init(params), params)
+    assert jax.tree.map(lambda x: x.tolist(), found) == {
+        "layer_0": [0, 0],
+        "layer_1": [0, 0],
+        "head": [1, 1],
+    }
 
 
 def test_a_layer_s_own_embedding_is_not_the_model_s() -> None:

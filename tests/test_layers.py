@@ -3,6 +3,7 @@
 The yardstick is the unrolled model: however the same weights are packed, they train alike.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -35,9 +36,15 @@ def plan_of(params: Any, layers: Any = None) -> layers_lib.LayerPlan:
     return layers_lib.plan_layers(trees.flatten(params), layers)
 
 
+@functools.cache
+def recipe(layers: Any) -> optax.GradientTransformationExtraArgs:
+    """The same object for the same layers, so that a run of the same shapes is compiled once."""
+    return optax_spd.adam_spd(0.1, layers=layers)
+
+
 def train(params: Any, gradients: Any, layers: Any = None) -> tuple[Any, dict[str, np.ndarray]]:
     """Trains on recorded gradients (a leading step axis); the ratios of each layer by its name."""
-    params, ratios = oracles.train(optax_spd.adam_spd(0.1, layers=layers), params, gradients)
+    params, ratios = oracles.train(recipe(layers), params, gradients)
     names = optax_spd.layer_names(params, layers=layers)
     return params, dict(zip(names, ratios.T, strict=True))
 

@@ -45,6 +45,29 @@ def tpgm_in_fixed_balls(learning_rate: optax.ScalarOrSchedule, radii: float = 20
     return optax_spd.chain(optax.adam(learning_rate), optax_spd.tpgm(radii=radii))
 
 
+def nothing(params: Any) -> Any:
+    """A mask; the suite's parameters have no embedding, and all of them must reach its target."""
+    return jax.tree.map(lambda _: False, params)
+
+
+def sgd_freeze_embed(learning_rate: optax.ScalarOrSchedule, momentum: float = 0.9) -> Any:
+    return optax_spd.sgd_freeze_embed(learning_rate, momentum, embedding=nothing)
+
+
+def frozen_adam_spd(learning_rate: optax.ScalarOrSchedule, weight_decay: float = 1.0) -> Any:
+    return optax_spd.with_frozen(
+        optax_spd.adam_spd(learning_rate, weight_decay=weight_decay), nothing
+    )
+
+
+def balanced_layerwise_adam(learning_rate: optax.ScalarOrSchedule, decay: float = 0.5) -> Any:
+    return optax.chain(
+        optax.adam(learning_rate),
+        optax_spd.temp_balance(min_eigenvalues=1),
+        optax_spd.layerwise_lr_decay(decay, lambda name: float(name.endswith("1"))),
+    )
+
+
 FACTORIES = {
     "adam_spd": optax_spd.adam_spd,
     "adam_ftp": optax_spd.adam_ftp,
@@ -54,6 +77,8 @@ FACTORIES = {
     "clipped_adam_spd": clipped_adam_spd,
     "shared_anchor": shared_anchor,
     "tpgm_in_fixed_balls": tpgm_in_fixed_balls,
+    "sgd_freeze_embed": sgd_freeze_embed,
+    "balanced_layerwise_adam": balanced_layerwise_adam,
 }
 
 # One row per optimizer: a name for the test class, the factory and its arguments. The suite
@@ -70,6 +95,8 @@ CONTRIB_TABLE = {
     "adam_ftp": ("adam_ftp", {"learning_rate": 1e-2, "k": 0.5}),
     "sgd_ftp_l2": ("sgd_ftp", {"learning_rate": 1e-3, "momentum": 0.9, "norm": "l2"}),
     "tpgm_in_fixed_balls": ("tpgm_in_fixed_balls", {"learning_rate": 1e-2}),
+    "sgd_freeze_embed": ("sgd_freeze_embed", {"learning_rate": 1e-3}),
+    "balanced_layerwise_adam": ("balanced_layerwise_adam", {"learning_rate": 1e-2}),
 }
 
 SHARDING_TABLE = {
@@ -90,6 +117,12 @@ SHARDING_TABLE = {
     "sgd_ftp_stacked_axis_is_sharded": optax_spd.sgd_ftp(1.0, layers=optax_spd.stacked("", axis=1)),
     "adam_tpgm": optax_spd.adam_tpgm(1.0, norm="l2"),
     "adam_tpgm_stacked": optax_spd.adam_tpgm(1.0, layers=optax_spd.stacked("", axis=0)),
+    "sgd_freeze_embed": sgd_freeze_embed(1.0),
+    "frozen_adam_spd": frozen_adam_spd(1.0),
+    "layerwise_lr_decay_stacked_axis_is_sharded": optax_spd.layerwise_lr_decay(
+        0.5, r"\[(\d+)\]$", layers=optax_spd.stacked("", axis=1)
+    ),
+    "temp_balance": optax_spd.temp_balance(min_eigenvalues=1),
 }
 
 FLOAT64_TABLE = [
@@ -126,6 +159,18 @@ FLOAT64_TABLE = [
     ("sgd_ftp", optax_spd.sgd_ftp, {"learning_rate": 0.1, "momentum": 0.9, "nesterov": True}),
     ("adam_tpgm", optax_spd.adam_tpgm, {"learning_rate": 0.1}),
     ("adam_tpgm_l2", optax_spd.adam_tpgm, {"learning_rate": 0.1, "norm": "l2"}),
+    ("sgd_freeze_embed", sgd_freeze_embed, {"learning_rate": lambda count: 0.1 / (1 + count)}),
+    ("frozen_adam_spd", frozen_adam_spd, {"learning_rate": 0.1}),
+    (
+        "layerwise_lr_decay",
+        optax_spd.layerwise_lr_decay,
+        {"decay": 0.5, "depth": lambda name: len(name), "min_scale": lambda count: 0.1},
+    ),
+    (
+        "temp_balance",
+        optax_spd.temp_balance,
+        {"min_eigenvalues": 1, "max_scale": lambda count: 1.5},
+    ),
 ]
 ONE = optax_spd.LayerSpec(group="one")
 

@@ -1,195 +1,80 @@
-"""Spectra and their power-law exponents, against the original's numbers and plain NumPy."""
+"""Decompositions, one by one and in batches."""
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tempbalance_golden as golden
 
-import optax_spd
 from optax_spd import spectra
 
-FITS = pytest.mark.parametrize("fit", spectra.FITS)
 
-
-def numpy_alpha(e: np.ndarray, fit: str, xmin_pos: float = 2, bins: int = 100) -> float:
-    """PL_Alpha_Hill of ascending positive eigenvalues, as the module's docstring writes it."""
-    N, logs = len(e), np.log(e)
-
-    def tail(i: int) -> tuple[float, float]:
-        n = N - i
-        alpha = 1 + n / np.sum(logs[i:] - logs[i])
-        fitted = 1 - (e[i:] / e[i]) ** (1 - alpha)
-        return alpha, float(np.max(np.abs(fitted - np.arange(n) / n)))
-
-    if fit == "median":
-        return tail(int(N / xmin_pos))[0]
-    starts = list(range(N - 1))
-    if fit == "fix-finger":
-        v = np.log10(e)
-        counts, edges = np.histogram(v, bins)
-        x = 10 ** edges[np.argmax(counts)]
-        starts = [i for i in starts if np.log10(0.95 * x) <= e[i] <= 1.5 * x]
-    return min((tail(i) for i in starts), key=lambda pair: pair[1])[0]
-
-
-def options_of(case: dict[str, Any]) -> dict[str, Any]:
-    settings = case["settings"]
-    return {
-        "fit": settings["pl_fitting"],
-        "xmin_pos": settings["xmin_pos"],
-        "conv_norm": settings["conv_norm"],
-        "filter_zeros": settings["filter_zeros"],
-        "bins": settings["bins"],
-    }
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("case", golden.cases("esd"), ids=lambda c: c["name"])
-def test_exponents_of_the_original(case: dict[str, Any]) -> None:
-    weights = golden.kernels(case["net"])
-    alphas = [
-        optax_spd.power_law_alpha(weights[name], **options_of(case)) for name in case["layer_order"]
-    ]
-    expected = golden.array(case["name"], "alpha")
-    double = expected.dtype == np.float64
-    assert all(alpha.dtype == expected.dtype for alpha in alphas)
-    np.testing.assert_allclose(alphas, expected, rtol=0, atol=1e-9 if double else 2e-3)
-
-
-# Of the other network the original was run in float32 too.
-DEFICIENT = [case for case in golden.cases("esd") if case["net"] in ("net_lowrank", "net_tiny")]
-
-
-@pytest.mark.parametrize("case", DEFICIENT, ids=lambda c: c["name"])
-def test_exponents_of_deficient_weights_in_float32(case: dict[str, Any]) -> None:
-    weights = golden.kernels(case["net"])
-    alphas = [
-        optax_spd.power_law_alpha(weights[name].astype(np.float32), **options_of(case))
-        for name in case["layer_order"]
-    ]
-    np.testing.assert_allclose(alphas, golden.array(case["name"], "alpha"), rtol=0, atol=2e-3)
-
-
-def ill_conditioned(rows: int, columns: int, decades: float, seed: int = 0) -> np.ndarray:
-    """A float32 matrix whose squared singular values fall by so many decades."""
-    rng = np.random.default_rng(seed)
-    left, _ = np.linalg.qr(rng.normal(size=(rows, rows)))
-    right, _ = np.linalg.qr(rng.normal(size=(columns, rows)))
-    values = 10 ** (-0.5 * decades * np.linspace(0, 1, rows) ** 2) * rng.uniform(0.7, 1.3, rows)
-    return ((left * values) @ right.T).astype(np.float32)
-
-
-@FITS
-def test_float32_is_accurate_where_the_gram_matrix_has_no_small_eigenvalues(fit: str) -> None:
-    # Eigenvalues over ten decades: float32 holds seven, so the Gram matrix has lost the rest.
-    weight = ill_conditioned(64, 96, decades=10)
-    spectrum = np.linalg.svd(weight.astype(np.float64), compute_uv=False)[::-1] ** 2
-    gram = np.linalg.eigvalsh(weight @ weight.T)
-    assert np.abs(gram[0] / spectrum[0] - 1) > 0.5, "the Gram matrix should fail here"
-    alpha = optax_spd.power_law_alpha(weight, fit=fit)
-    assert alpha.dtype == jnp.float32
-    np.testing.assert_allclose(alpha, numpy_alpha(spectrum, fit), rtol=0, atol=2e-3)
-
-
-@pytest.mark.usefixtures("x64")
-@FITS
-@pytest.mark.parametrize("xmin_pos", [1.1, 7])
-def test_against_plain_numpy(fit: str, xmin_pos: float) -> None:
-    weight = np.random.default_rng(3).normal(size=(37, 21)) * np.geomspace(1, 30, 21)
-    spectrum = np.linalg.svd(weight, compute_uv=False)[::-1] ** 2
-    alpha = optax_spd.power_law_alpha(weight, fit=fit, xmin_pos=xmin_pos, bins=9)
-    np.testing.assert_allclose(alpha, numpy_alpha(spectrum, fit, xmin_pos, bins=9), atol=1e-10)
-
-
-def test_invariances() -> None:
-    weight = jax.random.normal(jax.random.key(0), (24, 40)) ** 3
-    alpha = optax_spd.power_law_alpha(weight)
-    for same in (weight.T, weight * 1e-18, weight * 1e15, weight[::-1], -weight):
-        np.testing.assert_allclose(optax_spd.power_law_alpha(same), alpha, rtol=1e-5)
-    # In bfloat16 the weight itself is rounded, and nothing else.
-    coarse = weight.astype(jnp.bfloat16)
-    np.testing.assert_array_equal(
-        optax_spd.power_law_alpha(coarse), optax_spd.power_law_alpha(coarse.astype(jnp.float32))
+def source(stack: jax.Array) -> spectra.Source:
+    """Of an array (layers, positions, rows, columns)."""
+    return spectra.Source(
+        stack.shape[1:], stack.dtype, len(stack), lambda go: stack, lambda i: stack[i]
     )
-    assert optax_spd.power_law_alpha(coarse).dtype == jnp.float32
 
 
-def test_a_convolution_pools_the_spectra_of_its_positions() -> None:
-    kernel = np.asarray(jax.random.normal(jax.random.key(1), (2, 3, 8, 5)))
-    spectra_of = [np.linalg.svd(m, compute_uv=False) ** 2 for m in kernel.reshape(6, 8, 5)]
-    pooled = np.sort(np.concatenate(spectra_of))
-    found = optax_spd.power_law_alpha(kernel)
-    np.testing.assert_allclose(found, numpy_alpha(pooled, "median"), rtol=1e-5)
-    # Its eigenvalues are scaled, which matters where they are compared with numbers.
-    finger = optax_spd.power_law_alpha(kernel, fit="fix-finger", conv_norm=0.25, bins=5)
-    np.testing.assert_allclose(finger, numpy_alpha(0.25 * pooled, "fix-finger", bins=5), rtol=1e-5)
-
-
-@FITS
-def test_jit_and_vmap_change_nothing(fit: str) -> None:
-    weights = (
-        jax.random.normal(jax.random.key(2), (3, 12, 20)) * jnp.array([1, 5, 0.1])[:, None, None]
-    )
-    alpha = functools.partial(optax_spd.power_law_alpha, fit=fit)
-    one_by_one = [alpha(weight) for weight in weights]
-    np.testing.assert_allclose(jax.jit(jax.vmap(alpha))(weights), one_by_one, rtol=1e-5)
-
-
-def test_weights_without_an_exponent() -> None:
-    assert np.isinf(optax_spd.power_law_alpha(jnp.zeros((8, 8))))
-    assert np.isinf(optax_spd.power_law_alpha(jnp.ones((1, 8))))  # a tail of one eigenvalue
-    assert optax_spd.power_law_alpha(jnp.ones((1, 8)), fit="goodness-of-fit") == 0  # no candidate
-    for bad in (jnp.nan, jnp.inf):
-        for fit in spectra.FITS:
-            broken = jnp.eye(8).at[2, 3].set(bad)
-            assert np.isnan(optax_spd.power_law_alpha(broken, fit=fit))
-
-
-@FITS
-def test_a_rank_deficient_weight_has_a_finite_exponent(fit: str) -> None:
-    weight = jnp.zeros((16, 16)).at[:4].set(jax.random.normal(jax.random.key(3), (4, 16)))
-    for filter_zeros in (False, True):
-        alpha = optax_spd.power_law_alpha(weight, fit=fit, filter_zeros=filter_zeros)
-        assert np.isfinite(alpha)
-        assert alpha > 1
+def values(found: spectra.Spectrum) -> np.ndarray:
+    return np.asarray(found.relative) * np.asarray(found.scale)[:, None]
 
 
 @pytest.mark.parametrize("exact", [False, True])
-@pytest.mark.parametrize("bytes_of_a_batch", [1, 700, 2**20])
+@pytest.mark.parametrize("bytes_of_a_batch", [1, 1500, 2**20])
 def test_batches_change_nothing(
     exact: bool, bytes_of_a_batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(spectra, "BATCH_BYTES", bytes_of_a_batch)
-    keys = jax.random.split(jax.random.key(4), 4)
-    shapes = [(2, 5, 7), (5, 7, 5), (1, 6, 6), (1, 5, 7)]
-    stacks = [jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True)]
-    found = jax.jit(functools.partial(spectra.squared_singular_values, exact=exact))(stacks)
-    for stack, values in zip(stacks, found, strict=True):
-        expected = np.linalg.svd(np.asarray(stack, np.float64), compute_uv=False)[:, ::-1] ** 2
-        np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-5)
+    keys = jax.random.split(jax.random.key(4), 5)
+    shapes = [(2, 1, 5, 7), (5, 1, 7, 5), (1, 2, 6, 6), (1, 1, 5, 7), (3, 2, 6, 6)]
+    stacks = [7 * jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True)]
+
+    @jax.jit
+    def run(stacks: Any) -> Any:
+        return spectra.spectra_of([source(stack) for stack in stacks], exact=exact)
+
+    for stack, found in zip(stacks, run(stacks), strict=True):
+        squares = np.linalg.svd(np.asarray(stack, np.float64), compute_uv=False) ** 2
+        expected = np.sort(squares.reshape(len(stack), -1), axis=1)
+        np.testing.assert_allclose(values(found), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("weight", "options", "error", "message"),
-    [
-        (np.ones((4, 4)), {"fit": "hill"}, ValueError, "fit must be one of 'median'"),
-        (np.ones((4, 4)), {"xmin_pos": 1}, ValueError, "xmin_pos must be greater than 1"),
-        (np.ones((4, 4)), {"xmin_pos": np.nan}, ValueError, "xmin_pos must be finite"),
-        (np.ones((4, 4)), {"conv_norm": 0}, ValueError, "conv_norm must be greater than 0"),
-        (np.ones((4, 4)), {"bins": 0}, ValueError, "bins must be at least 1"),
-        (np.ones((4, 4)), {"bins": 2.5}, TypeError, "bins must be an integer"),
-        (np.ones((4, 4)), {"filter_zeros": 1}, TypeError, "filter_zeros must be True or False"),
-        (np.ones((4, 4)), {"xmin_pos": lambda _: 2}, TypeError, "xmin_pos shapes the program"),
-        (np.ones(4), {}, ValueError, r"at least two axes.*\(4,\)"),
-        (np.ones((0, 4)), {}, ValueError, r"not empty.*\(0, 4\)"),
-        (np.ones((4, 4), np.complex64), {}, TypeError, "weight must hold real numbers"),
-    ],
-    ids=range(11),
-)
-def test_bad_arguments(weight: Any, options: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        optax_spd.power_law_alpha(weight, **options)
+def test_singular_values_have_the_digits_that_a_gram_matrix_has_not() -> None:
+    values_of = np.geomspace(1e-5, 1, 6)
+    left, right = (np.linalg.qr(np.random.default_rng(i).normal(size=(6, 6)))[0] for i in (0, 1))
+    weight = jnp.asarray(left @ np.diag(values_of) @ right, jnp.float32)[None, None]
+    exact = np.linalg.svd(np.asarray(weight, np.float64)[0, 0], compute_uv=False)[::-1] ** 2
+    np.testing.assert_allclose(values(spectra.decomposed(weight, exact=True))[0], exact, rtol=0.1)
+    gram = values(spectra.decomposed(weight, exact=False))[0]
+    np.testing.assert_allclose(gram[3:], exact[3:], rtol=1e-2)
+    assert abs(gram[0] / exact[0] - 1) > 0.5
+
+
+def test_a_broken_layer_is_marked_and_leaves_the_batch_alone() -> None:
+    stack = jax.random.normal(jax.random.key(0), (4, 1, 5, 6))
+    broken = stack.at[1, 0, 0, 0].set(jnp.nan).at[2, 0, 0, 0].set(jnp.inf).at[3].set(0)
+    found = spectra.decomposed(broken, exact=False)
+    assert np.isnan(found.scale).tolist() == [False, True, True, False]
+    assert np.isfinite(found.relative).all()
+    alone = spectra.decomposed(stack[:1], exact=False)
+    np.testing.assert_allclose(found.relative[0], alone.relative[0], rtol=1e-5)
+    np.testing.assert_array_equal(values(found)[3], np.zeros(5))
+
+
+def test_a_stack_beyond_one_batch_is_taken_layer_by_layer() -> None:
+    # 32 layers of 1 MB: the temporaries are of a few, not of the stack.
+    shape, layers = (1, 512, 512), 32
+    stack = jax.ShapeDtypeStruct((512, layers, 512), jnp.float32)
+    size = layers * 512 * 512 * 4
+
+    def run(array: jax.Array) -> Any:
+        one = lambda i: jax.lax.dynamic_index_in_dim(array, i, 1)[None, :, 0]
+        made = spectra.Source(shape, jnp.dtype(jnp.float32), layers, lambda go: array, one)
+        return spectra.spectra_of([made], exact=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spectra, "BATCH_BYTES", 2**23)
+        memory = jax.jit(run).lower(stack).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < size // 2

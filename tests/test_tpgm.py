@@ -29,21 +29,22 @@ TORCH_LAYOUT = optax_spd.outputs(".*", 0)
 Params = dict[str, jax.Array]
 
 
-def network(model: dict[str, Any], params: Params, x: jax.Array) -> jax.Array:
+def network(model: str, activation: Any, params: Params, x: jax.Array) -> jax.Array:
     """The networks of the recorded runs, in PyTorch's layouts."""
     linear = lambda name, x: x @ params[f"{name}.weight"].T + params[f"{name}.bias"]
-    activation = {"tanh": jnp.tanh, "relu": jax.nn.relu}[model.get("act", "tanh")]
-    if model["type"] == "mlp":
+    if model == "mlp":
         return linear("head", activation(linear("fc2", activation(linear("fc1", x)))))
     hidden = jax.lax.conv_general_dilated(x, params["conv.weight"], (1, 1), "VALID")
     hidden = activation(hidden + params["conv.bias"][:, None, None])
     return linear("head", hidden.reshape(len(x), -1))
 
 
-def loss_of(model: dict[str, Any]) -> Any:
+def loss_of(model: str, act: str) -> Any:
+    activation = {"tanh": jnp.tanh, "relu": jax.nn.relu}[act]
+
     def loss(params: Params, batch: Any) -> jax.Array:
         x, y = batch
-        logits = network(model, params, x)
+        logits = network(model, activation, params, x)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
     return loss
@@ -116,12 +117,44 @@ def load(case: dict[str, Any]) -> tuple[Params, list[Call]]:
     return jax.tree.map(jnp.asarray, tensors("anchor/")), calls
 
 
-def constrained(case: dict[str, Any], params: Params) -> dict[str, bool]:
-    return {name: name in case["constrained"] for name in params}
+class Program(NamedTuple):
+    """What two cases must have in common, besides shapes, to be the same compiled program."""
+
+    model: str
+    act: str
+    norm: str
+    constrained: tuple[str, ...]
+    inner_steps: int
 
 
-def norm_of(case: dict[str, Any]) -> str:
-    return "l2" if "l2" in case["norm_mode"] else "mars"
+def program_of(case: dict[str, Any]) -> Program:
+    return Program(
+        model=case["model"]["type"],
+        act=case["model"].get("act", "tanh"),
+        norm="l2" if "l2" in case["norm_mode"] else "mars",
+        constrained=tuple(sorted(case["constrained"])),
+        inner_steps=case["max_iters"],
+    )
+
+
+@functools.cache
+def replayer(program: Program) -> Any:
+    """The first state, and a jitted step to a given target; both take the radii's rate."""
+    loss = loss_of(program.model, program.act)
+
+    def stage(params: Params, rate: Any) -> optax.GradientTransformationExtraArgs:
+        optimizer = recorded(optax.adam(rate), program.inner_steps)
+        mask = {name: name in program.constrained for name in params}
+        return optax_spd.tpgm(optimizer, norm=program.norm, layers=TORCH_LAYOUT, mask=mask)
+
+    @jax.jit
+    def step(params: Params, state: Any, target: Params, batches: Any, rate: Any) -> Any:
+        updates = jax.tree.map(jnp.subtract, target, params)
+        extra = {} if batches is None else {"validation_fn": loss, "validation_batches": batches}
+        updates, state = stage(params, rate).update(updates, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    return lambda params, rate: stage(params, rate).init(params), step
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c["name"])
@@ -139,26 +172,17 @@ def test_replays_float32_without_x64(case: dict[str, Any]) -> None:
 
 def assert_replayed(case: dict[str, Any], tolerance: float) -> None:
     anchor, calls = load(case)
-    mask = constrained(case, anchor)
-    names = optax_spd.layer_names(anchor, mask=mask)
-    assert sorted(case["constrained"]) == names
-    optimizer = recorded(optax.adam(case["proj_lr"]), case["max_iters"])
-    tx = optax_spd.tpgm(optimizer, norm=norm_of(case), layers=TORCH_LAYOUT, mask=mask)
-    loss = loss_of(case["model"])
-
-    @jax.jit
-    def step(params: Params, state: Any, target: Params, batches: Any) -> Any:
-        updates = jax.tree.map(jnp.subtract, target, params)
-        extra = {} if batches is None else {"validation_fn": loss, "validation_batches": batches}
-        updates, state = tx.update(updates, state, params, **extra)
-        return optax.apply_updates(params, updates), state
+    program = program_of(case)
+    names = optax_spd.layer_names(anchor, mask={n: n in program.constrained for n in anchor})
+    assert list(program.constrained) == names
+    init, step = replayer(program)
 
     def assert_near(actual: Any, expected: Any, what: str) -> None:
         np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance, err_msg=what)
 
-    params, state = anchor, tx.init(anchor)
+    params, state = anchor, init(anchor, case["proj_lr"])
     for call in calls:
-        params, state = step(params, state, call.finetuned, call.batches)
+        params, state = step(params, state, call.finetuned, call.batches, case["proj_lr"])
         for name, expected in call.projected.items():
             assert params[name].dtype == case["dtype"]
             assert_near(params[name], expected, name)

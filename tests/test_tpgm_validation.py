@@ -1,5 +1,6 @@
 """What validation_fn gets to see, what a sick loss or gradient does, and what is refused."""
 
+import functools
 from typing import Any
 
 import balls
@@ -132,11 +133,18 @@ def sick(batches: Any, poison: float) -> Any:
     return jax.tree.map(lambda x: np.full_like(x, poison), batches)
 
 
+@functools.cache
+def adam_steps(norm: str, loss: Any) -> tuple[Any, Any]:
+    """A stage and its jitted step; kept, since one compiled program serves several tests."""
+    tx = optax_spd.tpgm(optax.adam(0.02), norm=norm)
+    return tx, stepper(tx, loss)
+
+
 @pytest.mark.parametrize(("poison", "norm"), [(np.nan, "mars"), (np.inf, "l2")])
 def test_training_goes_on_after_a_sick_validation(poison: float, norm: str) -> None:
     anchor = arrays(0)
-    tx = optax_spd.tpgm(optax.adam(0.02), norm=norm)
-    step, params, state = stepper(tx), anchor, tx.init(anchor)
+    tx, step = adam_steps(norm, half_distance)
+    params, state = anchor, tx.init(anchor)
     healthy = arrays(5, 3)
     params, state = step(params, state, arrays(10, scale=0.5), healthy)
     project = jax.jit(optax_spd.project, static_argnames="norm")
@@ -180,17 +188,16 @@ with_gradient_of.defvjp(
 )
 
 
+def poisoned_distance(params: Any, batch: Any) -> Any:
+    target, poison = batch
+    kernel = with_gradient_of(params["dense/kernel"], poison)
+    return half_distance(params | {"dense/kernel": kernel}, target)
+
+
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_a_sick_gradient_of_one_layer_touches_no_other(poison: float) -> None:
     anchor = arrays(0)
-
-    def loss(params: Any, batch: Any) -> Any:
-        target, poison = batch
-        kernel = with_gradient_of(params["dense/kernel"], poison)
-        return half_distance(params | {"dense/kernel": kernel}, target)
-
-    tx = optax_spd.tpgm(optax.adam(0.02))
-    step = stepper(tx, loss)
+    tx, step = adam_steps("mars", poisoned_distance)
     victim = optax_spd.layer_names(anchor).index("dense/kernel")
     healthy = (anchor, tx.init(anchor))
     ill = healthy
@@ -207,23 +214,32 @@ def test_a_sick_gradient_of_one_layer_touches_no_other(poison: float) -> None:
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(ill))
 
 
+SICK = "blocks/kernel"
+
+
+def others(tree: Any) -> Any:
+    return {path: x for path, x in tree.items() if path != SICK}
+
+
+def distance_of_others(params: Any, batch: Any) -> Any:
+    return half_distance(others(params), others(batch))
+
+
 @pytest.mark.parametrize(("poison", "norm"), [(np.nan, "mars"), (np.inf, "l2")])
 @pytest.mark.parametrize("seen", [True, False], ids=["in the loss", "not in the loss"])
 def test_a_sick_update_of_one_layer_touches_no_other(seen: bool, poison: float, norm: str) -> None:
     anchor = arrays(0)
     names = optax_spd.layer_names(anchor)
-    victim = names.index("blocks/kernel")
-    others = lambda tree: {p: x for p, x in tree.items() if p != "blocks/kernel"}
-    loss = half_distance if seen else lambda p, batch: half_distance(others(p), others(batch))
-    tx = optax_spd.tpgm(optax.adam(0.02), norm=norm)
-    step, batches = stepper(tx, loss), arrays(5, 3)
+    victim = names.index(SICK)
+    loss = half_distance if seen else distance_of_others
+    tx, step = adam_steps(norm, loss)
+    batches = arrays(5, 3)
     params, state = step(anchor, tx.init(anchor), arrays(1), batches)
     updates = arrays(2)
-    updates["blocks/kernel"][1, 2, 3] = poison
+    updates[SICK][1, 2, 3] = poison
     sick_params, sick_state = step(params, state, updates, batches)
     # What is sick passes through, as the inner optimizer made it.
-    expected = params["blocks/kernel"] + updates["blocks/kernel"]
-    np.testing.assert_array_equal(sick_params["blocks/kernel"], expected)
+    np.testing.assert_array_equal(sick_params[SICK], params[SICK] + updates[SICK])
     assert radii_of(sick_state)[victim] == radii_of(state)[victim]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(sick_state))
     if seen:  # then the loss is sick too: all radii stay, and the projection is in force

@@ -38,8 +38,8 @@ TPGM_AFTER_BATCHES = 32  # one step each
 FTP_RATE = 3e-3  # of the radii's Adam: a radius grows by no more a step
 FTP_K = 1.0  # what gradients that shrink a radius are multiplied by
 
-LAYER_DECAY = 0.75  # from one block to the one below, behind AdamW
-TEMP_BALANCE_LOW, TEMP_BALANCE_HIGH = 0.5, 1.5  # the scales of the most and the least trained
+LAYER_DECAY = 0.85  # from one block to the one below, behind AdamW
+TEMP_BALANCE_LOW, TEMP_BALANCE_HIGH = 0.75, 1.25  # the scales of the most and the least trained
 TEMP_BALANCE_EVERY = 32  # fixed: the spectra are computed on every 32nd step, four times in 128
 # Every block's layers; the word table is none of the Linear layers that the authors balance, and
 # the head has one eigenvalue.

@@ -272,7 +272,7 @@ def test_agrees_with_numpy_whatever_a_layer_is(x64: None) -> None:
             met.update(oracle.met)
 
     check()
-    assert min(met[event] for event in oracles.FTP().met) >= 15, met
+    assert min(met[event] for event in oracles.FTP().met) >= 5, met
 
 
 INNER: dict[str, Callable[[], optax.GradientTransformation]] = {

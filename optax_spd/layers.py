@@ -29,15 +29,14 @@ class LayerSpec:
         of shape (embed, heads, head_dim): two). They count in the whole array, stacked axes
         included; the default means the last axis that is not stacked. An array of rank 0 or 1
         (stacked axes removed) is one row, whatever stands here.
-      spatial_axes: axes that a convolution slides along; only spectra tell them from inputs. None
-        for what :func:`optax_spd.temp_balance` says.
+      spatial_axes: axes that a convolution slides along; None: see ``temp_balance``, whose spectra
+        tell them from inputs.
       group: arrays with equal labels (any hashable but None) form one layer together; stacked
         ones index by index.
 
     Example:
-      >>> from optax_spd import LayerSpec
-      >>> LayerSpec(stacked_axes=(0,)).stacked_axes
-      (0,)
+      >>> import optax_spd
+      >>> encoder = optax_spd.LayerSpec(stacked_axes=(0,))
     """
 
     stacked_axes: Sequence[int] = ()
@@ -54,7 +53,8 @@ def check_layers(layers: Any) -> None:
     """Refuses a ``layers=`` that is no function of (path, array)."""
     if layers is not None and not callable(layers):
         raise TypeError(
-            f"layers must be a function (path, array) -> LayerSpec, got {layers!r}; see stacked()."
+            f"layers must be a function (path, array) -> LayerSpec, got {layers!r}. See "
+            "optax_spd.stacked, outputs and by_module."
         )
 
 
@@ -299,8 +299,8 @@ def _place(name: str, array: Any, spec: LayerSpec, start: int) -> ArrayLayers:
                 f"layers= gives {name!r} the spatial axes {spatial_axes}, and some of them are "
                 f"stacked ({stacked_axes}) or output axes ({output_axes}) too."
             )
-    stacked_shape = tuple(shape[a] for a in stacked_axes)
-    return ArrayLayers(name, stacked_axes, output_axes, stacked_shape, start, spatial_axes)
+    sizes = tuple(shape[a] for a in stacked_axes)
+    return ArrayLayers(name, stacked_axes, output_axes, sizes, start, spatial_axes)
 
 
 def _normalized(

@@ -453,3 +453,16 @@ def test_layers_must_be_a_function_that_returns_specs() -> None:
         optax_spd.layer_names({"a": jnp.ones(1)}, layers=lambda path, array: 0)
     with pytest.raises(ValueError, match="not valid"):
         optax_spd.stacked("(")
+
+
+def test_spatial_axes_are_checked_as_the_others() -> None:
+    def planned(**axes: Any) -> Any:
+        spec = optax_spd.LayerSpec(**axes)
+        return optax_spd.layer_names({"conv": jnp.ones((6, 8, 3, 3))}, layers=lambda *_: spec)
+
+    assert planned(output_axes=(0,), spatial_axes=(-2, -1)) == ["conv"]
+    with pytest.raises(ValueError, match=r"the spatial axis 4 of 'conv'"):
+        planned(spatial_axes=(4,))
+    for clash in ({"output_axes": (0,)}, {"stacked_axes": (0,)}):
+        with pytest.raises(ValueError, match=r"spatial axes \(0, 2\), some of which are stacked"):
+            planned(spatial_axes=(0, 2), **clash)

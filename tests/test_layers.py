@@ -464,5 +464,5 @@ def test_spatial_axes_are_checked_as_the_others() -> None:
     with pytest.raises(ValueError, match=r"the spatial axis 4 of 'conv'"):
         planned(spatial_axes=(4,))
     for clash in ({"output_axes": (0,)}, {"stacked_axes": (0,)}):
-        with pytest.raises(ValueError, match=r"spatial axes \(0, 2\), some of which are stacked"):
+        with pytest.raises(ValueError, match=r"spatial axes \(0, 2\), and some of them are"):
             planned(spatial_axes=(0, 2), **clash)

@@ -178,7 +178,8 @@ def power_law_alpha(
 
     Args:
       weight: shape (in, out), or a convolution's (..., in, out) with spatial positions in front, as
-        in Flax; any floating dtype. One layer: ``vmap`` over stacked ones.
+        in Flax; any floating dtype. One layer: ``vmap`` over stacked ones. (Three axes are a
+        convolution here; ``temp_balance`` takes them for an attention kernel.)
       fit: where the tail starts. "median": at eigenvalue N / ``xmin_pos``; "goodness-of-fit":
         where the Kolmogorov-Smirnov distance to the power law is least; "fix-finger": the same
         near the peak of the spectrum's histogram.

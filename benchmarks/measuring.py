@@ -137,6 +137,14 @@ def distinct_bytes(tree: Tree) -> int:
     return sum(buffers.values())
 
 
+def bytes_by_memory(tree: Tree) -> tuple[int, int]:
+    """Bytes of the distinct buffers in a tree: of those in the device's memory, in the host's."""
+    kinds = {device.default_memory().kind for device in jax.devices()}
+    on_host = [leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind not in kinds]
+    host_bytes = distinct_bytes(on_host)
+    return distinct_bytes(tree) - host_bytes, host_bytes
+
+
 def state_bytes(candidate: Candidate) -> tuple[int, int]:
     """Bytes of the state's distinct buffers: of those shaped like parameters, and of the others."""
     like_params = optax.tree_utils.tree_map_params(

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -51,17 +52,24 @@ def run(
     argv: Sequence[str] | None,
     compare: Callable[..., dict[str, Any]],
     table: Callable[[dict[str, Any]], str],
+    plot: Callable[[dict[str, Any], pathlib.Path], None] | None = None,
 ) -> None:
-    """Measures with the command line's options, prints the table and writes the JSON."""
+    """Measures with the command line's options, prints the table and writes JSON and picture."""
     parser.add_argument(
         "--json", type=output, metavar="FILE", help="also write all numbers to this file"
     )
+    if plot is not None:
+        parser.add_argument(
+            "--plot", type=picture, metavar="FILE", help="also draw them in this PNG file"
+        )
     options = vars(parser.parse_args(argv))
-    file = options.pop("json")
+    file, drawing = options.pop("json"), options.pop("plot", None)
     result = compare(**options)
     print(table(result))
     if file is not None:
         file.write_text(json.dumps(result, indent=2) + "\n")
+    if plot is not None and drawing is not None:
+        plot(result, drawing)
 
 
 # argparse shows the name of such a function: "invalid count value".
@@ -71,6 +79,13 @@ def count(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"at least 1 is needed, got {text}")
     return value
+
+
+def picture(text: str) -> pathlib.Path:
+    """A file to draw in, from a command line; that needs matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("needs matplotlib: pip install matplotlib")
+    return output(text)
 
 
 def output(text: str) -> pathlib.Path:

@@ -100,6 +100,11 @@ def is_shape(node: Any) -> bool:
 
 
 def make_trees(scale: Scale, fire: float) -> tuple[Tree, Tree, Tree]:
+    """Anchor, parameters and gradients of a ViT, as :func:`trees_of` makes them."""
+    return trees_of(vit_shapes(scale), fire)
+
+
+def trees_of(shapes_tree: Tree, fire: float) -> tuple[Tree, Tree, Tree]:
     """Anchor, parameters and gradients (NumPy) with which SPD fires in a share of the arrays.
 
     SPD fires where the gradient points along the deviation while the step makes it longer. With
@@ -107,7 +112,7 @@ def make_trees(scale: Scale, fire: float) -> tuple[Tree, Tree, Tree]:
     point along Δ and many small ones against it: the sum follows the few, but Adam's step, which
     is about -η sign(g), follows the many. Where SPD shall not fire, the gradient is negated.
     """
-    shapes, treedef = jax.tree.flatten(vit_shapes(scale), is_leaf=is_shape)
+    shapes, treedef = jax.tree.flatten(shapes_tree, is_leaf=is_shape)
     rng = np.random.default_rng(0)
     anchor = [0.02 * rng.standard_normal(shape, np.float32) for shape in shapes]
     # Drawn at random, so that kernels and biases fire alike.

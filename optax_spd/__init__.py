@@ -9,8 +9,9 @@ from optax_spd.freezing import sgd_freeze_embed, with_frozen
 from optax_spd.ftp import ftp
 from optax_spd.l2_sp import l2_sp
 from optax_spd.layer_decay import layerwise_lr_decay
-from optax_spd.layers import LayerSpec, by_module, layer_names, outputs, stacked
+from optax_spd.layers import LayerSpec, by_module, outputs, stacked
 from optax_spd.masks import path_mask
+from optax_spd.plans import layer_names
 from optax_spd.power_law import power_law_alpha
 from optax_spd.projected_recipes import adam_ftp, adam_tpgm, sgd_ftp
 from optax_spd.projections import project

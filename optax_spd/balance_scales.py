@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_spd import checks, layers as layers_lib
+from optax_spd import checks, plans
 
 ASSIGNMENTS = ("linear", "sqrt", "log2", "step", "sigmoid")
 
@@ -68,7 +68,7 @@ def balance_scales(
     a = jnp.asarray(alpha)
     if a.ndim != 1:
         raise ValueError(f"alpha must be a vector with one entry per layer, got shape {a.shape}.")
-    a = a.astype(layers_lib.compute_dtype(a))
+    a = a.astype(plans.compute_dtype(a))
     counted = jnp.isfinite(a)
     if where is not None:
         counted &= jnp.broadcast_to(jnp.asarray(where, bool), a.shape)

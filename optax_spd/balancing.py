@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_spd import deviations, layers as layers_lib, power_law, spectra, trees
+from optax_spd import deviations, mapped_axes, plans, power_law, spectra, trees
 
 BIAS = re.compile(r"bias$")
 
@@ -29,7 +29,7 @@ class Weight(NamedTuple):
     """
 
     leaf: int
-    entry: layers_lib.ArrayLayers
+    entry: plans.ArrayLayers
     order: tuple[int, ...]
     positions: int
     rows: int
@@ -44,7 +44,7 @@ class Weight(NamedTuple):
     @property
     def layers(self) -> np.ndarray:
         """The numbers of its layers."""
-        return np.arange(self.entry.start, self.entry.start + self.entry.count)
+        return np.array(self.entry.numbers)
 
     def source(self, array: jax.Array) -> spectra.Source:
         """Its layers as matrices (inputs, outputs) in at least float32."""
@@ -52,7 +52,7 @@ class Weight(NamedTuple):
         stacked = self.entry.stacked_axes
         rest = [axis for axis in self.order if axis not in stacked]
         inner = [axis - sum(s < axis for s in stacked) for axis in rest]
-        dtype = layers_lib.compute_dtype(array)
+        dtype = plans.compute_dtype(array)
 
         def whole(go: jax.Array | bool) -> jax.Array:
             waited = array if go is True else jnp.where(go, array, jnp.zeros((), array.dtype))
@@ -72,7 +72,7 @@ class Weight(NamedTuple):
         return spectra.Source(shape, dtype, self.entry.count, whole, one)
 
 
-def as_weight(index: int, entry: layers_lib.ArrayLayers, shape: tuple[int, ...]) -> Weight | None:
+def as_weight(index: int, entry: plans.ArrayLayers, shape: tuple[int, ...]) -> Weight | None:
     """How an array is a matrix or a convolution; None for one that has no spectrum.
 
     None are arrays with fewer than two axes, those whose axes are all outputs, and biases by name
@@ -115,7 +115,7 @@ class Selection:
       counted: per layer whether it has a spectrum that counts.
     """
 
-    plan: layers_lib.LayerPlan
+    plan: plans.LayerPlan
     weights: tuple[Weight, ...]
     counted: np.ndarray
 
@@ -148,7 +148,7 @@ class Selection:
 
 def select(
     flat: trees.FlatTree,
-    plan: layers_lib.LayerPlan,
+    plan: plans.LayerPlan,
     min_eigenvalues: int,
     *,
     skip_first: bool,
@@ -185,7 +185,7 @@ def select(
 
 
 def _check_whole(name: str, leaf: Any) -> None:
-    if isinstance(leaf, jax.core.Tracer) and (axes := deviations.varying_axes(leaf)):
+    if isinstance(leaf, jax.core.Tracer) and (axes := mapped_axes.varying_axes(leaf)):
         raise ValueError(
             f"temp_balance needs whole weights, but shard_map splits {name!r} (it differs along "
             f"{sorted(axes)}). Use jit with NamedSharding, or call the stage outside of shard_map."

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_spd import anchors, deviations, layers as layers_lib, masks, trees
+from optax_spd import anchors, deviations, layers as layers_lib, plans, trees
 
 PyTree = Any
 
@@ -47,14 +47,13 @@ class Displacement(NamedTuple):
         )
 
 
-def plan_of(params: PyTree, layers: layers_lib.LayerFn | None, mask: Any) -> layers_lib.LayerPlan:
+def plan_of(params: PyTree, layers: layers_lib.LayerFn | None, mask: Any) -> plans.LayerPlan:
     """The layers of a parameter tree under a mask."""
     layers_lib.check_layers(layers)
-    flat = trees.flatten(params)
-    return layers_lib.plan_layers(flat, layers, masks.resolve_mask(mask, params, flat))
+    return plans.planned(params, layers, mask).plan
 
 
-def matched_anchor(params: PyTree, anchor: PyTree, plan: layers_lib.LayerPlan) -> list[Any]:
+def matched_anchor(params: PyTree, anchor: PyTree, plan: plans.LayerPlan) -> list[Any]:
     """Per leaf the anchor's array where there is a layer, else None.
 
     Raises:
@@ -67,9 +66,7 @@ def matched_anchor(params: PyTree, anchor: PyTree, plan: layers_lib.LayerPlan) -
     ]
 
 
-def displacement(
-    params: PyTree, pretrained: Sequence[Any], plan: layers_lib.LayerPlan
-) -> Displacement:
+def displacement(params: PyTree, pretrained: Sequence[Any], plan: plans.LayerPlan) -> Displacement:
     """How far a checkpoint is from the anchor's leaves, as :func:`matched_anchor` gives them.
 
     Raises:
@@ -85,7 +82,7 @@ def displacement(
             anchors_found.append(None)
             deltas.append(None)
             continue
-        dtype = layers_lib.compute_dtype(theta, theta_0)
+        dtype = plans.compute_dtype(theta, theta_0)
         pretrained_leaf = trees.as_real(anchors.on_device(theta_0), dtype, "anchor", path)
         anchors_found.append(pretrained_leaf)
         deltas.append(jnp.asarray(theta, dtype) - pretrained_leaf)

@@ -6,19 +6,19 @@ a flattening reshape, which an explicit-sharding mesh refuses - and what there i
 is gathered into one vector.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from optax_spd import trees
-from optax_spd.layers import ArrayLayers, LayerPlan
+from optax_spd.mapped_axes import MeshAxes
+from optax_spd.plans import ArrayLayers, LayerPlan
 
 PyTree = Any
-# The mesh axes an array is split over by hand, each with the array axis it splits; None stands
-# for an axis that a bare name does not tell.
-MeshAxes = Mapping[str, int | None]
+# XLA merges the all-reduces of up to so many sums into one. With more, each array's products are
+# stacked and summed at once, which costs memory for the stack where XLA does not fuse it.
+MERGED_OPERANDS = 256
 
 
 def layer_sums(
@@ -35,7 +35,7 @@ def layer_sums(
         is no layer or takes no part in this step.
       count: how many quantities are summed.
       axes: per leaf the mesh axes that ``shard_map`` or ``pmap`` split it over, from
-        :func:`sharded_axes`; None where no axis is mapped.
+        :func:`optax_spd.mapped_axes.sharded_axes`; None where no axis is mapped.
 
     Returns:
       ``count`` vectors of shape (``plan.vector_size``,) and dtype ``plan.dtype``, zero for a layer
@@ -43,10 +43,11 @@ def layer_sums(
     """
     blocks: dict[int, jax.Array] = {}
     all_axes = tuple(sorted({name for mesh_axes in axes or () for name in mesh_axes}))
+    one_operand = count * sum(terms is not None for terms in products) > MERGED_OPERANDS
     for index, (entry, terms) in enumerate(zip(plan.arrays, products, strict=True)):
         if entry is None or terms is None:
             continue
-        block = _sums_of_array(entry, terms).astype(plan.dtype)
+        block = _sums_of_array(entry, terms, one_operand=one_operand).astype(plan.dtype)
         if axes is not None:
             block = _counted_once(block, axes[index], all_axes)
         start = entry.start
@@ -158,10 +159,15 @@ def layer_extremes(
     return -table[0], table[1]
 
 
-def _sums_of_array(entry: ArrayLayers, terms: tuple[jax.Array, ...]) -> jax.Array:
+def _sums_of_array(
+    entry: ArrayLayers, terms: tuple[jax.Array, ...], *, one_operand: bool
+) -> jax.Array:
     """The sums of one array's terms, shape (len(terms), its number of layers)."""
     over = tuple(a for a in range(terms[0].ndim) if a not in entry.stacked_axes)
-    sums = jnp.stack([jnp.sum(term, axis=over) for term in terms])
+    if one_operand:
+        sums = jnp.sum(jnp.stack(terms), axis=tuple(axis + 1 for axis in over))
+    else:
+        sums = jnp.stack([jnp.sum(term, axis=over) for term in terms])
     return replicated(sums).reshape(len(terms), entry.count)
 
 
@@ -255,85 +261,3 @@ def predicate_like(condition: jax.Array, array: jax.Array) -> jax.Array:
     from a per-layer vector is replicated if the array's only axes are stacked ones.
     """
     return condition | jnp.zeros_like(array, bool)
-
-
-# Mapped axes (shard_map, pmap) -------------------------------------------------------------------
-
-
-def check_axis_name(axis_name: Any) -> None:
-    """Refuses, when a stage is built, an ``axis_name=`` that is no name and no tree of specs."""
-    if axis_name is None or is_names(axis_name):
-        return
-    leaves = jax.tree.leaves(axis_name, is_leaf=_is_spec)
-    if not leaves or not all(_is_spec(leaf) for leaf in leaves):
-        raise ValueError(
-            "axis_name must be a mesh axis name, a tuple of them, or a tree of PartitionSpecs "
-            f"(the in_specs of shard_map), got {axis_name!r}."
-        )
-
-
-def sharded_axes(axis_name: Any, flat: trees.FlatTree, plan: LayerPlan) -> list[MeshAxes] | None:
-    """Per leaf the mesh axes it is split over by hand, and which of its axes each splits.
-
-    Args:
-      axis_name: a name or a tuple of names, over which every array is split; or PartitionSpecs,
-        as given to ``shard_map``, each array being split over the axes its spec names; or None.
-      flat: the parameters.
-      plan: their layers.
-
-    Raises:
-      ValueError: the specs do not fit the parameters, or split a stacked axis.
-    """
-    if axis_name is None:
-        return None
-    if is_names(axis_name):
-        names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-        return [dict.fromkeys(names) for _ in flat.leaves]
-    specs = trees.broadcast_prefix(flat, axis_name, "axis_name", _is_spec)
-    return [
-        {} if entry is None else _axes_of_spec(spec, entry)
-        for spec, entry in zip(specs, plan.arrays, strict=True)
-    ]
-
-
-def _axes_of_spec(spec: Any, entry: ArrayLayers) -> MeshAxes:
-    if not _is_spec(spec):
-        raise ValueError(
-            f"axis_name holds {spec!r} for {entry.name!r}; give it a PartitionSpec, empty if "
-            "every device has the whole array."
-        )
-    axes: dict[str, int | None] = {}
-    for axis, part in enumerate(spec):
-        parts = () if part is None else (part,) if isinstance(part, str) else tuple(part)
-        if parts and axis in entry.stacked_axes:
-            raise ValueError(
-                f"axis_name= splits {entry.name!r} over {parts} along axis {axis}, which layers= "
-                "calls stacked. Under shard_map each device would hold other layers; split another "
-                "axis, or use jit with NamedSharding."
-            )
-        axes.update(dict.fromkeys(parts, axis))
-    return axes
-
-
-def varying_axes(array: jax.Array) -> frozenset[str]:
-    """The mesh axes along which a checked ``shard_map`` knows the array to differ.
-
-    Empty under ``pmap``, and in a ``shard_map`` with ``check_vma=False``.
-    """
-    kind = jax.typeof(array)
-    current = getattr(kind, "manual_axis_type", None)  # older JAX: vma, without the wrapping
-    varying: frozenset[str] = kind.vma if current is None else current.varying
-    return varying
-
-
-def is_names(axis_name: Any) -> bool:
-    """Whether ``axis_name=`` is a bare name or several, that do not say which arrays they split."""
-    return isinstance(axis_name, str) or (
-        isinstance(axis_name, tuple)
-        and len(axis_name) > 0
-        and all(isinstance(name, str) for name in axis_name)
-    )
-
-
-def _is_spec(node: Any) -> bool:
-    return isinstance(node, jax.sharding.PartitionSpec)

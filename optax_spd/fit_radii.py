@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_spd import checkpoints, layers as layers_lib, projections, radius_learning
+from optax_spd import checkpoints, layers as layers_lib, plans, projections, radius_learning
 
 PyTree = Any
 
@@ -115,7 +115,7 @@ def _fit(
     validation_fn: radius_learning.ValidationFn,
     optimizer: optax.GradientTransformation,
     norm: str,
-    plan: layers_lib.LayerPlan,
+    plan: plans.LayerPlan,
 ) -> FittedRadii:
     displaced = checkpoints.displacement(params, pretrained, plan)
     (norms,) = projections.ball_norms(norm, plan, None, displaced.deltas)

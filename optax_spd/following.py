@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_spd import balancing, layers as layers_lib, trees
+from optax_spd import balancing, plans, trees
 
 INDEX = re.compile(r"\[[\d,]+\]$")  # behind the name of a stacked layer
 
@@ -138,11 +138,8 @@ def _module(name: str) -> str:
     return name.rpartition("/")[0]
 
 
-def _places(entry: layers_lib.ArrayLayers) -> list[tuple[int, tuple[int, ...]]]:
-    return [
-        (entry.start + number, index)
-        for number, index in enumerate(np.ndindex(*entry.stacked_shape))
-    ]
+def _places(entry: plans.ArrayLayers) -> list[tuple[int, tuple[int, ...]]]:
+    return list(zip(entry.numbers, np.ndindex(*entry.stacked_shape), strict=True))
 
 
 def _target(follows: Follows, module: str, known: set[str], *, whole: bool) -> str:
@@ -157,7 +154,7 @@ def _target(follows: Follows, module: str, known: set[str], *, whole: bool) -> s
     return target
 
 
-def blocks(plan: layers_lib.LayerPlan, pattern: re.Pattern[str] | None, *, whole: bool) -> Blocks:
+def blocks(plan: plans.LayerPlan, pattern: re.Pattern[str] | None, *, whole: bool) -> Blocks:
     """Finds the block of each layer.
 
     Args:

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_spd import checks, embeddings, layers as layers_lib, masks, stages, trees
+from optax_spd import checks, embeddings, layers as layers_lib, masks, plans, stages, trees
 
 PyTree = Any
 Depth = str | Callable[[str], float | None]
@@ -140,7 +140,7 @@ def layerwise_lr_decay(
     layers_lib.check_layers(layers)
     heights = _by_pattern(depth) if isinstance(depth, str) else _by_function(depth)
 
-    def scales(flat: trees.FlatTree, plan: layers_lib.LayerPlan, count: jax.Array) -> jax.Array:
+    def scales(flat: trees.FlatTree, plan: plans.LayerPlan, count: jax.Array) -> jax.Array:
         return decay_scale(
             checks.value_at(decay, count, plan.dtype),
             jnp.asarray(heights(plan, flat), plan.dtype),
@@ -149,14 +149,14 @@ def layerwise_lr_decay(
 
     def init(params: PyTree) -> LayerDecayState:
         count = jnp.zeros((), jnp.int32)
-        return LayerDecayState(count, scales(*stages.planned(params, layers, mask), count))
+        return LayerDecayState(count, scales(*plans.planned(params, layers, mask)[:2], count))
 
     def update(
         updates: PyTree, state: LayerDecayState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, LayerDecayState]:
         del extra_args
         trees.require_params(params)
-        flat, plan = stages.planned(params, layers, mask)
+        flat, plan, _ = plans.planned(params, layers, mask)
         stages.check_vector("layer_decay_scale", state.layer_decay_scale, plan)
         scale = scales(flat, plan, state.count)
         new_updates = stages.scaled(updates, flat, plan, scale)
@@ -165,7 +165,7 @@ def layerwise_lr_decay(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-Heights = Callable[[layers_lib.LayerPlan, trees.FlatTree], np.ndarray]
+Heights = Callable[[plans.LayerPlan, trees.FlatTree], np.ndarray]
 
 
 def _by_pattern(pattern: str) -> Heights:
@@ -177,7 +177,7 @@ def _by_pattern(pattern: str) -> Heights:
             r"layer's number, as 'layer_(\d+)'. Write other groups as (?:...)."
         )
 
-    def heights(plan: layers_lib.LayerPlan, flat: trees.FlatTree) -> np.ndarray:
+    def heights(plan: plans.LayerPlan, flat: trees.FlatTree) -> np.ndarray:
         found = np.zeros(plan.vector_size)
         matches = [regex.search(name) for name in plan.names]
         numbers = {
@@ -215,18 +215,18 @@ def _finite(number: float, name: str) -> float:
     return number
 
 
-def _embeddings(plan: layers_lib.LayerPlan) -> set[int]:
+def _embeddings(plan: plans.LayerPlan) -> set[int]:
     """The layers with an embedding array in them: by its path, since a group has a label."""
     return {
-        entry.start + i
+        number
         for entry in plan.arrays
         if entry is not None and _EMBEDDING.search(entry.name)
-        for i in range(entry.count)
+        for number in entry.numbers
     }
 
 
 def _refuse_no_layers(
-    pattern: str, plan: layers_lib.LayerPlan, flat: trees.FlatTree, below: list[int]
+    pattern: str, plan: plans.LayerPlan, flat: trees.FlatTree, below: list[int]
 ) -> None:
     """Refuses a pattern that matches nothing, unless another mask may have taken what it would."""
     nearest = trees.nearest_paths(pattern, [(name,) for name in plan.names])
@@ -252,7 +252,7 @@ def _by_function(depth: Callable[[str], Any]) -> Heights:
             f"number, got {depth!r}."
         )
 
-    def heights(plan: layers_lib.LayerPlan, flat: trees.FlatTree) -> np.ndarray:
+    def heights(plan: plans.LayerPlan, flat: trees.FlatTree) -> np.ndarray:
         del flat
         found = np.zeros(plan.vector_size)
         numbers = {

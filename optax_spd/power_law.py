@@ -41,7 +41,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_spd import checks, layers as layers_lib, spectra
+from optax_spd import checks, plans, spectra
 
 FITS = ("median", "goodness-of-fit", "fix-finger")
 ZERO = 1e-5  # eigenvalues up to here are zeros to ``filter_zeros``, as in the authors' code
@@ -220,7 +220,7 @@ def power_law_alpha(
             f"weight must have at least two axes and be not empty, got shape {array.shape}: only "
             "matrices and convolutions have a spectrum."
         )
-    matrices = array.astype(layers_lib.compute_dtype(array)).reshape(1, -1, *array.shape[-2:])
+    matrices = array.astype(plans.compute_dtype(array)).reshape(1, -1, *array.shape[-2:])
     alpha: jax.Array = _alpha_of(matrices, options, array.ndim > 2)
     return alpha
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_spd import checkpoints, checks, deviations, layers as layers_lib
+from optax_spd import checkpoints, checks, deviations, layers as layers_lib, mapped_axes, plans
 
 PyTree = Any
 Leaves = Sequence[jax.Array | None]
@@ -41,7 +41,7 @@ def check_norm(norm: Any, axis_name: Any = None) -> None:
     """
     if norm not in NORMS:
         raise ValueError(f"norm must be 'l2' or 'mars', got {norm!r}.")
-    if norm == "mars" and deviations.is_names(axis_name):
+    if norm == "mars" and mapped_axes.is_names(axis_name):
         raise ValueError(
             f"norm='mars' sums along some of an array's axes and takes the maximum along others, "
             f"and axis_name={axis_name!r} does not tell which of them are split. Give axis_name "
@@ -66,8 +66,8 @@ class BallNorms(NamedTuple):
 
 def ball_norms(
     norm: str,
-    plan: layers_lib.LayerPlan,
-    axes: Sequence[deviations.MeshAxes] | None,
+    plan: plans.LayerPlan,
+    axes: Sequence[mapped_axes.MeshAxes] | None,
     *arrays: Leaves,
 ) -> tuple[BallNorms, ...]:
     """Measures one or several trees of deviations, together.
@@ -92,8 +92,8 @@ def ball_norms(
 
 def norms_and_slope(
     norm: str,
-    plan: layers_lib.LayerPlan,
-    axes: Sequence[deviations.MeshAxes] | None,
+    plan: plans.LayerPlan,
+    axes: Sequence[mapped_axes.MeshAxes] | None,
     previous: Leaves,
     current: Leaves,
     grads: Leaves,
@@ -133,14 +133,14 @@ def _apart(sums: list[tuple[jax.Array, ...] | None], count: int) -> list[list[ja
 
 
 def _mars_norms(
-    plan: layers_lib.LayerPlan,
+    plan: plans.LayerPlan,
     rows: list[jax.Array | None],
-    axes: Sequence[deviations.MeshAxes] | None,
+    axes: Sequence[mapped_axes.MeshAxes] | None,
 ) -> BallNorms:
     return BallNorms(rows, *deviations.layer_extremes(plan, rows, axes))
 
 
-def _l2_norms(plan: layers_lib.LayerPlan, square: jax.Array, arrays: Leaves) -> BallNorms:
+def _l2_norms(plan: plans.LayerPlan, square: jax.Array, arrays: Leaves) -> BallNorms:
     vector = deviations.norm_of(square)
     return BallNorms(deviations.spread_over(plan, vector, arrays), vector, vector)
 
@@ -233,7 +233,7 @@ def check_radii(radii: Any) -> None:
 
 
 def factors(
-    plan: layers_lib.LayerPlan,
+    plan: plans.LayerPlan,
     radii: jax.Array,
     norms: BallNorms,
     acts: jax.Array,

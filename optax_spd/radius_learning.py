@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_spd import deviations, layers as layers_lib, projections, trees
+from optax_spd import deviations, mapped_axes, plans, projections, trees
 
 PyTree = Any
 Leaves = list[jax.Array | None]
@@ -33,11 +33,11 @@ class Constraint(NamedTuple):
       axes: per leaf the hand-mapped mesh axes, or None.
     """
 
-    plan: layers_lib.LayerPlan
+    plan: plans.LayerPlan
     deltas: Leaves
     norms: projections.BallNorms
     acts: jax.Array
-    axes: Sequence[deviations.MeshAxes] | None
+    axes: Sequence[mapped_axes.MeshAxes] | None
 
     def started(
         self, radii: jax.Array, started: jax.Array, initial: jax.Array | None = None
@@ -78,7 +78,7 @@ class Constraint(NamedTuple):
         (gradient,) = deviations.layer_sums(self.plan, terms, 1, axes)
         return gradient
 
-    def _gradient_axes(self) -> tuple[Sequence[deviations.MeshAxes] | None, int]:
+    def _gradient_axes(self) -> tuple[Sequence[mapped_axes.MeshAxes] | None, int]:
         """The mesh axes to sum weight gradients over, and how many times that counts the loss.
 
         ``shard_map`` with its check on differentiates the loss. ``pmap``, and ``shard_map``
@@ -87,7 +87,7 @@ class Constraint(NamedTuple):
         """
         names = {name for axes in self.axes or () for name in axes}
         if self.axes is None or all(
-            set(axes) <= deviations.varying_axes(delta)
+            set(axes) <= mapped_axes.varying_axes(delta)
             for axes, delta in zip(self.axes, self.deltas, strict=True)
             if delta is not None
         ):

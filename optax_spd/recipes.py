@@ -5,9 +5,8 @@ from typing import Any
 import jax
 import optax
 
-from optax_spd import checks, layers as layers_lib, wrappers
+from optax_spd import checks, in_turn, layers as layers_lib, stages, wrappers
 from optax_spd.l2_sp import l2_sp
-from optax_spd.spd import spd
 
 
 def adam_spd(
@@ -65,17 +64,9 @@ def adam_spd(
       Tian et al., `Rethinking Weight Decay for Robust Fine-Tuning of Foundation Models
       <https://arxiv.org/abs/2411.01713>`_, NeurIPS 2024.
     """
-    return wrappers.chain(
-        optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype),
-        spd(
-            weight_decay,
-            anchor=anchor,
-            anchor_dtype=anchor_dtype,
-            layers=layers,
-            mask=mask,
-            axis_name=axis_name,
-        ),
-    )
+    adam = optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype)
+    options = stages.StageOptions(anchor, anchor_dtype, layers, mask, axis_name)
+    return in_turn.adam_then_spd(adam, weight_decay, options)
 
 
 def adamw_l2_sp(

@@ -23,13 +23,23 @@ Differences from the authors' code:
 5. A layer may be a slice of an array or several arrays (``layers=``).
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_spd import checks, deviations, layers as layers_lib, stages, wrappers
+from optax_spd import (
+    checks,
+    deviations,
+    layers as layers_lib,
+    one_cpu,
+    plans,
+    stages,
+    wrappers,
+)
 
 PyTree = Any
 
@@ -142,8 +152,21 @@ def spd(
 
     .. seealso:: :func:`optax_spd.adam_spd`, :func:`optax_spd.l2_sp`
     """
-    checks.check_scalar("weight_decay", weight_decay)
     options = stages.StageOptions(anchor, anchor_dtype, layers, mask, axis_name)
+    return stage_of(weight_decay, options)
+
+
+def stage_of(
+    weight_decay: checks.ScalarOrSchedule, options: stages.StageOptions, *, for_one_cpu: bool = True
+) -> optax.GradientTransformationExtraArgs:
+    """The stage, with the arguments it shares with others checked.
+
+    Args:
+      weight_decay: λ.
+      options: the rest.
+      for_one_cpu: whether a program for one CPU gets the form written for that.
+    """
+    checks.check_scalar("weight_decay", weight_decay)
 
     def init(params: PyTree) -> SPDState:
         plan, held = options.init(params)
@@ -159,13 +182,93 @@ def spd(
         view = options.view(updates, state.anchor, params, extra_args)
         grad = wrappers.require_gradient(extra_args, "spd")
         stages.check_vector("spd_ratio", state.spd_ratio, view.plan)
-
-        ratio = decay_ratio(*view.sums(3, _products, view.match(grad, "grad")))
+        grads = view.match(grad, "grad")
         decay = checks.value_at(weight_decay, state.count, view.plan.dtype)
-        new_updates = view.rebuild(_decayed, view.spread(ratio), view.spread(decay * ratio))
-        return new_updates, SPDState(optax.safe_increment(state.count), state.anchor, ratio)
+
+        def all_layers() -> tuple[list[Any], jax.Array]:
+            ratio = decay_ratio(*view.sums(3, _products, grads))
+            return view.map(_decayed, view.spread(ratio), view.spread(decay * ratio)), ratio
+
+        def layer_by_layer() -> tuple[list[Any], jax.Array]:
+            new, ratios = each_layer(view.plan, view.plan.units, view.deviations, grads, decay)
+            return [new.get(i) for i in range(len(grads))], jnp.concatenate(ratios)
+
+        if for_one_cpu and view.plan.names:
+            steps, ratio = view.choose(one_cpu=layer_by_layer, default=all_layers)
+        else:
+            steps, ratio = all_layers()
+        count = optax.safe_increment(state.count)
+        return view.rebuilt(steps), SPDState(count, state.anchor, ratio)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def each_layer(
+    plan: plans.LayerPlan,
+    units: Sequence[plans.Unit],
+    steps: Sequence[stages.Deviation | None],
+    grads: Sequence[jax.Array | None],
+    decay: jax.Array,
+) -> tuple[dict[int, jax.Array], list[jax.Array]]:
+    """The same update written layer by layer, for one CPU.
+
+    A layer's kernels get its own numbers and not the vector of all layers', so arrays of one shape
+    share kernels and traces, and no layer waits for the others.
+
+    Args:
+      plan: the layers.
+      units: which of its units.
+      steps: per leaf Δ and u, or None where there is no step.
+      grads: per leaf g.
+      decay: λ.
+
+    Returns:
+      u' by leaf, and per unit its layers' r: 0 for a unit without a step.
+    """
+    new: dict[int, jax.Array] = {}
+    ratios = []
+    for unit in units:
+        present = [i for i in unit.leaves if steps[i] is not None]
+        ratio = jnp.zeros(unit.layers, decay.dtype)
+        if present:
+            stacked = tuple(plan.stacked_axes(i) for i in present)
+            changed, ratio = one_unit(
+                stacked, [steps[i] for i in present], [grads[i] for i in present], decay
+            )
+            new |= zip(present, changed, strict=True)
+        ratios.append(ratio)
+    return new, ratios
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def one_unit(
+    stacked: tuple[tuple[int, ...], ...],
+    steps: Sequence[stages.Deviation],
+    grads: Sequence[jax.Array],
+    decay: jax.Array,
+) -> tuple[list[jax.Array], jax.Array]:
+    """A unit's new updates.
+
+    Args:
+      stacked: per array its stacked axes.
+      steps: per array Δ and u.
+      grads: per array g.
+      decay: λ.
+
+    Returns:
+      u' per array, and r, one for each layer of an array.
+    """
+    sums = [
+        one_cpu.sums(_products(d, g), axes)
+        for d, g, axes in zip(steps, grads, stacked, strict=True)
+    ]
+    ratio = decay_ratio(*sum(sums[1:], sums[0]))
+    new = []
+    for d, axes in zip(steps, stacked, strict=True):
+        r = jnp.expand_dims(ratio, [a for a in range(d.step.ndim) if a not in axes])
+        r = r.astype(d.step.dtype)
+        new.append(_decayed(d, r, decay.astype(r.dtype) * r))
+    return new, ratio.reshape(-1).astype(decay.dtype)
 
 
 def _products(d: stages.Deviation, g: jax.Array) -> tuple[jax.Array, ...]:

@@ -59,8 +59,7 @@ def decomposed(matrices: jax.Array, *, exact: bool) -> Spectrum:
       exact: by singular values, with digits of the smallest eigenvalues too; else from the Gram
         matrix of the smaller side.
     """
-    if matrices.shape[-2] > matrices.shape[-1]:
-        matrices = jnp.swapaxes(matrices, -1, -2)
+    matrices = _wide(matrices)
     # Squares of small weights would underflow. NaN or an infinity stays in the scale, and never
     # enters a decomposition, whose iterations it could stall.
     largest = jnp.max(jnp.abs(matrices), axis=(1, 2, 3))
@@ -119,8 +118,8 @@ def _after(spectrum: Spectrum) -> jax.Array:
     """True, which a compiler cannot know before the spectrum is there.
 
     Each batch waits for the one before it. Without that all of them might be in memory at once; and
-    on several CPU devices loops that gather sharded layers, run side by side in different orders,
-    wait for each other forever. (An optimization barrier does not outlive compilation for a CPU.)
+    on several CPU devices loops that gather sharded layers ran side by side, in different orders,
+    and waited for each other. (An optimization barrier does not outlive compilation for a CPU.)
     """
     last = spectrum.relative[0, -1]
     return ~((last > 1) & (last < 0))

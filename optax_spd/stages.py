@@ -13,7 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import shard_alike
 
-from optax_spd import anchors, deviations as deviations_lib, layers as layers_lib, masks, trees
+from optax_spd import (
+    anchors,
+    deviations as deviations_lib,
+    layers as layers_lib,
+    mapped_axes,
+    one_cpu as one_cpu_lib,
+    plans,
+    trees,
+)
 
 PyTree = Any
 
@@ -48,11 +56,11 @@ class StageView:
       tree: the incoming updates as they came.
     """
 
-    plan: layers_lib.LayerPlan
+    plan: plans.LayerPlan
     flat: trees.FlatTree
     updates: list[Any]
     deviations: list[Deviation | None]
-    axes: list[deviations_lib.MeshAxes] | None
+    axes: list[mapped_axes.MeshAxes] | None
     tree: PyTree
 
     def match(self, tree: PyTree, what: str) -> list[jax.Array | None]:
@@ -90,20 +98,28 @@ class StageView:
         ]
 
     def rebuild(self, change: Callable[..., jax.Array], *matched: Sequence[Any]) -> PyTree:
-        """The updates with ``change(deviation, *matched leaves)`` where the method acts.
+        """The updates with ``change(deviation, *matched leaves)`` where the method acts."""
+        return self.rebuilt(self.map(change, *matched))
 
-        The result is cast to the update's dtype. Everything else is passed through as it is.
+    def rebuilt(self, steps: Sequence[jax.Array | None]) -> PyTree:
+        """The updates with other leaves where the method acts, in the dtypes that they came in.
+
+        Everything else is passed through as it is.
         """
         return trees.replace_leaves(
             self.tree,
             {
                 path: changed.astype(jnp.result_type(leaf))
-                for path, leaf, changed in zip(
-                    self.flat.paths, self.updates, self.map(change, *matched), strict=True
-                )
+                for path, leaf, changed in zip(self.flat.paths, self.updates, steps, strict=True)
                 if changed is not None
             },
         )
+
+    def choose(self, *, one_cpu: Callable[[], Any], default: Callable[[], Any]) -> Any:
+        """The form for one CPU where that is what the program is compiled for, else the default."""
+        if self.axes is not None or not one_cpu_lib.possible(self.updates, self.flat.leaves):
+            return default()
+        return jax.lax.platform_dependent(cpu=one_cpu, default=default)
 
     def store(self, tree: PyTree, leaves: Sequence[jax.Array | None]) -> PyTree:
         """A parameter-shaped tree of the state with new leaves where there are some, in its dtypes.
@@ -128,7 +144,7 @@ class StageView:
         present = np.zeros(self.plan.vector_size, bool)
         for deviation, entry in zip(self.deviations, self.plan.arrays, strict=True):
             if deviation is not None and entry is not None:
-                present[entry.start : entry.start + entry.count] = True
+                present[list(entry.numbers)] = True
         return jnp.asarray(present)
 
 
@@ -146,16 +162,16 @@ class StageOptions:
         """Refuses arguments that are wrong whatever the parameters."""
         anchors.check_anchor(self.anchor, self.anchor_dtype)
         layers_lib.check_layers(self.layers)
-        deviations_lib.check_axis_name(self.axis_name)
+        mapped_axes.check_axis_name(self.axis_name)
 
-    def _plan(self, params: PyTree) -> tuple[trees.FlatTree, list[bool] | None, Any]:
-        flat = trees.flatten(params)
-        selected = masks.resolve_mask(self.mask, params, flat)
-        return flat, selected, layers_lib.plan_layers(flat, self.layers, selected)
+    @property
+    def anchor_is_zero(self) -> bool:
+        """Whether θ₀ = 0."""
+        return isinstance(self.anchor, str) and self.anchor == "zero"
 
-    def init(self, params: PyTree) -> tuple[layers_lib.LayerPlan, PyTree]:
+    def init(self, params: PyTree) -> tuple[plans.LayerPlan, PyTree]:
         """The layers of ``params``, and what the state holds of the anchor."""
-        _, selected, plan = self._plan(params)
+        _, plan, selected = plans.planned(params, self.layers, self.mask)
         return plan, anchors.init_anchor(self.anchor, params, selected, self.anchor_dtype)
 
     def view(
@@ -173,7 +189,7 @@ class StageOptions:
           TypeError, ValueError: as the stages document.
         """
         trees.require_params(params)
-        flat, _, plan = self._plan(params)
+        flat, plan, _ = plans.planned(params, self.layers, self.mask)
         leaves = trees.align(flat, updates, "updates")
         acts = [
             entry is not None and not trees.is_gap(leaf)
@@ -181,17 +197,18 @@ class StageOptions:
         ]
         anchor = anchors.resolve_anchor(self.anchor, held, extra_args, flat, acts)
         steps = [
-            _deviation(path, *arrays) if act else None
+            deviation_of(path, *arrays) if act else None
             for act, path, *arrays in zip(
                 acts, flat.paths, leaves, flat.leaves, anchor, strict=True
             )
         ]
-        axes = deviations_lib.sharded_axes(self.axis_name, flat, plan)
+        axes = mapped_axes.sharded_axes(self.axis_name, flat, plan)
         return StageView(plan, flat, leaves, steps, axes, updates)
 
 
-def _deviation(path: trees.Path, update: Any, theta: Any, theta_0: Any) -> Deviation:
-    dtype = layers_lib.compute_dtype(theta, update)
+def deviation_of(path: trees.Path, update: Any, theta: Any, theta_0: Any) -> Deviation:
+    """One array's Δ and u, in the dtype to compute in."""
+    dtype = plans.compute_dtype(theta, update)
     pretrained = trees.as_real(anchors.on_device(theta_0), dtype, "anchor", path)
     delta = jnp.asarray(theta, dtype) - pretrained
     return Deviation(delta, trees.as_real(update, dtype, "updates", path))
@@ -215,18 +232,10 @@ def pulled(d: Deviation, factor: jax.Array) -> jax.Array:
     return jnp.where(outside, drawn_in, d.step)
 
 
-def planned(
-    params: PyTree, layers: layers_lib.LayerFn | None, mask: Any
-) -> tuple[trees.FlatTree, layers_lib.LayerPlan]:
-    """The parameters' leaves and layers, for a stage without an anchor."""
-    flat = trees.flatten(params)
-    return flat, layers_lib.plan_layers(flat, layers, masks.resolve_mask(mask, params, flat))
-
-
 def scaled(
     updates: PyTree,
     flat: trees.FlatTree,
-    plan: layers_lib.LayerPlan,
+    plan: plans.LayerPlan,
     scale: jax.Array,
     concerned: np.ndarray | None = None,
 ) -> PyTree:
@@ -245,10 +254,9 @@ def scaled(
     def product(path: trees.Path, entry: Any, leaf: Any) -> jax.Array | None:
         if entry is None or trees.is_gap(leaf):
             return None
-        here = slice(entry.start, entry.start + entry.count)
-        if concerned is not None and not concerned[here].any():
+        if concerned is not None and not concerned[list(entry.numbers)].any():
             return None
-        step = trees.as_real(leaf, layers_lib.compute_dtype(leaf), "updates", path)
+        step = trees.as_real(leaf, plans.compute_dtype(leaf), "updates", path)
         factor = deviations_lib.spread(entry, scale, step.ndim).astype(step.dtype)
         # A factor of 0 stops a layer, also one whose update is not finite.
         stopped = deviations_lib.predicate_like(factor == 0, step)
@@ -258,7 +266,7 @@ def scaled(
     return trees.replace_leaves(updates, {path: u for path, u in changed if u is not None})
 
 
-def zeros_like_layers(params: PyTree, plan: layers_lib.LayerPlan, dtype: Any = None) -> PyTree:
+def zeros_like_layers(params: PyTree, plan: plans.LayerPlan, dtype: Any = None) -> PyTree:
     """Zeros like the parameters that are layers, MaskedNode for the others, placed as they are.
 
     Args:
@@ -286,7 +294,7 @@ def _zeros_like(leaf: Any, dtype: Any) -> Any:
     return zeros
 
 
-def check_vector(field: str, vector: jax.Array, plan: layers_lib.LayerPlan) -> None:
+def check_vector(field: str, vector: jax.Array, plan: plans.LayerPlan) -> None:
     """Refuses a state made for another number of layers than the parameters have.
 
     Raises:

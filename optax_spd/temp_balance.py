@@ -46,6 +46,7 @@ from optax_spd import (
     following,
     layers as layers_lib,
     masks,
+    plans,
     power_law,
     stages,
     trees,
@@ -223,7 +224,7 @@ def temp_balance(
     options = power_law.Fit(fit, xmin_pos, conv_norm, filter_zeros, bins)
 
     def init(params: PyTree) -> TempBalanceState:
-        _, plan = stages.planned(params, layers, mask)
+        plan = plans.planned(params, layers, mask).plan
         return TempBalanceState(
             count=jnp.zeros((), jnp.int32),
             measured=jnp.zeros((), jnp.int32),
@@ -236,7 +237,7 @@ def temp_balance(
     ) -> tuple[PyTree, TempBalanceState]:
         del extra_args
         trees.require_params(params)
-        flat, plan = stages.planned(params, layers, mask)
+        flat, plan, _ = plans.planned(params, layers, mask)
         stages.check_vector("temp_balance_scale", state.temp_balance_scale, plan)
         selection = balancing.select(
             flat, plan, min_eigenvalues, skip_first=skip_first, skip_last=skip_last

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_spd import anchors, checks, deviations, layers as layers_lib, trees
+from optax_spd import anchors, checks, deviations, layers as layers_lib, plans, trees
 
 PyTree = Any
 
@@ -57,7 +57,7 @@ def wise_ft(
     """
     flat = trees.flatten(params)
     layers_lib.check_layers(layers)
-    plan = layers_lib.plan_layers(flat, layers)
+    plan = plans.plan_layers(flat, layers)
     checks.check_finite("alpha", alpha)
     vector = deviations.per_layer("alpha", alpha, plan)
     blended = [
@@ -72,7 +72,7 @@ def wise_ft(
 
 
 def _blend(theta: Any, theta_0: Any, alpha: jax.Array) -> jax.Array:
-    dtype = layers_lib.compute_dtype(theta, theta_0)
+    dtype = plans.compute_dtype(theta, theta_0)
     alpha = alpha.astype(dtype)
     mixed = (1 - alpha) * jnp.asarray(anchors.on_device(theta_0), dtype) + alpha * jnp.asarray(
         theta, dtype

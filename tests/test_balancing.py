@@ -9,12 +9,12 @@ import pytest
 from test_power_law import numpy_alpha
 
 import optax_spd
-from optax_spd import balancing, layers as layers_lib, power_law, trees
+from optax_spd import balancing, plans, power_law, trees
 
 
 def selected(params: Any, layers: Any = None, minimum: int = 1, **skips: bool) -> Any:
     flat = trees.flatten(params)
-    plan = layers_lib.plan_layers(flat, layers)
+    plan = plans.plan_layers(flat, layers)
     skips = {"skip_first": False, "skip_last": False} | skips
     return balancing.select(flat, plan, minimum, **skips)
 

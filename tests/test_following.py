@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import optax_spd
-from optax_spd import balancing, following, layers as layers_lib, trees
+from optax_spd import balancing, following, plans, trees
 
 PARAMS = {
     "block_0": {
@@ -28,7 +28,7 @@ STACKED = {
 
 def parts(params: Any, layers: Any = None) -> Any:
     flat = trees.flatten(params)
-    plan = layers_lib.plan_layers(flat, layers)
+    plan = plans.plan_layers(flat, layers)
     selection = balancing.select(flat, plan, 3, skip_first=False, skip_last=False)
     return flat, plan, selection
 

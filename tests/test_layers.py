@@ -18,7 +18,7 @@ from flax import nnx
 from flax.core import freeze
 
 import optax_spd
-from optax_spd import LayerSpec, layers as layers_lib, trees
+from optax_spd import LayerSpec, plans, trees
 
 STEPS = 12
 
@@ -32,8 +32,8 @@ def normal(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def plan_of(params: Any, layers: Any = None) -> layers_lib.LayerPlan:
-    return layers_lib.plan_layers(trees.flatten(params), layers)
+def plan_of(params: Any, layers: Any = None) -> plans.LayerPlan:
+    return plans.plan_layers(trees.flatten(params), layers)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import optax_spd
-from optax_spd import layers as layers_lib, projections, radius_learning, trees
+from optax_spd import plans, projections, radius_learning, trees
 
 both_norms = pytest.mark.parametrize("norm", ["l2", "mars"])
 LAYERS: dict[str, Any] = {
@@ -39,7 +39,7 @@ def constraint_of(
     deltas: dict[str, Any], norm: str, layers: Any = None, acts: Any = None
 ) -> radius_learning.Constraint:
     flat = trees.flatten(jax.tree.map(jnp.asarray, deltas))
-    plan = layers_lib.plan_layers(flat, layers)
+    plan = plans.plan_layers(flat, layers)
     (norms,) = projections.ball_norms(norm, plan, None, flat.leaves)
     acts = jnp.isfinite(norms.largest) if acts is None else jnp.asarray(acts)
     return radius_learning.Constraint(plan, flat.leaves, norms, acts, None)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import optax_spd
-from optax_spd import layers, stages, trees
+from optax_spd import layers, plans, stages, trees
 
 
 def view_of(
@@ -124,7 +124,7 @@ def test_updates_that_do_not_fit_the_parameters_are_refused() -> None:
 
 
 def test_check_vector_names_the_field_and_both_counts() -> None:
-    plan = layers.plan_layers(trees.flatten({"a": jnp.ones(2), "b": jnp.ones(3)}))
+    plan = plans.plan_layers(trees.flatten({"a": jnp.ones(2), "b": jnp.ones(3)}))
     stages.check_vector("spd_ratio", jnp.zeros(2), plan)
     for wrong in (jnp.zeros(3), jnp.zeros(()), jnp.zeros((1, 2))):
         with pytest.raises(ValueError, match="state's spd_ratio has shape") as error:

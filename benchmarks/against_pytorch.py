@@ -1,0 +1,276 @@
+"""``adam_spd`` and AdamSPD in PyTorch, on the CPU: ``python -m benchmarks.against_pytorch``.
+
+The authors' AdamSPD is a loop over arrays in PyTorch. ``benchmarks.one_optimizer`` has such a loop,
+written from the equations; it steps here on the same ViT-shaped tree and gradients as
+``optax_spd.adam_spd``, and with as many threads, SPD firing in about half of the arrays. AdamW of
+both sides is there for comparison. Every optimizer runs in a process of its own, since neither
+framework's threads should be there while the other computes; the processes take turns, in several
+rounds. Before that, on a small tree, both sides step on the same gradients, and the table says how
+far apart they end.
+
+Run it on an idle machine. PyTorch's threads wait for each other after every operation on an array,
+so another program slows it down far more than it does JAX.
+
+PyTorch is needed by this benchmark alone: ``pip install torch``.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import measuring, one_optimizer, reporting, vit
+from benchmarks.one_optimizer import (
+    JAX_ADAMW,
+    JAX_SPD,
+    RUNS,
+    TORCH_ADAMW,
+    TORCH_FUSED,
+    TORCH_SPD,
+)
+
+FIRE = 0.5
+
+# What must agree, after steps on these multiples of the gradients, each about a tenth as long as
+# the way from the anchor.
+SAME = ((JAX_SPD, TORCH_SPD), (JAX_ADAMW, TORCH_ADAMW), (JAX_ADAMW, TORCH_FUSED))
+CHECK_FACTORS = (1.0, 0.5, 2.0, -0.5, 1.0, 1.5)
+CHECK_LEARNING_RATE = 1e-3
+TOLERANCE = 1e-6
+
+# A load average from which on the times say little.
+BUSY = 1.0
+
+REPOSITORY = pathlib.Path(__file__).parents[1]
+
+
+def available_threads() -> int:
+    """The processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def run_child(name: str, folder: pathlib.Path, threads: int, *arguments: str) -> dict[str, Any]:
+    """What ``benchmarks.one_optimizer`` prints in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.one_optimizer", name, str(folder)]
+    # Where there is a GPU, JAX shall not take it: PyTorch runs on the CPU here.
+    ended = subprocess.run(
+        [*command, "--threads", str(threads), *arguments],
+        cwd=REPOSITORY,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if ended.returncode != 0:
+        sys.exit(f"The process of {name!r} ended with {ended.returncode}; its words are above.")
+    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return found
+
+
+def save_trees(folder: pathlib.Path, scale: vit.Scale) -> list[int]:
+    """Writes anchor, parameters and gradients for the processes; the arrays' sizes."""
+    names = (one_optimizer.ANCHOR, one_optimizer.PARAMS, one_optimizer.GRADS)
+    for name, tree in zip(names, vit.make_trees(scale, FIRE), strict=True):
+        leaves = jax.tree.leaves(tree)
+        one_optimizer.save_arrays(folder, name, leaves)
+    return [leaf.size for leaf in leaves]
+
+
+def learning_rate(steps: int) -> float:
+    """The rate with which all steps together go a third of the way between anchor and parameters.
+
+    So the same layers fire all along. A smaller rate would not do: PyTorch's sum of the squares of
+    an array has few correct digits in float32, the growth of the distance must be more than that.
+    """
+    return vit.OFFSET / (3 * steps)
+
+
+def check(threads: int) -> list[dict[str, Any]]:
+    """How far apart the two sides are after some steps on the same gradients."""
+    factors = [str(factor) for factor in CHECK_FACTORS]
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        save_trees(folder, vit.SCALES["small"])
+        before = np.load(folder / f"{one_optimizer.PARAMS}.npy")
+        after = {}
+        for index, optimizer in enumerate(RUNS):
+            arguments = ["--learning-rate", str(CHECK_LEARNING_RATE), "--result", f"after_{index}"]
+            run_child(optimizer, folder, threads, *arguments, "--factors", *factors)
+            after[optimizer] = np.load(folder / f"after_{index}.npy")
+    return [compared(one, other, before, after) for one, other in SAME]
+
+
+def compared(
+    one: str, other: str, before: np.ndarray, after: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """The largest difference of parameters, and how far they moved."""
+    return {
+        "optimizers": [one, other],
+        "steps": len(CHECK_FACTORS),
+        "largest_difference": float(np.max(np.abs(after[one] - after[other]))),
+        "largest_move": float(np.max(np.abs(after[one] - before))),
+        "largest_parameter": float(np.max(np.abs(after[one]))),
+    }
+
+
+def refuse_differences(checks: list[dict[str, Any]]) -> None:
+    """Ends the program if two optimizers that are compared do not do the same."""
+    for found in checks:
+        # Written so that NaN is refused, too.
+        if not found["largest_difference"] <= TOLERANCE:
+            one, other = found["optimizers"]
+            sys.exit(
+                f"After {found['steps']} steps {one} and {other} differ by "
+                f"{found['largest_difference']:.1e}, more than {TOLERANCE:.0e}: their times would "
+                "not be those of the same work."
+            )
+
+
+def summarize(rounds: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Per optimizer the spread of all its steps, and of its ratio to PyTorch's AdamSPD.
+
+    Ratios are of the medians of one round, so that what slows a whole round cancels.
+    """
+
+    def medians(name: str) -> list[float]:
+        return [statistics.median(found[name]["seconds"]) for found in rounds]
+
+    return {
+        name: {
+            "step_seconds": measuring.spread([s for r in rounds for s in r[name]["seconds"]]),
+            "ratio": measuring.spread(
+                [
+                    ours / theirs
+                    for ours, theirs in zip(medians(name), medians(TORCH_SPD), strict=True)
+                ]
+            ),
+            "fired": rounds[-1][name]["fired"],
+        }
+        for name in rounds[0]
+    }
+
+
+def compare(*, scale: str, rounds: int, steps: int, warm_up: int, threads: int) -> dict[str, Any]:
+    """Checks and measures everything the table shows, as JSON values."""
+    if importlib.util.find_spec("torch") is None:
+        sys.exit("benchmarks.against_pytorch needs PyTorch: pip install torch")
+    before = reporting.environment()
+    checks = check(threads)
+    refuse_differences(checks)
+    rate = learning_rate(warm_up + steps)
+    arguments = [f"--learning-rate={rate}", f"--steps={steps}", f"--warm-up={warm_up}"]
+    measured: list[dict[str, dict[str, Any]]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = save_trees(pathlib.Path(folder), vit.SCALES[scale])
+        for index in range(rounds):
+            # Turn about, so that none always comes first after a pause.
+            order = [*RUNS] if index % 2 == 0 else [*RUNS][::-1]
+            found = {
+                name: run_child(name, pathlib.Path(folder), threads, *arguments) for name in order
+            }
+            measured.append({name: found[name] for name in RUNS})
+    ours = measured[0][JAX_SPD]
+    return {
+        "environment": before
+        | {"device": ours["device"], "torch": measured[0][TORCH_SPD]["version"]},
+        "settings": {
+            "scale": scale,
+            "rounds": rounds,
+            "steps": steps,
+            "warm_up": warm_up,
+            "threads": threads,
+        },
+        "tree": {"arrays": len(sizes), "parameters": sum(sizes)},
+        "checks": checks,
+        "optimizers": summarize(measured),
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as plain text."""
+    env, settings, tree = result["environment"], result["settings"], result["tree"]
+    ratio = result["optimizers"][JAX_SPD]["ratio"]
+
+    def row(*cells: str) -> str:
+        return f"{cells[0]:<28}" + "".join(f"{cell:>18}" for cell in cells[1:])
+
+    lines = [
+        *reporting.header(env),
+        f"          torch {env['torch']}; {settings['threads']} thread(s) for either",
+        f"tree      {settings['scale']}: {tree['arrays']} arrays, {tree['parameters']:,} "
+        "parameters, float32",
+        f"samples   {settings['rounds']} processes of each in turn, {settings['steps']} steps in "
+        "each",
+        "",
+        row("", "step [ms]", "quartiles", "ratio to PyTorch", "quartiles", "layers fired"),
+    ]
+    for name, found in result["optimizers"].items():
+        step, fired = found["step_seconds"], found["fired"]
+        lines.append(
+            row(
+                name,
+                f"{1e3 * step['median']:.1f}",
+                reporting.quartiles(step, 1e3, digits=1),
+                f"{found['ratio']['median']:.2f}",
+                reporting.quartiles(found["ratio"]),
+                "-" if fired is None else f"{fired:.0%}",
+            )
+        )
+    lines += [
+        "",
+        f"{JAX_SPD} takes {ratio['median']:.2f} (quartiles {reporting.quartiles(ratio)}) of the "
+        f"time of {TORCH_SPD}.",
+    ]
+    if env["load_average"] >= BUSY:
+        lines.append(
+            f"The machine was busy (load average {env['load_average']:.1f}), which slows PyTorch "
+            "down more than JAX: do not trust these times."
+        )
+    for found in result["checks"]:
+        lines.append(
+            f"Largest difference after {found['steps']} steps, "
+            f"{' and '.join(found['optimizers'])}: {found['largest_difference']:.1e} "
+            f"(parameters up to {found['largest_parameter']:.2f}, moved by up to "
+            f"{found['largest_move']:.1e})."
+        )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+# argparse shows the name of such a function: "invalid threads value".
+def threads(text: str) -> int:
+    value = reporting.count(text)
+    if value > available_threads():
+        raise argparse.ArgumentTypeError(f"there are {available_threads()}, got {text}")
+    if value < available_threads() and not hasattr(os, "sched_setaffinity"):
+        raise argparse.ArgumentTypeError("JAX takes all threads on this system; leave this out")
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the arguments, measures, prints the table and writes the JSON."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.against_pytorch", description=__doc__.splitlines()[0]
+    )
+    add = parser.add_argument
+    add("--scale", choices=vit.SCALES, default="vit-b16", help="size of the parameter tree")
+    add("--rounds", type=reporting.count, default=5, help="processes of each optimizer")
+    add("--steps", type=reporting.count, default=10, help="timed steps in each process")
+    add("--warm-up", type=reporting.count, default=2, help="steps before them")
+    add("--threads", type=threads, default=available_threads(), help="of either framework")
+    reporting.run(parser, argv, compare, table)
+
+
+if __name__ == "__main__":
+    main()

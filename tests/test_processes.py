@@ -1,0 +1,183 @@
+"""Two processes with four devices each train as one process does, and save for one process."""
+
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import processes_worker as worker
+import pytest
+from jax.sharding import AxisType, SingleDeviceSharding
+
+SECONDS = worker.SECONDS + 10
+STEPS = len(worker.SIGNS)
+
+
+# Starting processes, and ending them --------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment() -> dict[str, str]:
+    """This process's, with the modules that it finds, and no proxy in the way of loopback."""
+    kept = {name: x for name, x in os.environ.items() if not name.lower().endswith("_proxy")}
+    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+def run_together(
+    commands: Sequence[Sequence[str]], folder: pathlib.Path, seconds: float = SECONDS
+) -> None:
+    """Runs commands side by side; when one fails, or time is up, all of them are ended.
+
+    Raises:
+      AssertionError: with the end of what each of them wrote.
+    """
+    logs = [folder / f"log_{i}.txt" for i in range(len(commands))]
+    processes: list[subprocess.Popen[bytes]] = []
+    deadline = time.monotonic() + seconds
+    try:
+        for command, log in zip(commands, logs, strict=True):
+            with log.open("wb") as written:
+                processes.append(
+                    subprocess.Popen(
+                        command,
+                        stdin=subprocess.DEVNULL,
+                        stdout=written,
+                        stderr=subprocess.STDOUT,
+                        env=environment(),
+                    )
+                )
+        codes = [process.poll() for process in processes]
+        while None in codes and not any(codes) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            codes = [process.poll() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    if any(code != 0 for code in codes):
+        raise AssertionError(
+            "Not every process came to its end."
+            + "".join(
+                f"\n--- process {process.pid}, "
+                f"{'ended from here' if code is None else f'returned {code}'}:\n"
+                f"{log.read_text(errors='replace')[-4000:]}"
+                for process, code, log in zip(processes, codes, logs, strict=True)
+            )
+        )
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-S", "-c", code]
+
+
+def assert_ended(message: str, count: int) -> None:
+    pids = re.findall(r"process (\d+)", message)
+    assert len(pids) == count
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+
+WAITS = "import pathlib, sys, time; print('it waits', flush=True); {}; time.sleep(100)"
+
+
+def test_a_failure_is_shown_and_ends_the_others(tmp_path: pathlib.Path) -> None:
+    ready = str(tmp_path / "ready")
+    waits = python(WAITS.format(f"pathlib.Path({ready!r}).touch()"))
+    fails = python(
+        f"import pathlib, time\nwhile not pathlib.Path({ready!r}).exists(): time.sleep(0.01)\n"
+        "raise RuntimeError('it went wrong')"
+    )
+    shown = r"(?s)ended from here:\nit waits\n.*returned 1:.*RuntimeError: it went wrong"
+    with pytest.raises(AssertionError, match=shown) as caught:
+        run_together([waits, fails], tmp_path)
+    assert_ended(str(caught.value), 2)
+
+
+def test_what_takes_too_long_is_ended(tmp_path: pathlib.Path) -> None:
+    with pytest.raises(AssertionError, match="ended from here") as caught:
+        run_together([python(WAITS.format("0"))] * 2, tmp_path, seconds=0)
+    assert_ended(str(caught.value), 2)
+
+
+# What they compute --------------------------------------------------------------------------------
+
+
+def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        # An exponent is one over a mean of logarithms: eigenvalues' last digits count for more.
+        rtol = 1e-4 if "temp_balance" in key.rpartition("/")[2] else 1e-5
+        np.testing.assert_allclose(found[key], value, rtol=rtol, atol=5e-6, err_msg=key)
+
+
+def on_one_device(name: str) -> dict[str, np.ndarray]:
+    """The same run, unsharded: the final parameters, and what the stages decided at each step."""
+    params = jax.tree.map(jnp.array, worker.PRETRAINED)
+    state = worker.begin(name, params)
+    params, _, seen = worker.train(name, params, state, worker.PULL, range(STEPS))
+    for field, decided in seen.items():  # the run means something
+        assert len(np.unique(decided, axis=0)) > 1, field
+        assert len(np.unique(decided, axis=1)) > 1, field
+    return jax.device_get(params) | seen
+
+
+def restored(folder: pathlib.Path, name: str, place: Any) -> Any:
+    """Parameters and state; the structure comes from init, the numbers from the checkpoint."""
+    tx = worker.OPTIMIZERS[name]
+    shapes = jax.eval_shape(lambda params: (params, tx.init(params)), worker.PRETRAINED)
+    target = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, place
+    )
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder / name, target)
+
+
+def goes_on(name: str, params: Any, state: Any, pull: Any) -> dict[str, np.ndarray]:
+    params, state, seen = worker.train(name, params, state, pull, range(worker.STOP, STEPS))
+    return jax.device_get(params) | seen
+
+
+def test_two_processes_are_one(tmp_path: pathlib.Path) -> None:
+    port = str(free_port())
+    run_together(
+        [
+            [sys.executable, worker.__file__, port, str(process_id), str(tmp_path)]
+            for process_id in range(worker.PROCESSES)
+        ],
+        tmp_path,
+    )
+    reports = [dict(np.load(tmp_path / f"{i}.npz")) for i in range(worker.PROCESSES)]
+    jax.tree.map(np.testing.assert_array_equal, *reports)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    here = SingleDeviceSharding(jax.devices()[0])
+    for name in worker.OPTIMIZERS:
+        expected = on_one_device(name)
+        found = {key: x for key, x in reports[0].items() if key.startswith(f"{name}/")}
+        assert_same(found, {f"{name}/{key}": x for key, x in expected.items()})
+
+        # What both processes saved half way, one process restores, and goes on with.
+        rest = {key: x if key in worker.SHAPES else x[worker.STOP :] for key, x in expected.items()}
+        split = worker.split(mesh, name)
+        whole = jax.tree.map(lambda _: here, split)
+        saved = restored(tmp_path, name, whole)
+        on_mesh = restored(tmp_path, name, split)
+        jax.tree.map(np.testing.assert_array_equal, on_mesh, saved)
+        worker.check_placement(on_mesh, split)
+        assert_same(goes_on(name, *saved, worker.PULL), rest)
+        if name == "adam_ftp":  # a second program of each would take long to compile
+            assert_same(goes_on(name, *on_mesh, worker.sharded(mesh, worker.PULL)), rest)

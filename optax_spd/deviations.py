@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_spd.mapped_axes import MeshAxes
 from optax_spd.plans import ArrayLayers, LayerPlan
@@ -43,7 +44,7 @@ def layer_sums(
     """
     blocks: dict[int, jax.Array] = {}
     all_axes = tuple(sorted({name for mesh_axes in axes or () for name in mesh_axes}))
-    one_operand = count * sum(terms is not None for terms in products) > MERGED_OPERANDS
+    one_operand = sum(len(terms or ()) for terms in products) > MERGED_OPERANDS
     for index, (entry, terms) in enumerate(zip(plan.arrays, products, strict=True)):
         if entry is None or terms is None:
             continue
@@ -76,13 +77,14 @@ def row_sums(
       all arrays that are split alike.
     """
     rows: list[tuple[jax.Array, ...] | None] = []
+    one_operand = sum(len(terms or ()) for terms in products) > MERGED_OPERANDS
     for entry, terms in zip(plan.arrays, products, strict=True):
         if entry is None or terms is None:
             rows.append(None)
             continue
         kept = entry.stacked_axes + entry.output_axes
         over = tuple(a for a in range(terms[0].ndim) if a not in kept)
-        rows.append(tuple(jnp.sum(term, axis=over, keepdims=True) for term in terms))
+        rows.append(tuple(_sums(terms, over, one_operand=one_operand, keepdims=True)))
     return rows if axes is None else _summed_over_devices(plan, rows, axes)
 
 
@@ -102,8 +104,12 @@ def _summed_over_devices(
             alike.setdefault((reduced, units), []).append(index)
     added = list(rows)
     for (reduced, _), indices in alike.items():
-        partial = [rows[i] for i in indices]
-        for i, sums in zip(indices, jax.lax.psum(partial, reduced), strict=True):
+        partial, treedef = jax.tree.flatten([rows[i] for i in indices])
+        vector = jax.lax.psum(jnp.concatenate([x.ravel() for x in partial]), reduced)
+        ends = np.cumsum([x.size for x in partial])
+        pieces = zip(partial, jnp.split(vector, ends[:-1]), strict=True)
+        whole = [piece.reshape(x.shape).astype(x.dtype) for x, piece in pieces]
+        for i, sums in zip(indices, jax.tree.unflatten(treedef, whole), strict=True):
             added[i] = sums
     return added
 
@@ -164,11 +170,21 @@ def _sums_of_array(
 ) -> jax.Array:
     """The sums of one array's terms, shape (len(terms), its number of layers)."""
     over = tuple(a for a in range(terms[0].ndim) if a not in entry.stacked_axes)
-    if one_operand:
-        sums = jnp.sum(jnp.stack(terms), axis=tuple(axis + 1 for axis in over))
-    else:
-        sums = jnp.stack([jnp.sum(term, axis=over) for term in terms])
+    sums = jnp.stack(_sums(terms, over, one_operand=one_operand))
     return replicated(sums).reshape(len(terms), entry.count)
+
+
+def _sums(
+    terms: tuple[jax.Array, ...],
+    over: tuple[int, ...],
+    *,
+    one_operand: bool,
+    keepdims: bool = False,
+) -> list[jax.Array]:
+    """The terms' sums, which under sharding are one operand of an all-reduce, or one each."""
+    if not one_operand:
+        return [jnp.sum(term, axis=over, keepdims=keepdims) for term in terms]
+    return list(jnp.sum(jnp.stack(terms), tuple(axis + 1 for axis in over), keepdims=keepdims))
 
 
 def replicated(array: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import optax
 
-from optax_spd import masks, trees
+from optax_spd import masks, placement, trees
 from optax_spd.embeddings import DEFAULT_EMBEDDING_PATTERNS
 
 PyTree = Any
@@ -82,7 +82,8 @@ def with_frozen(
     def init(params: PyTree) -> Any:
         mask = _mask_of(params, select)
         _check_something_trains(params, mask)
-        return optax.transforms.selective_transform(inner, freeze_mask=mask).init(params)
+        tx = optax.transforms.selective_transform(inner, freeze_mask=mask)
+        return placement.tied_to_params(tx.init(params), params)
 
     def update(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
@@ -94,10 +95,24 @@ def with_frozen(
         else:
             mask = _mask_of(params, select)
         tx = optax.transforms.selective_transform(inner, freeze_mask=mask)
+        if params is not None:
+            _check_state(state, jax.eval_shape(tx.init, params))
         new_updates, new_state = tx.update(updates, state, params, **extra_args)
         return new_updates, new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_state(state: Any, expected: Any) -> None:
+    """Refuses a state that lacks arrays: made, or restored from one made, with others frozen."""
+    held = trees.flatten(state).by_path
+    for path, leaf in trees.flatten(expected).by_path.items():
+        if not trees.is_gap(leaf) and trees.is_gap(held.get(path)):
+            raise ValueError(
+                f"The state holds nothing at {trees.shown(path)}, where {leaf.shape} numbers of a "
+                "parameter that trains belong. It was made with other parameters frozen, or "
+                "restored from a checkpoint of such a state: call init again."
+            )
 
 
 def _selection(frozen: Frozen) -> Callable[[PyTree], PyTree]:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import shard_alike
 
 from optax_spd import (
     anchors,
@@ -19,6 +18,7 @@ from optax_spd import (
     layers as layers_lib,
     mapped_axes,
     one_cpu as one_cpu_lib,
+    placement,
     plans,
     trees,
 )
@@ -287,11 +287,7 @@ def zeros_like_layers(params: PyTree, plan: plans.LayerPlan, dtype: Any = None) 
 def _zeros_like(leaf: Any, dtype: Any) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=leaf.sharding)
-    zeros = jnp.zeros_like(leaf, dtype=dtype)
-    if isinstance(leaf, jax.core.Tracer):
-        # Zeros depend on nothing, so the partitioner would put a whole copy on every device.
-        return shard_alike.shard_alike(leaf, zeros)[1]
-    return zeros
+    return placement.tied(jnp.zeros_like(leaf, dtype=dtype), leaf)
 
 
 def check_vector(field: str, vector: jax.Array, plan: plans.LayerPlan) -> None:

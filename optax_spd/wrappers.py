@@ -8,6 +8,8 @@ from typing import Any
 
 import optax
 
+from optax_spd import placement
+
 PyTree = Any
 
 
@@ -52,7 +54,10 @@ def with_gradient(
         new_updates, new_state = inner.update(updates, state, params, **extra_args)
         return new_updates, new_state
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    def init(params: PyTree) -> Any:
+        return placement.tied_to_params(inner.init(params), params)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def chain(*stages: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

@@ -231,15 +231,6 @@ def test_a_jitted_init_needs_no_out_shardings(name: str) -> None:
     assert misplaced(tx, state, params) == []
 
 
-def test_a_frozen_update_is_split_like_its_parameter() -> None:
-    """It is made of zeros too, where a step does not add it to the parameters at once."""
-    mesh, case = mesh_of(AxisType.Auto), CASES["sgd_freeze_embed, axis 1"]
-    tx, params = RECIPES[case.recipe](layers=case.layers), placed(mesh, case)
-    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
-    for x, like in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
-        assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
-
-
 # An anchor in host memory ------------------------------------------------------------------------
 
 

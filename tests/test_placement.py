@@ -1,0 +1,64 @@
+"""In a jitted init every array of the state is split as the parameter it belongs to."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import optax_spd
+from optax_spd import placement
+
+# All of one shape: zeros of one shape are one constant to XLA, whatever they belong to.
+SPECS = {"a": P("x"), "b": P(None, "y"), "c": P(("x", "y")), "d": P(None, "x"), "e": P()}
+OPTIMIZERS: dict[str, Callable[[], Any]] = {
+    "adam_spd": lambda: optax_spd.adam_spd(0.1),
+    "adam_ftp": lambda: optax_spd.adam_ftp(0.1),
+    "sgd_freeze_embed": lambda: optax_spd.sgd_freeze_embed(0.1, embedding="^a"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_arrays_of_one_shape_are_each_split_as_their_parameter(name: str) -> None:
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    params = {
+        key: jax.device_put(jnp.full((32, 16), -0.0), NamedSharding(mesh, spec))
+        for key, spec in SPECS.items()
+    }
+    tx = OPTIMIZERS[name]()
+    state = jax.jit(tx.init)(params)
+    found = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if leaf.shape == (32, 16):
+            assert leaf.sharding.is_equivalent_to(params[path[-1].key].sharding, 2), path
+            found += 1
+    assert found >= 4
+    jax.tree.map(np.testing.assert_array_equal, state, tx.init(params))
+
+
+@pytest.mark.parametrize("number", [1.5, -0.0, np.inf, -np.inf, np.nan])
+def test_what_is_tied_stays_the_same_to_the_bit(number: float) -> None:
+    like = jnp.array([1.0, -0.0, jnp.inf, jnp.nan], jnp.float32)
+    array = jnp.full(4, number, jnp.float32)
+    tied = jax.jit(placement.tied)(array, like)
+    assert np.asarray(tied).tobytes() == np.asarray(array).tobytes()
+
+
+def test_only_arrays_of_the_parameters_shape_are_tied() -> None:
+    def init(params: Any) -> Any:
+        state = {"w": jnp.zeros(3), "inner": {"w": jnp.zeros((2, 2))}, "count": jnp.zeros(())}
+        return placement.tied_to_params(state, params)
+
+    equations = jax.make_jaxpr(init)({"w": jnp.zeros((2, 2))}).eqns
+    assert sum(e.primitive.name == "is_finite" for e in equations) == 1
+
+
+def test_outside_of_a_program_nothing_happens() -> None:
+    params = {"w": jnp.ones(2)}
+    state = optax.adam(0.1).init(params)
+    assert placement.tied_to_params(state, params) is state
+    assert placement.tied(state[0].mu["w"], params["w"]) is state[0].mu["w"]

@@ -7,6 +7,7 @@ decision of the layer before it. The equations are those of the chain, which sta
 other devices and for sharded arrays it is what runs.
 """
 
+import collections
 import itertools
 import math
 from collections.abc import Sequence
@@ -26,6 +27,9 @@ PyTree = Any
 # all. A thousand biases would otherwise take a thousand kernels of each kind.
 SMALL_ARRAY = 2**16
 LARGEST_STACK = 2**20
+# In elements: so much is worked on at once, or a single layer if that is more. Cores that work on
+# several arrays wait less for each other.
+UNDER_WAY = 2**22
 
 
 def adam_then_spd(
@@ -152,13 +156,18 @@ def _in_turn(
     moments, *rates = inner
     taken = portions(plan, [_kind(leaf) for leaf in leaves])
     numbers = _numbers(max(len(portion.leaves) for portion in taken), moments.count)
+    under_way: collections.deque[tuple[int, jax.Array]] = collections.deque()
+    earlier: jax.Array | None = None
     for indices, stacked in taken:
+        size = sum(np.size(leaves[i].theta) for i in indices)
+        while under_way and size + sum(other for other, _ in under_way) > UNDER_WAY:
+            _, earlier = under_way.popleft()
         arrays = [leaves[i] for i in indices]
         axes = tuple(plan.stacked_axes(i) for i in indices)
         if stacked:
             arrays, axes = [jax.tree.map(_stacked, *arrays)], ((0,),)
         part = moments._replace(mu=[a.mu for a in arrays], nu=[a.nu for a in arrays])
-        gradients = [_after(ratios, a.update) for a in arrays]
+        gradients = [_after(earlier, a.update) for a in arrays]
         u, (part, *new_rates) = adam.update(gradients, (part, *rates), [a.theta for a in arrays])
 
         if plan.arrays[indices[0]] is not None:
@@ -174,6 +183,7 @@ def _in_turn(
             new, ratio = one_unit(axes, steps, grads, decay)
             u = [x.astype(old.dtype) for x, old in zip(new, u, strict=True)]
             ratios.append(ratio)
+            under_way.append((size, ratio[0]))
             entries = [plan.arrays[i] for i in (indices if stacked else indices[:1])]
             order += [number for entry in entries if entry for number in entry.numbers]
         found = list(map(_Result, u, part.mu, part.nu))
@@ -213,13 +223,13 @@ def _apart(stack: _Result, numbers: Sequence[jax.Array]) -> list[_Result]:
     ]
 
 
-def _after(ratios: list[jax.Array], array: jax.Array) -> jax.Array:
-    """The same numbers, which XLA cannot compute before the last of the ratios.
+def _after(ratio: jax.Array | None, array: jax.Array) -> jax.Array:
+    """The same numbers, which XLA cannot compute before the ratio.
 
     Adding -0 changes no number, not even 0, -0 or NaN; and XLA does not know that it adds -0,
     since 0 times a ratio might be NaN. Its optimization barriers do not hold here: they are
     taken out before operations are fused.
     """
-    if not ratios or not jnp.issubdtype(array.dtype, jnp.floating):
+    if ratio is None or not jnp.issubdtype(array.dtype, jnp.floating):
         return array
-    return array + (-0.0 * ratios[-1][0]).astype(array.dtype)
+    return array + (-0.0 * ratio).astype(array.dtype)

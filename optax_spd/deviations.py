@@ -44,7 +44,7 @@ def layer_sums(
     """
     blocks: dict[int, jax.Array] = {}
     all_axes = tuple(sorted({name for mesh_axes in axes or () for name in mesh_axes}))
-    one_operand = sum(len(terms or ()) for terms in products) > MERGED_OPERANDS
+    one_operand = _too_many_to_merge(products)
     for index, (entry, terms) in enumerate(zip(plan.arrays, products, strict=True)):
         if entry is None or terms is None:
             continue
@@ -77,7 +77,7 @@ def row_sums(
       all arrays that are split alike.
     """
     rows: list[tuple[jax.Array, ...] | None] = []
-    one_operand = sum(len(terms or ()) for terms in products) > MERGED_OPERANDS
+    one_operand = _too_many_to_merge(products)
     for entry, terms in zip(plan.arrays, products, strict=True):
         if entry is None or terms is None:
             rows.append(None)
@@ -172,6 +172,12 @@ def _sums_of_array(
     over = tuple(a for a in range(terms[0].ndim) if a not in entry.stacked_axes)
     sums = jnp.stack(_sums(terms, over, one_operand=one_operand))
     return replicated(sums).reshape(len(terms), entry.count)
+
+
+def _too_many_to_merge(products: Sequence[tuple[jax.Array, ...] | None]) -> bool:
+    """Whether sums over several devices would need more than one all-reduce, taken one by one."""
+    operands = sum(len(terms or ()) for terms in products)
+    return operands > MERGED_OPERANDS and jax.device_count() > 1
 
 
 def _sums(

@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import optax_spd
-from optax_spd import LayerSpec, deviations, mapped_axes, plans, stages, trees
+from optax_spd import LayerSpec, deviations, plans, stages, trees
 
 # Sums on one device ------------------------------------------------------------------------------
 
@@ -372,45 +372,3 @@ def test_jit_may_split_a_stacked_axis_itself(axis_type: AxisType, inside: bool) 
     np.testing.assert_allclose(state.spd_ratio, np.full(9, 0.5), rtol=1e-6)
     expected, _ = update(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), updates, expected)
-
-
-# What is refused ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("axis_name", [3, (), ("d", 3), {"a": "d"}, {}], ids=repr)
-def test_axis_name_is_names_or_specs(axis_name: Any) -> None:
-    with pytest.raises(ValueError, match="axis_name must be a mesh axis name") as error:
-        optax_spd.spd(axis_name=axis_name)
-    assert repr(axis_name) in str(error.value)
-
-
-def test_specs_must_fit_the_parameters() -> None:
-    flat = trees.flatten({"a": jnp.ones(8), "b": jnp.ones(8)})
-    plan = plans.plan_layers(flat)
-    with pytest.raises(ValueError, match="axis_name has no entry for the parameter 'b'"):
-        mapped_axes.sharded_axes({"a": P("d")}, flat, plan)
-    with pytest.raises(ValueError, match="axis_name has an entry at 'c'"):
-        mapped_axes.sharded_axes({"a": P("d"), "b": P(), "c": P()}, flat, plan)
-    # shard_map refuses None for an array too: it is no way to write P().
-    with pytest.raises(ValueError, match=r"axis_name .*'b'"):
-        mapped_axes.sharded_axes({"a": P("d"), "b": None}, flat, plan)
-
-
-def test_a_stacked_axis_cannot_be_split_by_hand() -> None:
-    flat = trees.flatten({"blocks": jnp.ones((8, 4)), "head": jnp.ones(8)})
-    plan = plans.plan_layers(flat, optax_spd.stacked("blocks"))
-    specs = {"blocks": P("d"), "head": P("d")}
-    with pytest.raises(ValueError, match=r"splits 'blocks' over \('d',\) along axis 0"):
-        mapped_axes.sharded_axes(specs, flat, plan)
-    specs["blocks"] = P(None, "d")
-    assert mapped_axes.sharded_axes(specs, flat, plan) == [{"d": 1}, {"d": 0}]
-
-
-def test_the_axes_of_a_leaf_that_is_no_layer_do_not_matter() -> None:
-    flat = trees.flatten({"a": jnp.ones(8), "ids": jnp.arange(8)})
-    plan = plans.plan_layers(flat)
-    assert mapped_axes.sharded_axes({"a": P(("x", "y")), "ids": P("z")}, flat, plan) == [
-        {"x": 0, "y": 0},
-        {},
-    ]
-    assert mapped_axes.sharded_axes(None, flat, plan) is None

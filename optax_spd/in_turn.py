@@ -8,6 +8,7 @@ other devices and for sharded arrays it is what runs.
 """
 
 import collections
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ PyTree = Any
 # In elements: arrays up to the one size are stacked with others of their shape, up to the other in
 # all. A thousand biases would otherwise take a thousand kernels of each kind.
 SMALL_ARRAY = 2**16
-LARGEST_STACK = 2**20
+LARGEST_STACK = 2**18
 # In elements: so much is worked on at once, or a single layer if that is more. Cores that work on
 # several arrays wait less for each other.
 UNDER_WAY = 2**22
@@ -159,13 +160,18 @@ def _in_turn(
     under_way: collections.deque[tuple[int, jax.Array]] = collections.deque()
     earlier: jax.Array | None = None
     for indices, stacked in taken:
-        size = sum(np.size(leaves[i].theta) for i in indices)
+        size = sum(np.size(leaves[i].theta) for i in indices) * (
+            len(_Leaf._fields) if stacked else 1
+        )
         while under_way and size + sum(other for other, _ in under_way) > UNDER_WAY:
             _, earlier = under_way.popleft()
         arrays = [leaves[i] for i in indices]
         axes = tuple(plan.stacked_axes(i) for i in indices)
         if stacked:
-            arrays, axes = [jax.tree.map(_stacked, *arrays)], ((0,),)
+            arrays = [jax.tree.map(anchors.on_device, array) for array in arrays]
+            # One array that has to wait holds back the whole stack.
+            arrays[0] = jax.tree.map(functools.partial(_after, earlier), arrays[0])
+            arrays, axes = [jax.tree.map(lambda *x: jnp.stack(x), *arrays)], ((0,),)
         part = moments._replace(mu=[a.mu for a in arrays], nu=[a.nu for a in arrays])
         gradients = [_after(earlier, a.update) for a in arrays]
         u, (part, *new_rates) = adam.update(gradients, (part, *rates), [a.theta for a in arrays])
@@ -198,10 +204,6 @@ def _kind(leaf: _Leaf) -> tuple[Any, ...]:
     """What must be equal to be stacked: shapes, the parameter's first, and dtypes."""
     arrays = jax.tree.leaves(leaf)
     return (*map(jnp.shape, arrays), *map(jnp.result_type, arrays))
-
-
-def _stacked(*arrays: Any) -> jax.Array:
-    return jnp.stack([anchors.on_device(array) for array in arrays])
 
 
 def _numbers(size: int, count: jax.Array) -> list[jax.Array]:

@@ -1,0 +1,140 @@
+"""What ``axis_name=`` may say, and what is read from it. (How sums use it: test_deviations.py.)"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, PartitionSpec as P
+
+import optax_spd
+from optax_spd import mapped_axes, plans, trees
+
+# What is refused ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis_name", [3, (), ("d", 3), {"a": "d"}, {}], ids=repr)
+def test_axis_name_is_names_or_specs(axis_name: Any) -> None:
+    with pytest.raises(ValueError, match="axis_name must be a mesh axis name") as error:
+        optax_spd.spd(axis_name=axis_name)
+    assert repr(axis_name) in str(error.value)
+
+
+def test_specs_must_fit_the_parameters() -> None:
+    flat = trees.flatten({"a": jnp.ones(8), "b": jnp.ones(8)})
+    plan = plans.plan_layers(flat)
+    with pytest.raises(ValueError, match="axis_name has no entry for the parameter 'b'"):
+        mapped_axes.sharded_axes({"a": P("d")}, flat, plan)
+    with pytest.raises(ValueError, match="axis_name has an entry at 'c'"):
+        mapped_axes.sharded_axes({"a": P("d"), "b": P(), "c": P()}, flat, plan)
+    # shard_map refuses None for an array too: it is no way to write P().
+    with pytest.raises(ValueError, match=r"axis_name .*'b'"):
+        mapped_axes.sharded_axes({"a": P("d"), "b": None}, flat, plan)
+
+
+def test_a_stacked_axis_cannot_be_split_by_hand() -> None:
+    flat = trees.flatten({"blocks": jnp.ones((8, 4)), "head": jnp.ones(8)})
+    plan = plans.plan_layers(flat, optax_spd.stacked("blocks"))
+    specs = {"blocks": P("d"), "head": P("d")}
+    with pytest.raises(ValueError, match=r"splits 'blocks' over \('d',\) along axis 0"):
+        mapped_axes.sharded_axes(specs, flat, plan)
+    specs["blocks"] = P(None, "d")
+    assert mapped_axes.sharded_axes(specs, flat, plan) == [{"d": 1}, {"d": 0}]
+
+
+@pytest.mark.parametrize(
+    "axis_name",
+    [None, "d", ("x", "y"), P(), P("d"), {"a": P("d"), "b": [P(), P(("x", "y"))]}],
+    ids=repr,
+)
+def test_names_and_specs_pass(axis_name: Any) -> None:
+    mapped_axes.check_axis_name(axis_name)
+    assert mapped_axes.is_names(axis_name) == (axis_name in ["d", ("x", "y")])
+
+
+# What is read ------------------------------------------------------------------------------------
+
+
+def planned(params: Any, layers: Any = None) -> tuple[trees.FlatTree, plans.LayerPlan]:
+    flat = trees.flatten(params)
+    return flat, plans.plan_layers(flat, layers)
+
+
+def test_a_bare_name_splits_every_array_along_an_axis_it_does_not_tell() -> None:
+    flat, plan = planned({"a": jnp.ones(8), "b": jnp.ones((8, 2))})
+    assert mapped_axes.sharded_axes("d", flat, plan) == [{"d": None}] * 2
+    assert mapped_axes.sharded_axes(("x", "y"), flat, plan) == [{"x": None, "y": None}] * 2
+
+
+def test_a_spec_says_which_axis_each_name_splits() -> None:
+    flat, plan = planned({"a": jnp.ones((8, 2, 8)), "b": jnp.ones(8), "c": jnp.ones((2, 8))})
+    specs = {"a": P("x", None, ("y", "z")), "b": P(), "c": P(None, "x")}
+    assert mapped_axes.sharded_axes(specs, flat, plan) == [
+        {"x": 0, "y": 2, "z": 2},
+        {},
+        {"x": 1},
+    ]
+
+
+def test_a_prefix_of_specs_covers_what_is_below() -> None:
+    flat, plan = planned({"blocks": {"bias": jnp.ones(8), "kernel": jnp.ones((8, 2))}, "b": 1.0})
+    specs = {"blocks": P("d"), "b": P()}
+    assert mapped_axes.sharded_axes(specs, flat, plan) == [{}, {"d": 0}, {"d": 0}]
+    assert mapped_axes.sharded_axes(P("d"), flat, plan) == [{"d": 0}] * 3
+
+
+def test_the_axes_of_a_leaf_that_is_no_layer_do_not_matter() -> None:
+    flat = trees.flatten({"a": jnp.ones(8), "ids": jnp.arange(8)})
+    plan = plans.plan_layers(flat)
+    assert mapped_axes.sharded_axes({"a": P(("x", "y")), "ids": P("z")}, flat, plan) == [
+        {"x": 0, "y": 0},
+        {},
+    ]
+    assert mapped_axes.sharded_axes(None, flat, plan) is None
+
+
+# What shard_map knows ----------------------------------------------------------------------------
+
+
+def seen_inside(map_over: Callable[..., Any]) -> list[frozenset[str]]:
+    """The varying axes of a split and of a replicated argument, of their sum, and of a mean."""
+    seen: list[frozenset[str]] = []
+
+    def look(split: jax.Array, replicated: jax.Array) -> jax.Array:
+        arrays = (split, replicated, split + replicated, jax.lax.pmean(split, "x"))
+        seen.extend(map(mapped_axes.varying_axes, arrays))
+        return split
+
+    jax.eval_shape(map_over(look), jnp.ones((8, 2)), jnp.ones(2))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("check_vma", "split"),
+    [(True, frozenset({"x", "y"})), (False, frozenset())],
+    ids=["checked", "unchecked"],
+)
+def test_varying_axes_are_those_a_checked_shard_map_knows(
+    check_vma: bool, split: frozenset[str]
+) -> None:
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+
+    def map_over(look: Callable[..., Any]) -> Any:
+        return jax.shard_map(
+            look,
+            mesh=mesh,
+            in_specs=(P(("x", "y")), P()),
+            out_specs=P(("x", "y")),
+            check_vma=check_vma,
+        )
+
+    assert seen_inside(map_over) == [split, frozenset(), split, split - {"x"}]
+
+
+def test_nothing_is_known_to_vary_in_pmap_and_outside_of_maps() -> None:
+    assert (
+        seen_inside(lambda look: jax.pmap(look, axis_name="x", in_axes=(0, None)))
+        == [frozenset()] * 4
+    )
+    assert mapped_axes.varying_axes(jnp.ones(2)) == frozenset()

@@ -96,22 +96,30 @@ def with_frozen(
             mask = _mask_of(params, select)
         tx = optax.transforms.selective_transform(inner, freeze_mask=mask)
         if params is not None:
-            _check_state(state, jax.eval_shape(tx.init, params))
+            _check_state(state, params, mask)
         new_updates, new_state = tx.update(updates, state, params, **extra_args)
         return new_updates, new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_state(state: Any, expected: Any) -> None:
-    """Refuses a state that lacks arrays: made, or restored from one made, with others frozen."""
-    held = trees.flatten(state).by_path
-    for path, leaf in trees.flatten(expected).by_path.items():
-        if not trees.is_gap(leaf) and trees.is_gap(held.get(path)):
+def _check_state(state: Any, params: PyTree, frozen: PyTree) -> None:
+    """Refuses a state with None for something that trains.
+
+    That is what Orbax restores where a checkpoint was saved with other parameters frozen.
+    """
+    is_frozen = trees.flatten(frozen).by_path
+    trained = {
+        path
+        for path, leaf in trees.flatten(params).by_path.items()
+        if not trees.is_gap(leaf) and not is_frozen.get(path, True)
+    }
+    held = trees.flatten(state)
+    for path, leaf in zip(held.paths, held.leaves, strict=True):
+        if leaf is None and any(path[start:] in trained for start in range(len(path))):
             raise ValueError(
-                f"The state holds nothing at {trees.shown(path)}, where {leaf.shape} numbers of a "
-                "parameter that trains belong. It was made with other parameters frozen, or "
-                "restored from a checkpoint of such a state: call init again."
+                f"The state holds None at {trees.shown(path)}, a parameter that trains. It was "
+                "made, or saved in a checkpoint, with other parameters frozen: call init again."
             )
 
 

@@ -9,7 +9,6 @@ other devices and for sharded arrays it is what runs.
 
 import collections
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ import numpy as np
 import optax
 
 from optax_spd import anchors, checks, one_cpu, plans, stages, trees, wrappers
-from optax_spd.spd import one_unit, stage_of
+from optax_spd.spd import SPDState, one_unit, stage_of
 
 PyTree = Any
 
@@ -55,13 +54,16 @@ def adam_then_spd(
             return result
 
         trees.require_params(params)
-        if options.axis_name is not None or not one_cpu.possible(updates, params):
+        reads = (updates, state, params, extra_args.get("grad"), extra_args.get("anchor"))
+        if options.axis_name is not None or not _is_state(state) or not one_cpu.possible(reads):
             return chain()
         flat, plan, _ = plans.planned(params, options.layers, options.mask)
-        grad = extra_args.get("grad", updates)
+        grad = updates if extra_args.get("grad") is None else extra_args["grad"]
         aligned = [trees.align(flat, updates, "updates"), trees.align(flat, grad, "grad")]
-        if not plan.names or any(trees.is_gap(x) for x in itertools.chain(flat.leaves, *aligned)):
-            return chain()  # rare, and not worth more code here
+        absent = [trees.is_gap(theta) for theta in flat.leaves]
+        gaps = ([trees.is_gap(leaf) for leaf in leaves] for leaves in aligned)
+        if not plan.names or any(found != absent for found in gaps):
+            return chain()  # a missing gradient; rare, and not worth more code here
         (moments, *_), stage_state = state
         stages.check_vector("spd_ratio", stage_state.spd_ratio, plan)
         acts = [entry is not None for entry in plan.arrays]
@@ -76,8 +78,8 @@ def adam_then_spd(
             results, new_inner, ratio = _in_turn(adam, plan, flat.paths, leaves, state[0], decay)
 
             def tree(like: PyTree, field: str) -> PyTree:
-                new = [getattr(result, field) for result in results]
-                return trees.replace_leaves(like, dict(zip(flat.paths, new, strict=True)))
+                new = {flat.paths[i]: getattr(result, field) for i, result in results.items()}
+                return trees.replace_leaves(like, new)
 
             new_moments, *new_rates = new_inner
             new_moments = new_moments._replace(mu=tree(moments.mu, "mu"), nu=tree(moments.nu, "nu"))
@@ -89,6 +91,16 @@ def adam_then_spd(
         return result
 
     return optax.GradientTransformationExtraArgs(chained.init, update)
+
+
+def _is_state(state: Any) -> bool:
+    """Whether it is the chain's; otherwise the chain's own error is the best."""
+    return (
+        isinstance(state, tuple)
+        and [type(part) for part in state[1:]] == [SPDState]
+        and isinstance(state[0], tuple)
+        and isinstance(next(iter(state[0]), None), optax.ScaleByAdamState)
+    )
 
 
 class _Leaf(NamedTuple):
@@ -122,8 +134,8 @@ def portions(plan: plans.LayerPlan, kinds: Sequence[Any]) -> list[Portion]:
 
     Args:
       plan: the layers.
-      kinds: per leaf something hashable that starts with its shape; only leaves with equal kinds
-        are stacked.
+      kinds: per leaf something hashable that starts with its shape, or () for a gap; only leaves
+        with equal kinds are stacked.
     """
     found: list[Portion] = []
     stacks: dict[Any, list[int]] = {}
@@ -138,7 +150,7 @@ def portions(plan: plans.LayerPlan, kinds: Sequence[Any]) -> list[Portion]:
             stack = stacks[kinds[first]] = []
             found.append(Portion(stack, stacked=True))
         stack.append(first)
-    others = (i for i, entry in enumerate(plan.arrays) if entry is None)
+    others = (i for i, entry in enumerate(plan.arrays) if entry is None and kinds[i])
     return found + [Portion([i], stacked=False) for i in others]
 
 
@@ -149,8 +161,8 @@ def _in_turn(
     leaves: Sequence[_Leaf],
     inner: Any,
     decay: jax.Array,
-) -> tuple[list[_Result], Any, jax.Array]:
-    """Per leaf the results; Adam's state, its moments still to be filled in; and all r."""
+) -> tuple[dict[int, _Result], Any, jax.Array]:
+    """By leaf the results; Adam's state, its moments still to be filled in; and all r."""
     results: dict[int, _Result] = {}
     order: list[int] = []
     ratios: list[jax.Array] = []
@@ -197,7 +209,7 @@ def _in_turn(
             found = _apart(found[0], numbers[: len(indices)])
         results |= zip(indices, found, strict=True)
     ratio = jnp.concatenate(ratios)[np.argsort(order)]
-    return [results[i] for i in range(len(leaves))], (part, *new_rates), ratio
+    return results, (part, *new_rates), ratio
 
 
 def _kind(leaf: _Leaf) -> tuple[Any, ...]:

@@ -15,15 +15,24 @@ PyTree = Any
 
 
 def tied(array: Any, like: Any) -> Any:
-    """The same array, sharded as ``like`` where a program is being traced."""
-    if not (isinstance(array, jax.core.Tracer) and isinstance(like, jax.core.Tracer)):
-        return array
-    if not jnp.issubdtype(like.dtype, jnp.floating):
+    """The same array, sharded as ``like`` where a program is being traced.
+
+    Only where both hold floating numbers in the device's memory.
+    """
+    if not all(map(_is_traced_on_device, (array, like))):
         return array
     # Each element is made to depend on the parameter's, as a copy would. (``shard_alike`` does not
     # do: zeros of one shape become one constant first, and what is tied to it is all split alike.)
     always = 0 * jnp.where(jnp.isfinite(like), like, 0) == 0
-    return jnp.where(always, array, 0)
+    return jnp.where(always, array, jnp.zeros_like(array))
+
+
+def _is_traced_on_device(array: Any) -> bool:
+    return (
+        isinstance(array, jax.core.Tracer)
+        and jnp.issubdtype(array.dtype, jnp.floating)
+        and jax.typeof(array).memory_space == jax.memory.Space.Device
+    )
 
 
 def tied_to_params(state: PyTree, params: PyTree) -> PyTree:
@@ -43,7 +52,7 @@ def tied_to_params(state: PyTree, params: PyTree) -> PyTree:
         for start in range(len(path) + 1):
             like = found.get(path[start:])
             if isinstance(like, jax.Array):
-                same = isinstance(leaf, jax.Array) and leaf.shape == like.shape
+                same = isinstance(leaf, jax.Array) and leaf.shape == like.shape != ()
                 return tied(leaf, like) if same else leaf
         return leaf
 

@@ -194,7 +194,7 @@ def stage_of(
             return [new.get(i) for i in range(len(grads))], jnp.concatenate(ratios)
 
         if for_one_cpu and view.plan.names:
-            steps, ratio = view.choose(one_cpu=layer_by_layer, default=all_layers)
+            steps, ratio = view.choose(grads, one_cpu=layer_by_layer, default=all_layers)
         else:
             steps, ratio = all_layers()
         count = optax.safe_increment(state.count)

@@ -115,9 +115,17 @@ class StageView:
             },
         )
 
-    def choose(self, *, one_cpu: Callable[[], Any], default: Callable[[], Any]) -> Any:
-        """The form for one CPU where that is what the program is compiled for, else the default."""
-        if self.axes is not None or not one_cpu_lib.possible(self.updates, self.flat.leaves):
+    def choose(
+        self, *matched: Sequence[Any], one_cpu: Callable[[], Any], default: Callable[[], Any]
+    ) -> Any:
+        """The form for one CPU where that is what the program is compiled for, else the default.
+
+        Args:
+          *matched: what the forms read besides the deviations.
+          one_cpu: the one form.
+          default: the other.
+        """
+        if self.axes is not None or not one_cpu_lib.possible(self.deviations, matched):
             return default()
         return jax.lax.platform_dependent(cpu=one_cpu, default=default)
 

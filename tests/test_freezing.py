@@ -483,3 +483,22 @@ def test_a_set_of_patterns_is_several_patterns() -> None:
     tx = optax_spd.with_frozen(optax.sgd(1.0), {"^a", "^b"})
     updates, _ = tx.update(params, tx.init(params), params)
     assert [float(u.sum()) for u in updates.values()] == [0, 0, -2]
+
+
+def test_a_state_saved_with_others_frozen_says_so() -> None:
+    params = {"embed": jnp.ones((4, 2)), "head": jnp.ones(2)}
+    saved = optax_spd.sgd_freeze_embed(0.1, embedding="^embed").init(params)
+    restored = jax.tree.map(  # as Orbax does: None where the checkpoint has no array
+        lambda x: None if isinstance(x, optax.MaskedNode) else x,
+        saved,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )
+    with pytest.raises(ValueError, match=r"None at .*embed.* other parameters frozen"):
+        optax_spd.sgd_freeze_embed(0.1, embedding="^head").update(params, restored, params)
+
+
+def test_a_dropped_anchor_inside_is_reported_as_one() -> None:
+    params = {"embed": jnp.ones((4, 2)), "head": jnp.ones(2)}
+    tx = optax_spd.with_frozen(optax_spd.adam_spd(0.1), "^embed")
+    with pytest.raises(ValueError, match="the anchor was dropped"):
+        tx.update(params, optax_spd.drop_anchor(tx.init(params)), params)

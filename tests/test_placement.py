@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax_support import host_memory_works
 
 import optax_spd
 from optax_spd import placement
@@ -62,3 +63,35 @@ def test_outside_of_a_program_nothing_happens() -> None:
     state = optax.adam(0.1).init(params)
     assert placement.tied_to_params(state, params) is state
     assert placement.tied(state[0].mu["w"], params["w"]) is state[0].mu["w"]
+
+
+def test_only_floating_numbers_are_tied() -> None:
+    like = {"b": jnp.ones((2, 2)), "k": jnp.ones((2, 2)), "f": jnp.ones((2, 2))}
+
+    def init(params: Any) -> Any:
+        keys = jax.random.split(jax.random.key(0), (2, 2))
+        state = {"b": jnp.zeros((2, 2), bool), "k": keys, "f": jnp.zeros((2, 2), jnp.bfloat16)}
+        return placement.tied_to_params(state, params)
+
+    tied, plain = jax.eval_shape(init, like), init(like)
+    assert jax.tree.map(jnp.shape, tied) == jax.tree.map(jnp.shape, plain)
+    assert [x.dtype for x in jax.tree.leaves(tied)] == [x.dtype for x in jax.tree.leaves(plain)]
+
+
+def test_a_number_of_a_state_is_no_copy_of_a_bare_number() -> None:
+    tx = optax_spd.with_gradient(optax.apply_if_finite(optax.sgd(0.1), 3))
+    state = jax.jit(tx.init)(jnp.asarray(1.5))
+    assert jax.tree.map(jnp.result_type, state) == jax.tree.map(
+        jnp.result_type, tx.init(jnp.asarray(1.5))
+    )
+
+
+if host_memory_works():
+
+    def test_a_jitted_init_takes_what_is_in_host_memory() -> None:
+        params = {"w": jnp.full((8, 4), 2.0)}
+        host = jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host), params)
+        state = jax.jit(optax_spd.adam_spd(0.1, anchor=host).init)(params)
+        np.testing.assert_array_equal(np.asarray(state[1].anchor["w"]), params["w"])
+        state = jax.jit(optax_spd.adam_spd(0.1).init)(host)
+        np.testing.assert_array_equal(np.asarray(state[1].anchor["w"]), params["w"])

@@ -9,7 +9,7 @@ HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 # Compiling is most of the tests' time. XLA's older CPU code generator without LLVM's optimizations
 # halves it; `make test-lowest` compiles as users do.
-FAST_COMPILATION := XLA_FLAGS="$(XLA_FLAGS) --xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0 --xla_cpu_enable_concurrency_optimized_scheduler=false"
+FAST_COMPILATION := XLA_FLAGS="$(XLA_FLAGS) --xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
 
 .PHONY: demo test test-lowest lint bench docs clean
 

@@ -204,12 +204,23 @@ def ftp(
 
     .. seealso:: :func:`optax_spd.adam_ftp`, :func:`optax_spd.sgd_ftp`, :func:`optax_spd.tpgm`
     """
+    options = stages.StageOptions(anchor, anchor_dtype, layers, mask, axis_name)
+    return stage_of(k, norm, radius_learning_rate, state_dtype, options)
+
+
+def stage_of(
+    k: checks.ScalarOrSchedule,
+    norm: str,
+    radius_learning_rate: checks.ScalarOrSchedule,
+    state_dtype: Any,
+    options: stages.StageOptions,
+) -> optax.GradientTransformationExtraArgs:
+    """The stage, with the arguments it shares with others checked."""
     checks.check_scalar("k", k, high=1.0)
     checks.check_scalar("radius_learning_rate", radius_learning_rate)
-    projections.check_norm(norm, axis_name)
+    projections.check_norm(norm, options.axis_name)
     if state_dtype is not None:
         state_dtype = checks.check_dtype("state_dtype", state_dtype)
-    options = stages.StageOptions(anchor, anchor_dtype, layers, mask, axis_name)
 
     def init(params: PyTree) -> FTPState:
         plan, held = options.init(params)

@@ -1,16 +1,17 @@
-"""Adam and SPD layer after layer, so that a step on one CPU holds no second parameter tree.
+"""An optimizer's step layer after layer, so that on one CPU it holds no second parameter tree.
 
-XLA's scheduler for CPU starts whatever can start. It would compute Adam's step for every array
-before the first layer's decision, and keep all of them: memory for a whole parameter tree, taken
-anew from the operating system in every step. Here each layer's gradient is made to depend on the
-decision of the layer before it. The equations are those of the chain, which stays the reference: on
-other devices and for sharded arrays it is what runs.
+XLA's scheduler for CPU starts whatever can start. Of Adam followed by SPD, say, it would compute
+Adam's step for every array before the first layer's decision, and keep all of them: memory for a
+whole parameter tree, taken anew from the operating system in every step. Here the chain is applied
+to a layer at a time, and each layer's gradient made to depend on what was decided for an earlier
+one. The chain stays the reference: on other devices and for sharded arrays it is what runs.
 """
 
 import collections
+import dataclasses
 import functools
-import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,232 +19,294 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_spd import anchors, checks, one_cpu, plans, stages, trees, wrappers
-from optax_spd.spd import SPDState, one_unit, stage_of
+from optax_spd import (
+    anchors,
+    layers as layers_lib,
+    one_cpu,
+    plans,
+    portions,
+    stages,
+    trees,
+    wrappers,
+)
 
 PyTree = Any
+StageOf = Callable[[stages.StageOptions], optax.GradientTransformationExtraArgs]
 
-# In elements: arrays up to the one size are stacked with others of their shape, up to the other in
-# all. A thousand biases would otherwise take a thousand kernels of each kind.
-SMALL_ARRAY = 2**16
-LARGEST_STACK = 2**18
 # In elements: so much is worked on at once, or a single layer if that is more. Cores that work on
 # several arrays wait less for each other.
 UNDER_WAY = 2**22
 
+# The fields of the chain's states that are trees like the parameters or hold per-layer vectors. All
+# others, such as step counts, are shared by the layers.
+LIKE_PARAMS = frozenset({"mu", "nu", "trace", "ftp_deviation"})
+PER_LAYER = frozenset({"spd_ratio", "tpgm_radii", "tpgm_started", "ftp_radii", "ftp_moments"})
 
-def adam_then_spd(
-    adam: optax.GradientTransformation,
-    weight_decay: checks.ScalarOrSchedule,
+
+def chain(
+    inner: Sequence[optax.GradientTransformation],
+    stage_of: StageOf,
     options: stages.StageOptions,
+    *,
+    whole_for: Iterable[str] = (),
 ) -> optax.GradientTransformationExtraArgs:
-    """``chain(adam, spd(...))``, layer after layer where the step is compiled for a single CPU.
+    """``optax_spd.chain(*inner, stage)``, in turn where a step is compiled for a single CPU.
 
     Args:
-      adam: ``optax.adam(...)``.
-      weight_decay: SPD's λ.
-      options: its other arguments.
+      inner: transformations that treat each element by itself. Of their states' fields, those that
+        are like the parameters must be in ``LIKE_PARAMS``, as must the stage's but the anchor.
+      stage_of: makes the stage behind them. Its per-layer fields must be in ``PER_LAYER``, the
+        first of them nowhere below -1.
+      options: the stage's.
+      whole_for: extra arguments with which the stage works on all layers at once.
     """
-    chained = wrappers.chain(adam, stage_of(weight_decay, options, for_one_cpu=False))
+    plain = wrappers.chain(*inner, stage_of(dataclasses.replace(options, for_one_cpu=False)))
 
     def update(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
-        def chain() -> tuple[PyTree, Any]:
-            result: tuple[PyTree, Any] = chained.update(updates, state, params, **extra_args)
+        trees.require_params(params)
+        given = _Given(updates, state, params, extra_args.get("grad"), extra_args.get("anchor"))
+        at_once = any(extra_args.get(name) is not None for name in whole_for)
+        result: tuple[PyTree, Any]
+        if at_once or options.axis_name is not None or not one_cpu.possible(given):
+            result = plain.update(updates, state, params, **extra_args)
             return result
 
-        trees.require_params(params)
-        reads = (updates, state, params, extra_args.get("grad"), extra_args.get("anchor"))
-        if options.axis_name is not None or not _is_state(state) or not one_cpu.possible(reads):
-            return chain()
+        @functools.partial(jax.jit, inline=True)
+        def whole(given: _Given) -> tuple[PyTree, Any]:
+            new: tuple[PyTree, Any] = plain.update(
+                given.updates, given.state, given.params, grad=given.grad, anchor=given.anchor
+            )
+            return new
+
+        jax.eval_shape(whole, given)  # so that what is wrong is said of the caller's trees
         flat, plan, _ = plans.planned(params, options.layers, options.mask)
-        grad = updates if extra_args.get("grad") is None else extra_args["grad"]
-        aligned = [trees.align(flat, updates, "updates"), trees.align(flat, grad, "grad")]
-        absent = [trees.is_gap(theta) for theta in flat.leaves]
-        gaps = ([trees.is_gap(leaf) for leaf in leaves] for leaves in aligned)
-        if not plan.names or any(found != absent for found in gaps):
-            return chain()  # a missing gradient; rare, and not worth more code here
-        (moments, *_), stage_state = state
-        stages.check_vector("spd_ratio", stage_state.spd_ratio, plan)
-        acts = [entry is not None for entry in plan.arrays]
-        held = anchors.resolve_anchor(options.anchor, stage_state.anchor, extra_args, flat, acts)
-        mu, nu = (trees.align(flat, tree, "Adam's state") for tree in (moments.mu, moments.nu))
-        if options.anchor_is_zero:
-            held = [None] * len(held)
-        leaves = list(map(_Leaf, flat.leaves, *aligned, held, mu, nu))
-        decay = checks.value_at(weight_decay, stage_state.count, plan.dtype)
+        if not plan.names or _lacks_gradients(flat, given):
+            result = whole(given)
+            return result
+        leaves = _leaves(flat, plan, given, options)
 
         def in_turn() -> tuple[PyTree, Any]:
-            results, new_inner, ratio = _in_turn(adam, plan, flat.paths, leaves, state[0], decay)
+            return _assembled(flat, given, *_in_turn(step_of, plan, leaves, state))
 
-            def tree(like: PyTree, field: str) -> PyTree:
-                new = {flat.paths[i]: getattr(result, field) for i, result in results.items()}
-                return trees.replace_leaves(like, new)
-
-            new_moments, *new_rates = new_inner
-            new_moments = new_moments._replace(mu=tree(moments.mu, "mu"), nu=tree(moments.nu, "nu"))
-            count = optax.safe_increment(stage_state.count)
-            new_stage_state = stage_state._replace(count=count, spd_ratio=ratio)
-            return tree(updates, "update"), ((new_moments, *new_rates), new_stage_state)
-
-        result: tuple[PyTree, Any] = jax.lax.platform_dependent(cpu=in_turn, default=chain)
+        result = jax.lax.platform_dependent(cpu=in_turn, default=lambda: whole(given))
         return result
 
-    return optax.GradientTransformationExtraArgs(chained.init, update)
+    @functools.cache
+    def step_of(specs: tuple[layers_lib.LayerSpec, ...]) -> Callable[..., Any]:
+        return jax.jit(_step_of(inner, stage_of, options, specs), inline=True)
+
+    return optax.GradientTransformationExtraArgs(plain.init, update)
 
 
-def _is_state(state: Any) -> bool:
-    """Whether it is the chain's; otherwise the chain's own error is the best."""
-    return (
-        isinstance(state, tuple)
-        and [type(part) for part in state[1:]] == [SPDState]
-        and isinstance(state[0], tuple)
-        and isinstance(next(iter(state[0]), None), optax.ScaleByAdamState)
+class _Given(NamedTuple):
+    """An update's arguments; ``grad`` and ``anchor`` may be None."""
+
+    updates: PyTree
+    state: tuple[Any, ...]
+    params: PyTree
+    grad: PyTree
+    anchor: PyTree
+
+
+def _lacks_gradients(flat: trees.FlatTree, given: _Given) -> bool:
+    """Whether updates or gradient have other gaps than params: rare, and not worth code here."""
+    gradients = (tree for tree in (given.updates, given.grad) if tree is not None)
+    return any(
+        trees.is_gap(leaf) != trees.is_gap(theta)
+        for tree in gradients
+        for leaf, theta in zip(trees.align(flat, tree, "updates"), flat.leaves, strict=True)
     )
 
 
 class _Leaf(NamedTuple):
-    """What a step reads of one array, or of several stacked ones; no anchor stands for zeros."""
+    """What a step reads of one array, or of several stacked ones.
+
+    Attributes:
+      theta: θ.
+      update: what the chain is given.
+      grad: g.
+      anchor: θ₀; None for zeros, and where there is no layer.
+      held: what the trees in the states that are like the parameters have there.
+    """
 
     theta: Any
     update: Any
     grad: Any
     anchor: Any
-    mu: Any
-    nu: Any
+    held: tuple[Any, ...]
 
 
 class _Result(NamedTuple):
     """What a step writes of one array, or of several stacked ones."""
 
     update: jax.Array
-    mu: jax.Array
-    nu: jax.Array
+    held: tuple[jax.Array, ...]
 
 
-class Portion(NamedTuple):
-    """Arrays that are taken at a time: a unit's, or small ones of one shape, to be stacked."""
-
-    leaves: list[int]
-    stacked: bool
-
-
-def portions(plan: plans.LayerPlan, kinds: Sequence[Any]) -> list[Portion]:
-    """Divides the leaves up.
-
-    Args:
-      plan: the layers.
-      kinds: per leaf something hashable that starts with its shape, or () for a gap; only leaves
-        with equal kinds are stacked.
-    """
-    found: list[Portion] = []
-    stacks: dict[Any, list[int]] = {}
-    for unit in plan.units:
-        first = unit.leaves[0]
-        size = math.prod(kinds[first][0])
-        if len(unit.leaves) > 1 or plan.stacked_axes(first) or size > SMALL_ARRAY:
-            found.append(Portion(unit.leaves, stacked=False))
-            continue
-        stack = stacks.get(kinds[first])
-        if stack is None or (len(stack) + 1) * size > LARGEST_STACK:
-            stack = stacks[kinds[first]] = []
-            found.append(Portion(stack, stacked=True))
-        stack.append(first)
-    others = (i for i, entry in enumerate(plan.arrays) if entry is None and kinds[i])
-    return found + [Portion([i], stacked=False) for i in others]
-
-
-def _in_turn(
-    adam: optax.GradientTransformation,
-    plan: plans.LayerPlan,
-    paths: Sequence[trees.Path],
-    leaves: Sequence[_Leaf],
-    inner: Any,
-    decay: jax.Array,
-) -> tuple[dict[int, _Result], Any, jax.Array]:
-    """By leaf the results; Adam's state, its moments still to be filled in; and all r."""
-    results: dict[int, _Result] = {}
-    order: list[int] = []
-    ratios: list[jax.Array] = []
-    moments, *rates = inner
-    taken = portions(plan, [_kind(leaf) for leaf in leaves])
-    numbers = _numbers(max(len(portion.leaves) for portion in taken), moments.count)
-    under_way: collections.deque[tuple[int, jax.Array]] = collections.deque()
-    earlier: jax.Array | None = None
-    for indices, stacked in taken:
-        size = sum(np.size(leaves[i].theta) for i in indices) * (
-            len(_Leaf._fields) if stacked else 1
-        )
-        while under_way and size + sum(other for other, _ in under_way) > UNDER_WAY:
-            _, earlier = under_way.popleft()
-        arrays = [leaves[i] for i in indices]
-        axes = tuple(plan.stacked_axes(i) for i in indices)
-        if stacked:
-            arrays = [jax.tree.map(anchors.on_device, array) for array in arrays]
-            # One array that has to wait holds back the whole stack.
-            arrays[0] = jax.tree.map(functools.partial(_after, earlier), arrays[0])
-            arrays, axes = [jax.tree.map(lambda *x: jnp.stack(x), *arrays)], ((0,),)
-        part = moments._replace(mu=[a.mu for a in arrays], nu=[a.nu for a in arrays])
-        gradients = [_after(earlier, a.update) for a in arrays]
-        u, (part, *new_rates) = adam.update(gradients, (part, *rates), [a.theta for a in arrays])
-
-        if plan.arrays[indices[0]] is not None:
-            path = paths[indices[0]]
-            steps = [
-                stages.deviation_of(path, step, a.theta, 0 if a.anchor is None else a.anchor)
-                for step, a in zip(u, arrays, strict=True)
-            ]
-            grads = [
-                trees.as_real(a.grad, d.delta.dtype, "grad", path)
-                for d, a in zip(steps, arrays, strict=True)
-            ]
-            new, ratio = one_unit(axes, steps, grads, decay)
-            u = [x.astype(old.dtype) for x, old in zip(new, u, strict=True)]
-            ratios.append(ratio)
-            under_way.append((size, ratio[0]))
-            entries = [plan.arrays[i] for i in (indices if stacked else indices[:1])]
-            order += [number for entry in entries if entry for number in entry.numbers]
-        found = list(map(_Result, u, part.mu, part.nu))
-        if stacked:
-            found = _apart(found[0], numbers[: len(indices)])
-        results |= zip(indices, found, strict=True)
-    ratio = jnp.concatenate(ratios)[np.argsort(order)]
-    return results, (part, *new_rates), ratio
-
-
-def _kind(leaf: _Leaf) -> tuple[Any, ...]:
-    """What must be equal to be stacked: shapes, the parameter's first, and dtypes."""
-    arrays = jax.tree.leaves(leaf)
-    return (*map(jnp.shape, arrays), *map(jnp.result_type, arrays))
-
-
-def _numbers(size: int, count: jax.Array) -> list[jax.Array]:
-    """0, 1, 2, ... as numbers that XLA does not know.
-
-    With indices that it knows it compiles a kernel of its own for every array taken out of a
-    stack; without, arrays of one shape share one. It cannot know that a count is not negative.
-    """
-    known = [np.int32(i) for i in range(size)]
-    numbers: list[jax.Array] = jax.lax.cond(count >= 0, lambda: known, lambda: known[::-1])
-    return numbers
-
-
-def _apart(stack: _Result, numbers: Sequence[jax.Array]) -> list[_Result]:
-    """The arrays that were stacked."""
+def _leaves(
+    flat: trees.FlatTree, plan: plans.LayerPlan, given: _Given, options: stages.StageOptions
+) -> list[_Leaf]:
+    """Matches the trees by path."""
+    acts = [entry is not None for entry in plan.arrays]
+    origin: Sequence[Any] = [None] * len(acts)
+    if not options.anchor_is_zero:
+        held, extra_args = given.state[-1].anchor, {"anchor": given.anchor}
+        origin = anchors.resolve_anchor(options.anchor, held, extra_args, flat, acts)
+    updates = trees.align(flat, given.updates, "updates")
+    grads = updates if given.grad is None else trees.align(flat, given.grad, "grad")
+    like_params = [trees.align(flat, tree, "the state") for tree in _values(given.state)]
+    of_inner = len(_values(given.state[:-1]))  # the stage has nothing where there is no layer
     return [
-        _Result(*(jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in stack))
-        for i in numbers
+        _Leaf(*arrays, tuple(tree[i] for tree in like_params[: None if acts[i] else of_inner]))
+        for i, arrays in enumerate(zip(flat.leaves, updates, grads, origin, strict=True))
     ]
 
 
-def _after(ratio: jax.Array | None, array: jax.Array) -> jax.Array:
-    """The same numbers, which XLA cannot compute before the ratio.
+def _step_of(
+    inner: Sequence[optax.GradientTransformation],
+    stage_of: StageOf,
+    options: stages.StageOptions,
+    specs: tuple[layers_lib.LayerSpec, ...],
+) -> Callable[[Sequence[Any], list[_Leaf]], tuple[list[_Result], Any]]:
+    """The chain for a few arrays, of which ``specs`` says what layers they have: () if none."""
+    stages_ = list(inner)
+    if specs:
+        part = stages.StageOptions(
+            anchor="zero" if options.anchor_is_zero else "argument",
+            layers=lambda name, _: specs[int(name)],
+            for_one_cpu=True,
+        )
+        stages_.append(stage_of(part))
+    chained = optax.chain(*stages_)
 
-    Adding -0 changes no number, not even 0, -0 or NaN; and XLA does not know that it adds -0,
-    since 0 times a ratio might be NaN. Its optimization barriers do not hold here: they are
-    taken out before operations are fused.
+    def step(state: Sequence[Any], arrays: list[_Leaf]) -> tuple[list[_Result], Any]:
+        fields = zip(*(array.held for array in arrays), strict=True)
+        updates, state = chained.update(
+            [a.update for a in arrays],
+            _replaced(tuple(state[: len(stages_)]), map(list, fields)),
+            [a.theta for a in arrays],
+            grad=[a.grad for a in arrays],
+            anchor=[a.anchor for a in arrays],
+        )
+        held = zip(*_values(state), strict=True)
+        return list(map(_Result, updates, held)), state
+
+    return step
+
+
+def _in_turn(
+    step_of: Callable[..., Any],
+    plan: plans.LayerPlan,
+    leaves: Sequence[_Leaf],
+    state: tuple[Any, ...],
+) -> tuple[dict[int, _Result], Any]:
+    """By leaf the results; and the new state, with gaps for what is like the parameters in it."""
+    results: dict[int, _Result] = {}
+    order: list[int] = []
+    decided: list[list[Any]] = []
+    new_state: tuple[Any, ...] = ()
+    # The anchor's arrays are among the leaves.
+    state = (*state[:-1], state[-1]._replace(anchor=optax.EmptyState()))
+    vectors = _values(state, PER_LAYER)
+    taken = portions.portions(plan, list(map(portions.kind_of, leaves)))
+    numbers = portions.opaque_numbers(
+        max(len(portion.leaves) for portion in taken), state[-1].count
+    )
+    under_way: collections.deque[tuple[int, jax.Array]] = collections.deque()
+    earlier: jax.Array | None = None
+    for portion in taken:
+        arrays = [leaves[i] for i in portion.leaves]
+        size = sum(np.size(array.theta) for array in arrays)
+        if portion.stacked:
+            size *= len(jax.tree.leaves(arrays[0]))
+        while under_way and size + sum(other for other, _ in under_way) > UNDER_WAY:
+            _, earlier = under_way.popleft()
+        if portion.stacked:
+            arrays = [_stacked(arrays, earlier)]
+        arrays = [
+            a._replace(theta=_after(earlier, a.theta), update=_after(earlier, a.update))
+            for a in arrays
+        ]
+
+        places, part = portion.places(plan), state
+        if places:
+            of_part = jax.tree.map(operator.itemgetter(_index(places)), vectors)
+            part = _replaced(state, iter(of_part), PER_LAYER)
+        found, new_state = step_of(portion.specs(plan))(part, arrays)
+        if places:
+            order += places
+            decided.append(_values(new_state, PER_LAYER))
+            under_way.append((size, jax.tree.leaves(decided[-1])[0][0]))
+        if portion.stacked:
+            found = portions.unstacked(found[0], numbers[: len(portion.leaves)])
+        results |= zip(portion.leaves, found, strict=True)
+
+    in_order = _index(np.argsort(order).tolist())
+    joined = jax.tree.map(
+        lambda old, *new: jnp.concatenate(new)[in_order].astype(old.dtype), vectors, *decided
+    )
+    return results, _replaced(new_state, iter(joined), PER_LAYER)
+
+
+def _index(places: Sequence[int]) -> Any:
+    """Picks entries; neighbours without a gather."""
+    first, last = places[0], places[-1]
+    if list(places) == list(range(first, last + 1)):
+        return slice(first, last + 1)
+    return np.array(places)
+
+
+def _assembled(
+    flat: trees.FlatTree, given: _Given, results: dict[int, _Result], new_state: Any
+) -> tuple[PyTree, Any]:
+    """What the chain returns."""
+    old = _values(given.state)
+    of_trees: list[dict[trees.Path, Any]] = [{} for _ in old]
+    for i, result in results.items():
+        # Where there is no layer, the last trees have nothing.
+        for of_tree, array in zip(of_trees, result.held, strict=False):
+            of_tree[flat.paths[i]] = array
+    new_state = _replaced(new_state, map(trees.replace_leaves, old, of_trees))
+    *inner, last = new_state
+    updates = {flat.paths[i]: result.update for i, result in results.items()}
+    return (
+        trees.replace_leaves(given.updates, updates),
+        (*inner, last._replace(anchor=given.state[-1].anchor)),
+    )
+
+
+def _values(state: Any, names: frozenset[str] = LIKE_PARAMS) -> list[Any]:
+    """The fields of those names in a chain's state."""
+    if hasattr(state, "_fields"):
+        return [getattr(state, name) for name in state._fields if name in names]
+    return [value for part in state for value in _values(part, names)]
+
+
+def _replaced(state: Any, values: Iterator[Any], names: frozenset[str] = LIKE_PARAMS) -> Any:
+    """The state with other values in the fields of those names, in the same order."""
+    if hasattr(state, "_fields"):
+        return state._replace(**{name: next(values) for name in state._fields if name in names})
+    return tuple(_replaced(part, values, names) for part in state)
+
+
+def _stacked(leaves: Sequence[_Leaf], earlier: jax.Array | None) -> _Leaf:
+    """Several arrays of a kind as one."""
+    first, *others = (jax.tree.map(anchors.on_device, leaf) for leaf in leaves)
+    # One array that has to wait holds back the whole stack.
+    first = jax.tree.map(functools.partial(_after, earlier), first)
+    result: _Leaf = jax.tree.map(lambda *x: jnp.stack(x), first, *others)
+    return result
+
+
+def _after(decided: jax.Array | None, array: jax.Array) -> jax.Array:
+    """The same numbers, which XLA cannot compute before something is decided.
+
+    Adding -0 changes no number, not even 0, -0 or NaN; and XLA does not know that what is decided
+    never is below -1. Its optimization barriers do not hold here: they are taken out before
+    operations are fused.
     """
-    if ratio is None or not jnp.issubdtype(array.dtype, jnp.floating):
+    if decided is None or not jnp.issubdtype(array.dtype, jnp.floating):
         return array
-    return array + (-0.0 * ratio).astype(array.dtype)
+    return array + jnp.where(decided < -1, 1, -0.0).astype(array.dtype)

@@ -13,15 +13,16 @@ https://arxiv.org/abs/2310.19182). Differences from the authors' optimizers:
 2. Learning rate, weight decay and k may be schedules, as everywhere in Optax.
 """
 
+import functools
 from typing import Any
 
 import jax
 import optax
 
-from optax_spd import checks, layers as layers_lib, wrappers
-from optax_spd.ftp import ftp
+from optax_spd import checks, in_turn, layers as layers_lib, stages
+from optax_spd.ftp import stage_of as ftp_stage_of
 from optax_spd.l2_sp import l2_sp
-from optax_spd.tpgm import tpgm
+from optax_spd.tpgm import stage_of as tpgm_stage_of
 
 
 def adam_tpgm(
@@ -87,19 +88,10 @@ def adam_tpgm(
       Tian et al., `Trainable Projected Gradient Method for Robust Fine-tuning
       <https://arxiv.org/abs/2303.10720>`_, CVPR 2023.
     """
-    return wrappers.chain(
-        optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype),
-        tpgm(
-            radius_optimizer,
-            norm=norm,
-            every=every,
-            anchor=anchor,
-            anchor_dtype=anchor_dtype,
-            layers=layers,
-            mask=mask,
-            axis_name=axis_name,
-        ),
-    )
+    adam = optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype)
+    options = stages.StageOptions(anchor, anchor_dtype, layers, mask, axis_name)
+    stage = functools.partial(tpgm_stage_of, radius_optimizer, norm, every, None)
+    return in_turn.chain([adam], stage, options, whole_for=("validation_fn", "validation_batches"))
 
 
 def adam_ftp(
@@ -167,22 +159,14 @@ def adam_ftp(
       Tian et al., `Fast Trainable Projection for Robust Fine-Tuning
       <https://arxiv.org/abs/2310.19182>`_, NeurIPS 2023.
     """
-    return wrappers.chain(
+    inner = [
         optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype),
         _decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
-        ftp(
-            k,
-            norm=norm,
-            radius_learning_rate=radius_learning_rate,
-            state_dtype=state_dtype,
-            anchor=anchor,
-            anchor_dtype=anchor_dtype,
-            layers=layers,
-            mask=mask,
-            axis_name=axis_name,
-        ),
-    )
+    ]
+    options = stages.StageOptions(anchor, anchor_dtype, layers, mask, axis_name)
+    stage = functools.partial(ftp_stage_of, k, norm, radius_learning_rate, state_dtype)
+    return in_turn.chain(inner, stage, options)
 
 
 def sgd_ftp(
@@ -244,21 +228,13 @@ def sgd_ftp(
       Tian et al., `Fast Trainable Projection for Robust Fine-Tuning
       <https://arxiv.org/abs/2310.19182>`_, NeurIPS 2023.
     """
-    return wrappers.chain(
+    inner = [
         _decayed_weights(weight_decay),
         optax.sgd(learning_rate, momentum, nesterov),
-        ftp(
-            k,
-            norm=norm,
-            radius_learning_rate=radius_learning_rate,
-            state_dtype=state_dtype,
-            anchor=anchor,
-            anchor_dtype=anchor_dtype,
-            layers=layers,
-            mask=mask,
-            axis_name=axis_name,
-        ),
-    )
+    ]
+    options = stages.StageOptions(anchor, anchor_dtype, layers, mask, axis_name)
+    stage = functools.partial(ftp_stage_of, k, norm, radius_learning_rate, state_dtype)
+    return in_turn.chain(inner, stage, options)
 
 
 def _decayed_weights(weight_decay: checks.ScalarOrSchedule) -> optax.GradientTransformation:

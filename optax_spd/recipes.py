@@ -1,5 +1,6 @@
 """Complete optimizers, ready for any training loop. Optax's own argument order."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import optax
 
 from optax_spd import checks, in_turn, layers as layers_lib, stages, wrappers
 from optax_spd.l2_sp import l2_sp
+from optax_spd.spd import stage_of
 
 
 def adam_spd(
@@ -66,7 +68,7 @@ def adam_spd(
     """
     adam = optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype)
     options = stages.StageOptions(anchor, anchor_dtype, layers, mask, axis_name)
-    return in_turn.adam_then_spd(adam, weight_decay, options)
+    return in_turn.chain([adam], functools.partial(stage_of, weight_decay), options)
 
 
 def adamw_l2_sp(

@@ -157,14 +157,13 @@ def spd(
 
 
 def stage_of(
-    weight_decay: checks.ScalarOrSchedule, options: stages.StageOptions, *, for_one_cpu: bool = True
+    weight_decay: checks.ScalarOrSchedule, options: stages.StageOptions
 ) -> optax.GradientTransformationExtraArgs:
     """The stage, with the arguments it shares with others checked.
 
     Args:
       weight_decay: λ.
       options: the rest.
-      for_one_cpu: whether a program for one CPU gets the form written for that.
     """
     checks.check_scalar("weight_decay", weight_decay)
 
@@ -193,7 +192,7 @@ def stage_of(
             new, ratios = each_layer(view.plan, view.plan.units, view.deviations, grads, decay)
             return [new.get(i) for i in range(len(grads))], jnp.concatenate(ratios)
 
-        if for_one_cpu and view.plan.names:
+        if view.plan.names:
             steps, ratio = view.choose(grads, one_cpu=layer_by_layer, default=all_layers)
         else:
             steps, ratio = all_layers()

@@ -54,6 +54,7 @@ class StageView:
       deviations: per leaf where the method acts its Deviation, else None.
       axes: per leaf the hand-mapped mesh axes, or None.
       tree: the incoming updates as they came.
+      for_one_cpu: as in :class:`StageOptions`.
     """
 
     plan: plans.LayerPlan
@@ -62,6 +63,7 @@ class StageView:
     deviations: list[Deviation | None]
     axes: list[mapped_axes.MeshAxes] | None
     tree: PyTree
+    for_one_cpu: bool | None
 
     def match(self, tree: PyTree, what: str) -> list[jax.Array | None]:
         """Per leaf where the method acts the leaf of ``tree``, in the deviation's dtype."""
@@ -125,6 +127,8 @@ class StageView:
           one_cpu: the one form.
           default: the other.
         """
+        if self.for_one_cpu is not None:
+            return one_cpu() if self.for_one_cpu else default()
         if self.axes is not None or not one_cpu_lib.possible(self.deviations, matched):
             return default()
         return jax.lax.platform_dependent(cpu=one_cpu, default=default)
@@ -158,13 +162,20 @@ class StageView:
 
 @dataclasses.dataclass(frozen=True)
 class StageOptions:
-    """The arguments that all stages with layers and an anchor have in common, checked."""
+    """The arguments that all stages with layers and an anchor have in common, checked.
+
+    Attributes:
+      anchor, anchor_dtype, layers, mask, axis_name: as the stages document.
+      for_one_cpu: whether to take a stage's form for one CPU, where it has one, or its other; None
+        for the one that suits what the program is compiled for.
+    """
 
     anchor: Any = "initial"
     anchor_dtype: Any = None
     layers: layers_lib.LayerFn | None = None
     mask: Any = None
     axis_name: Any = None
+    for_one_cpu: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuses arguments that are wrong whatever the parameters."""
@@ -211,7 +222,7 @@ class StageOptions:
             )
         ]
         axes = mapped_axes.sharded_axes(self.axis_name, flat, plan)
-        return StageView(plan, flat, leaves, steps, axes, updates)
+        return StageView(plan, flat, leaves, steps, axes, updates, self.for_one_cpu)
 
 
 def deviation_of(path: trees.Path, update: Any, theta: Any, theta_0: Any) -> Deviation:

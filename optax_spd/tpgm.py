@@ -156,12 +156,23 @@ def tpgm(
 
     .. seealso:: :func:`optax_spd.adam_tpgm`, :func:`optax_spd.fit_radii`, :func:`optax_spd.ftp`
     """
+    options = stages.StageOptions(anchor, anchor_dtype, layers, mask, axis_name)
+    return stage_of(radius_optimizer, norm, every, radii, options)
+
+
+def stage_of(
+    radius_optimizer: optax.GradientTransformation | None,
+    norm: str,
+    every: int,
+    radii: jax.typing.ArrayLike | None,
+    options: stages.StageOptions,
+) -> optax.GradientTransformationExtraArgs:
+    """The stage, with the arguments it shares with others checked."""
     optimizer = radius_learning.checked_optimizer(radius_optimizer)
-    projections.check_norm(norm, axis_name)
+    projections.check_norm(norm, options.axis_name)
     checks.check_count("every", every)
     if radii is not None:
         projections.check_radii(radii)
-    options = stages.StageOptions(anchor, anchor_dtype, layers, mask, axis_name)
 
     def init(params: PyTree) -> TPGMState:
         plan, held = options.init(params)

@@ -1,4 +1,4 @@
-"""Adam and SPD layer after layer: the numbers, states and errors of the chain, in less memory.
+"""Steps layer after layer: the numbers, states and errors of the chain, in less memory.
 
 These tests run with eight virtual devices, where the library takes the chain; that there is a
 single one they pretend. test_one_cpu.py starts a process where it is so.
@@ -24,7 +24,7 @@ from jax.sharding import SingleDeviceSharding
 from jax_support import host_memory_works, primitives
 
 import optax_spd
-from optax_spd import LayerSpec, in_turn, one_cpu, plans, trees
+from optax_spd import in_turn, one_cpu, plans, portions, trees
 
 RATE = 0.1
 
@@ -38,7 +38,7 @@ def one_device() -> Iterator[None]:
 
 
 class Sizes(NamedTuple):
-    """The module's constants, made small so that small trees meet all that large ones do."""
+    """The modules' constants, made small so that small trees meet all that large ones do."""
 
     small_array: int
     largest_stack: int
@@ -48,8 +48,10 @@ class Sizes(NamedTuple):
 @contextlib.contextmanager
 def sizes_set(sizes: Sizes | None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for name, size in sizes._asdict().items() if sizes else ():
-            patch.setattr(in_turn, name.upper(), size)
+        if sizes:
+            patch.setattr(portions, "SMALL_ARRAY", sizes.small_array)
+            patch.setattr(portions, "LARGEST_STACK", sizes.largest_stack)
+            patch.setattr(in_turn, "UNDER_WAY", sizes.under_way)
         yield
 
 
@@ -92,6 +94,7 @@ def numbers(seed: int, dtypes: Any = jnp.float32, scale: float = 1.0) -> Any:
 class Case:
     """An optimizer with all that its update takes."""
 
+    make: Callable[..., Any] = optax_spd.adam_spd
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     sizes: Sizes | None = None
     dtypes: Any = jnp.float32
@@ -105,35 +108,62 @@ STATIC = ("anchor", "anchor_dtype", "layers", "mask", "axis_name", "mu_dtype")
 ONE_BY_ONE = Sizes(0, 0, 0)
 CASES = {
     "one stack of each kind": Case(),
-    "two in a stack, a few under way": Case({"anchor": "zero"}, Sizes(20, 40, 300)),
+    "two in a stack, a few under way": Case(options={"anchor": "zero"}, sizes=Sizes(20, 40, 300)),
     "one by one": Case(
-        {"anchor": numbers(1, scale=0.5), "weight_decay": 1.7, "layers": STACKED}, ONE_BY_ONE
+        options={"anchor": numbers(1, scale=0.5), "weight_decay": 1.7, "layers": STACKED},
+        sizes=ONE_BY_ONE,
     ),
     "groups and stacked layers, judged by another gradient": Case(
-        {"anchor_dtype": jnp.bfloat16, "layers": optax_spd.by_module(layers=STACKED)},
-        Sizes(9, 99, 0),
+        options={"anchor_dtype": jnp.bfloat16, "layers": optax_spd.by_module(layers=STACKED)},
+        sizes=Sizes(9, 99, 0),
         extra={"grad": numbers(3)},
     ),
     "masked, on schedules": Case(
-        {
+        options={
             "learning_rate": optax.linear_schedule(0.2, 0.05, 5),
             "weight_decay": optax.linear_schedule(2.0, 0.5, 5),
             "mask": lambda params: {k: k not in ("dense_1", "empty") for k in params},
             "eps_root": 1e-4,
         },
-        Sizes(20, 99, 0),
+        sizes=Sizes(20, 99, 0),
     ),
     "an anchor as argument, several dtypes": Case(
-        {"anchor": "argument", "mu_dtype": jnp.float32},
-        Sizes(20, 40, 0),
+        options={"anchor": "argument", "mu_dtype": jnp.float32},
+        sizes=Sizes(20, 40, 0),
         dtypes=[jnp.float32, jnp.bfloat16, jnp.bfloat16, jnp.float16],
         extra={"anchor": numbers(2, scale=0.5)},
     ),
     "halves with gradients in float32": Case(
-        {"layers": optax_spd.by_module()}, dtypes=jnp.bfloat16, grad_dtypes=jnp.float32
+        options={"layers": optax_spd.by_module()}, dtypes=jnp.bfloat16, grad_dtypes=jnp.float32
+    ),
+    "TPGM": Case(optax_spd.adam_tpgm, {"learning_rate": optax.linear_schedule(0.2, 0.05, 5)}),
+    "TPGM of modules, one by one": Case(
+        optax_spd.adam_tpgm,
+        {"norm": "l2", "anchor": "zero", "layers": optax_spd.by_module(layers=STACKED)},
+        sizes=ONE_BY_ONE,
+    ),
+    "FTP, rows first": Case(
+        optax_spd.adam_ftp,
+        {"layers": optax_spd.outputs("^dense", 0, layers=STACKED), "weight_decay": 0.1},
+        sizes=Sizes(20, 40, 300),
+    ),
+    "FTP, masked, several dtypes": Case(
+        optax_spd.adam_ftp,
+        {
+            "k": optax.linear_schedule(1.0, 0.2, 5),
+            "state_dtype": jnp.bfloat16,
+            "mask": lambda params: {k: k not in ("dense_1", "empty") for k in params},
+        },
+        sizes=Sizes(20, 99, 0),
+        dtypes=[jnp.float32, jnp.bfloat16, jnp.bfloat16],
+        extra={"grad": numbers(3)},
+    ),
+    "SGD with FTP": Case(
+        optax_spd.sgd_ftp,
+        {"momentum": 0.9, "weight_decay": optax.constant_schedule(0.1), "norm": "l2"},
     ),
     "injected": Case(
-        {"weight_decay": optax.linear_schedule(2.0, 0.5, 5)},
+        options={"weight_decay": optax.linear_schedule(2.0, 0.5, 5)},
         wrapper=lambda **options: optax.inject_hyperparams(optax_spd.adam_spd, static_args=STATIC)(
             **options
         ),
@@ -145,7 +175,7 @@ CASES = {
 
 
 def optimizer(case: Case) -> Any:
-    return (case.wrapper or optax_spd.adam_spd)(**({"learning_rate": RATE} | case.options))
+    return (case.wrapper or case.make)(**({"learning_rate": RATE} | case.options))
 
 
 @functools.cache
@@ -181,6 +211,12 @@ def ratios(state: Any) -> np.ndarray:
     return np.asarray(optax.tree.get(state, "spd_ratio"))
 
 
+def radii(state: Any) -> np.ndarray | None:
+    """Of a state of FTP or TPGM."""
+    found = [optax.tree.get(state, name) for name in ("ftp_radii", "tpgm_radii")]
+    return next((np.asarray(x) for x in found if x is not None), None)
+
+
 def assert_close(found: Any, expected: Any) -> None:
     """The same structure and types, weak ones included, and nearly the same numbers."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
@@ -207,10 +243,14 @@ def test_every_step_is_the_chains(name: str) -> None:
     for grads, state, params, *found in trained(name):
         expected = steps["chain"](grads, state, params)
         assert_close(tuple(found), expected)
-        fired.append(ratios(found[1]) > 0)
-    assert 0.1 < np.mean(fired) < 0.9
-    if CASES[name].options.keys().isdisjoint({"anchor", "anchor_dtype"}):
-        assert not np.any(fired[0])  # all layers stand at the anchor
+        if radii(state) is None:
+            fired.append(ratios(found[1]) > 0)
+    if radii(state) is not None:
+        assert len(np.unique(radii(state))) > 3  # each layer's its own, as far as they differ
+    else:
+        assert 0.1 < np.mean(fired) < 0.9
+        if CASES[name].options.keys().isdisjoint({"anchor", "anchor_dtype"}):
+            assert not np.any(fired[0])  # all layers stand at the anchor
     for form, step in steps.items():
         assert is_in_turn(step.trace(grads, state, params).jaxpr) == (form == "in turn")
     # The types of the state are kept as the chain keeps them: nothing more is compiled.
@@ -247,6 +287,32 @@ def test_what_is_not_finite_stays_in_its_layer_also_in_a_stack(poison: float) ->
             hidden = {victim: jnp.zeros(())}
             assert_equal(*(trees.replace_leaves(tree, hidden) for tree in (found, well)))
     assert np.count_nonzero(before) >= 3
+
+
+@pytest.mark.parametrize("name", ["TPGM", "FTP, rows first"])
+def test_what_is_not_finite_stays_in_its_layer_of_balls(name: str) -> None:
+    step = step_of(name, "in turn")
+    grads, state, params, *well = list(trained(name))[3]
+    plan = plans.plan_layers(trees.flatten(params), CASES[name].options.get("layers"))
+    for victim, entry in zip(LEAVES.paths, [x for x in plan.arrays if x is not None], strict=True):
+        leaf = trees.flatten(grads).by_path[victim]
+        sick = trees.replace_leaves(grads, {victim: jnp.full_like(leaf, np.nan)})
+        found = step(sick, state, params)
+        hidden = {victim: jnp.zeros(())}
+        for a, b in zip(like_params(found), like_params(well), strict=True):
+            assert np.any(np.isnan(trees.flatten(a).by_path[victim]))
+            assert_equal(*(trees.replace_leaves(tree, hidden) for tree in (a, b)))
+        others = np.delete(np.arange(len(plan.names)), list(entry.numbers))
+        for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(well[1]), strict=True):
+            if a.shape == (len(plan.names),):
+                np.testing.assert_array_equal(a[others], b[others])
+
+
+def like_params(result: Any) -> list[Any]:
+    """Updates and Adam's moments, which a gradient that is not finite spoils."""
+    updates, (adam, *_) = result
+    moments = adam if isinstance(adam, optax.ScaleByAdamState) else adam[0]
+    return [updates, moments.mu, moments.nu]
 
 
 # Where it is called ------------------------------------------------------------------------------
@@ -436,6 +502,40 @@ def test_what_is_rare_is_the_chains(name: str) -> None:
         assert outcome() == expected
 
 
+def test_with_validation_batches_the_chain_is_taken() -> None:
+    tx, params = optax_spd.adam_tpgm(RATE), small(0)
+    state = tx.init(params)
+
+    def validation_fn(params: Any, batch: jax.Array) -> jax.Array:
+        return jnp.sum(params["scale"] * batch) ** 2
+
+    validation = {"validation_fn": validation_fn, "validation_batches": jnp.ones((2, 5))}
+    for given, expected in ((validation, False), ({}, True), (dict.fromkeys(validation), True)):
+        with one_device():
+            update = jax.jit(lambda grads, given=given: tx.update(grads, state, params, **given))
+            assert is_in_turn(update.trace(params).jaxpr) == expected
+
+
+def test_the_chain_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    traces = 0
+
+    def rate(count: jax.Array) -> jax.Array:
+        nonlocal traces
+        traces += 1
+        return 0.1 / (1 + count)
+
+    tx, params = optax_spd.adam_spd(rate), small(0)
+    state = tx.init(params)
+    of_chain = []
+    for form in ("chain", "in turn", "in turn"):
+        traces = 0
+        with FORMS[form](), sizes_set(Sizes(12, 12, 0)):
+            jax.jit(lambda grads: tx.update(grads, state, params)).trace(params)
+        of_chain.append(traces)
+    # In turn: three portions, two of them of a kind; and no more when it is traced again.
+    assert of_chain == [1, 3, 1]
+
+
 def test_outside_of_jit_the_chain_is_taken() -> None:
     def refuse(*args: Any) -> Any:
         raise AssertionError(f"there are no portions of {args}")
@@ -443,7 +543,7 @@ def test_outside_of_jit_the_chain_is_taken() -> None:
     tx, params = optax_spd.adam_spd(RATE), jnp.ones(2)
     state = tx.init(params)
     with one_device(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(in_turn, "portions", refuse)
+        patch.setattr(portions, "portions", refuse)
         tx.update(params, state, params)
         with pytest.raises(AssertionError, match="no portions"):
             jax.eval_shape(lambda grads: tx.update(grads, state, params), params)
@@ -526,16 +626,16 @@ COUNT = 12
 
 
 @functools.cache
-def traced_step(form: str) -> Any:
+def traced_step(form: str, make: Callable[..., Any] = optax_spd.adam_spd) -> Any:
     """A training step of arrays so large that each is by itself under way."""
     side = math.isqrt(in_turn.UNDER_WAY)
     shapes = {f"w{i}": jax.ShapeDtypeStruct((side, side), jnp.float32) for i in range(COUNT)}
     with FORMS[form]():
-        return trace_of(shapes)
+        return trace_of(shapes, make)
 
 
-def trace_of(shapes: Any) -> Any:
-    tx = optax_spd.adam_spd(RATE)
+def trace_of(shapes: Any, make: Callable[..., Any] = optax_spd.adam_spd) -> Any:
+    tx = make(RATE)
 
     def step(params: Any, state: Any, grads: Any) -> Any:
         updates, state = tx.update(grads, state, params)
@@ -551,11 +651,23 @@ def temporaries(traced: Any) -> int:
     return size
 
 
-def test_temporaries_are_one_array_and_not_a_tree() -> None:
+@pytest.mark.parametrize(
+    ("make", "arrays"),
+    [
+        (optax_spd.adam_spd, 1.5),
+        # A ball's row sums are kernels of their own, which take what they sum from memory.
+        (optax_spd.adam_tpgm, 6),
+        (optax_spd.adam_ftp, 6),
+        (optax_spd.sgd_ftp, 6),
+    ],
+)
+def test_temporaries_are_a_few_arrays_and_not_a_tree(
+    make: Callable[..., Any], arrays: float
+) -> None:
     # XLA keeps the order: where it does not, steps of several arrays are there at once.
     array = 4 * in_turn.UNDER_WAY
-    assert temporaries(traced_step("in turn")) < 1.5 * array
-    assert temporaries(traced_step("chain")) > COUNT * array
+    assert temporaries(traced_step("in turn", make)) < arrays * array
+    assert temporaries(traced_step("chain", make)) > COUNT * array
 
 
 def test_stacks_wait_for_each_other() -> None:
@@ -594,53 +706,3 @@ def test_what_makes_an_array_wait_changes_no_number() -> None:
             np.testing.assert_array_equal(
                 np.asarray(found).view(bits), np.asarray(arrays[dtype]).view(bits), err_msg=dtype
             )
-
-
-# Portions ----------------------------------------------------------------------------------------
-
-
-def portions_of(
-    shapes: dict[str, tuple[int, ...]], layers: Any = None, kinds: dict[str, Any] | None = None
-) -> list[tuple[str, bool]]:
-    """The portions' names, joined, and whether they are stacked."""
-    params = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    params |= {"ids": np.zeros(3, np.int32)}
-    names = sorted(params)
-    plan = plans.plan_layers(trees.flatten(params), layers)
-    of = [(params[name].shape, (kinds or {}).get(name)) for name in names]
-    found = in_turn.portions(plan, of)
-    assert sorted(i for portion in found for i in portion.leaves) == list(range(len(names)))
-    return [(" ".join(names[i] for i in portion.leaves), portion.stacked) for portion in found]
-
-
-def test_small_arrays_of_one_kind_are_stacked_up_to_a_size() -> None:
-    shapes = dict.fromkeys("abcdef", (5,)) | {"g": (4,), "h": (4,), "i": (2, 2)}
-    with sizes_set(Sizes(5, 12, 0)):
-        assert portions_of(shapes, kinds={"e": "half"}) == [
-            ("a b", True),
-            ("c d", True),
-            ("e", True),
-            ("f", True),
-            ("g h", True),
-            ("i", True),
-            ("ids", False),
-        ]
-
-
-def test_large_arrays_groups_and_stacked_layers_are_taken_as_they_are() -> None:
-    shapes = {"a": (2,), "b": (2,), "c": (6,), "d": (2,), "e": (2,), "f": (2,), "g": (2,)}
-    described = {"b": LayerSpec(group="g"), "d": LayerSpec((0,)), "f": LayerSpec(group="g")}
-    with sizes_set(Sizes(5, 99, 0)):
-        assert portions_of(shapes, lambda path, array: described.get(path, LayerSpec())) == [
-            ("a e g", True),
-            ("b f", False),
-            ("c", False),
-            ("d", False),
-            ("ids", False),
-        ]
-
-
-def test_the_sizes_agree() -> None:
-    # A single small array must fit into a stack, and a stack's copies into what is under way.
-    assert in_turn.SMALL_ARRAY <= in_turn.LARGEST_STACK
-    assert 6 * in_turn.LARGEST_STACK <= in_turn.UNDER_WAY

@@ -6,8 +6,8 @@ a flattening reshape, which an explicit-sharding mesh refuses - and what there i
 is gathered into one vector.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,95 +59,134 @@ def layer_sums(
     return tuple(table[i] for i in range(count))
 
 
+class RowSums(NamedTuple):
+    """What :func:`row_sums` gives.
+
+    Attributes:
+      own: per leaf the sums of the rows that this device's part of the array is of, shaped to
+        broadcast against it: the stacked and the output axes keep their sizes, the others have
+        size 1. None where there are no products.
+      known: per leaf the sums of all rows that this device knows; where they have one more axis, at
+        the end, the rows of the other devices are among them.
+      differing: the mesh axes along which devices know different rows of an array.
+      totals: per layer the sum of ``of_rows`` over all its rows; zeros without ``of_rows``.
+    """
+
+    own: list[tuple[jax.Array, ...] | None]
+    known: list[tuple[jax.Array, ...] | None]
+    differing: tuple[str, ...]
+    totals: jax.Array
+
+
 def row_sums(
     plan: LayerPlan,
     products: Sequence[tuple[jax.Array, ...] | None],
     axes: Sequence[MeshAxes] | None = None,
-) -> list[tuple[jax.Array, ...] | None]:
+    of_rows: Callable[..., jax.Array] | None = None,
+) -> RowSums:
     """Sums elementwise products over each row: everything that shares an output unit.
 
     Args:
       plan: the layers.
       products: as for :func:`layer_sums`.
       axes: as for :func:`layer_sums`; they must say which array axis each mesh axis splits.
+      of_rows: an elementwise function of the rows' sums, to be added up over each layer's rows.
 
     Returns:
-      Per leaf the sums, shaped to broadcast against the array: the stacked and the output axes
-      keep their sizes, the others have size 1. A sum over several devices takes one ``psum`` for
-      all arrays that are split alike.
+      See :class:`RowSums`. Sums over several devices take one ``psum`` in all.
     """
-    rows: list[tuple[jax.Array, ...] | None] = []
+    split: Sequence[MeshAxes] = [{}] * len(products) if axes is None else axes
     one_operand = _too_many_to_merge(products)
-    for entry, terms in zip(plan.arrays, products, strict=True):
+    rows: dict[int, tuple[jax.Array, ...]] = {}
+    units: dict[int, tuple[str, ...]] = {}
+    for index, (entry, terms) in enumerate(zip(plan.arrays, products, strict=True)):
         if entry is None or terms is None:
-            rows.append(None)
             continue
         kept = entry.stacked_axes + entry.output_axes
-        over = tuple(a for a in range(terms[0].ndim) if a not in kept)
-        rows.append(tuple(_sums(terms, over, one_operand=one_operand, keepdims=True)))
-    return rows if axes is None else _summed_over_devices(plan, rows, axes)
+        within = tuple(a for a in range(terms[0].ndim) if a not in kept)
+        rows[index] = tuple(_sums(terms, within, one_operand=one_operand, keepdims=True))
+        units[index] = tuple(sorted(n for n, a in split[index].items() if a in entry.output_axes))
+
+    # Of some arrays a device has parts of rows. Of others it has whole rows, and others than its
+    # neighbours: no row needs them, but a sum over the layer's rows does.
+    partial = [i for i in rows if len(units[i]) < len(split[i])]
+    whole = [i for i in rows if units[i] and len(units[i]) == len(split[i])]
+    over = tuple(sorted({n for i in partial + (whole if of_rows else []) for n in split[i]}))
+
+    def totals(terms: Mapping[int, jax.Array]) -> jax.Array:
+        listed = [(terms[i],) if i in terms else None for i in range(len(products))]
+        (vector,) = layer_sums(plan, listed, 1)
+        return vector
+
+    # What shares a psum is summed over the same mesh axes, and so over those that split an array's
+    # units too: each device puts its rows beside those of the others, and then knows all of them.
+    # It moves few numbers all the same: a row stands for as many weights as an output has inputs.
+    placed = {
+        i: tuple(_counted_once(_in_place(x, units[i]), split[i], over) for x in rows[i])
+        for i in partial
+    }
+    early = None
+    if of_rows and whole:
+        early = totals({i: _counted_once(of_rows(*rows[i]), split[i], over) for i in whole})
+    placed, early = _added_up((placed, early), over)
+
+    known = rows | placed
+    own = rows | {i: tuple(_from_place(x, units[i]) for x in placed[i]) for i in partial}
+    everywhere = [i for i in rows if i in placed or not units[i]]
+    late = totals({i: of_rows(*known[i]) for i in everywhere} if of_rows else {})
+    return RowSums(
+        own=[own.get(i) for i in range(len(products))],
+        known=[known.get(i) for i in range(len(products))],
+        differing=tuple(sorted({name for i in whole for name in units[i]})),
+        totals=late if early is None else early + late,
+    )
 
 
-def _summed_over_devices(
-    plan: LayerPlan, rows: list[tuple[jax.Array, ...] | None], axes: Sequence[MeshAxes]
-) -> list[tuple[jax.Array, ...] | None]:
-    """The devices' partial row sums added up."""
-    # Arrays that keep different splits along their output units may not share a psum: it would
-    # make shard_map take the rows of both for different on every device.
-    alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[int]] = {}
-    for index, (entry, sums) in enumerate(zip(plan.arrays, rows, strict=True)):
-        if entry is None or sums is None:
-            continue
-        units = _unit_axes(entry, axes[index])
-        reduced = tuple(sorted(set(axes[index]) - set(units)))
-        if reduced:
-            alike.setdefault((reduced, units), []).append(index)
-    added = list(rows)
-    for (reduced, _), indices in alike.items():
-        partial, treedef = jax.tree.flatten([rows[i] for i in indices])
-        vector = jax.lax.psum(jnp.concatenate([x.ravel() for x in partial]), reduced)
-        ends = np.cumsum([x.size for x in partial])
-        pieces = zip(partial, jnp.split(vector, ends[:-1]), strict=True)
-        whole = [piece.reshape(x.shape).astype(x.dtype) for x, piece in pieces]
-        for i, sums in zip(indices, jax.tree.unflatten(treedef, whole), strict=True):
-            added[i] = sums
-    return added
+def _in_place(rows: jax.Array, units: tuple[str, ...]) -> jax.Array:
+    """A device's rows, and zeros for those of the other devices, along an axis at the end."""
+    places = jnp.arange(jax.lax.axis_size(units))
+    # A select: 0 times a NaN is NaN, and would reach the other devices' rows.
+    return jnp.where(places == jax.lax.axis_index(units), rows[..., None], 0)
 
 
-def _unit_axes(entry: ArrayLayers, axes: MeshAxes) -> tuple[str, ...]:
-    """The mesh axes that split an array's output units."""
-    return tuple(sorted(name for name, axis in axes.items() if axis in entry.output_axes))
+def _from_place(rows: jax.Array, units: tuple[str, ...]) -> jax.Array:
+    """A device's own rows, and for ``shard_map`` others than those of its neighbours."""
+    place = jax.lax.axis_index(units)
+    own: jax.Array = jax.lax.dynamic_index_in_dim(rows, place, -1, keepdims=False)
+    return own
 
 
-def unit_axes_only(plan: LayerPlan, axes: Sequence[MeshAxes] | None) -> list[MeshAxes] | None:
-    """The mesh axes over which a layer's rows are spread; what splits a row is summed already."""
-    if axes is None:
-        return None
-    return [
-        {} if entry is None else {name: mesh[name] for name in _unit_axes(entry, mesh)}
-        for entry, mesh in zip(plan.arrays, axes, strict=True)
-    ]
+def _added_up(tree: PyTree, over: tuple[str, ...]) -> PyTree:
+    """The devices' arrays added up, by one psum of one vector."""
+    arrays, treedef = jax.tree.flatten(tree)
+    if not arrays:
+        return tree
+    vector = jax.lax.psum(jnp.concatenate([x.ravel() for x in arrays]), over)
+    ends = np.cumsum([x.size for x in arrays])
+    pieces = zip(arrays, jnp.split(vector, ends[:-1]), strict=True)
+    return jax.tree.unflatten(
+        treedef, [piece.reshape(x.shape).astype(x.dtype) for x, piece in pieces]
+    )
 
 
 def layer_extremes(
     plan: LayerPlan,
     rows: Sequence[jax.Array | None],
-    axes: Sequence[MeshAxes] | None = None,
+    differing: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """The smallest and the largest of each layer's rows.
 
     Args:
       plan: the layers.
-      rows: per leaf one number a row, as :func:`row_sums` shapes them, or None.
-      axes: as for :func:`row_sums`.
+      rows: per leaf one number for each row that this device knows, or None.
+      differing: the mesh axes along which devices know different rows.
 
     Returns:
       Two vectors of shape (``plan.vector_size``,) and dtype ``plan.dtype``: zero for a layer
       without rows; the largest is infinite or NaN where one of the rows is.
     """
     blocks: dict[int, jax.Array] = {}
-    split: set[str] = set()
-    for index, (entry, row) in enumerate(zip(plan.arrays, rows, strict=True)):
+    for entry, row in zip(plan.arrays, rows, strict=True):
         if entry is None or row is None:
             continue
         over = tuple(a for a in range(row.ndim) if a not in entry.stacked_axes)
@@ -157,11 +196,9 @@ def layer_extremes(
         block = replicated(both).reshape(2, entry.count).astype(plan.dtype)
         start = entry.start
         blocks[start] = jnp.maximum(blocks[start], block) if start in blocks else block
-        if axes is not None:
-            split.update(_unit_axes(entry, axes[index]))
     table = _joined(plan, blocks, 2)
-    if split:
-        table = jax.lax.pmax(table, tuple(sorted(split)))
+    if differing:
+        table = jax.lax.pmax(table, differing)
     return -table[0], table[1]
 
 

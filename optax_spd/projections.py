@@ -86,8 +86,8 @@ def ball_norms(
             _l2_norms(plan, total, leaves) for total, leaves in zip(sums, arrays, strict=True)
         )
     sizes = _together(lambda *leaves: tuple(jnp.abs(x) for x in leaves), *arrays)
-    rows = _apart(deviations.row_sums(plan, sizes, axes), len(arrays))
-    return tuple(_mars_norms(plan, each, axes) for each in rows)
+    rows = deviations.row_sums(plan, sizes, axes)
+    return tuple(_mars_norms(plan, rows, which) for which in range(len(arrays)))
 
 
 def norms_and_slope(
@@ -115,10 +115,8 @@ def norms_and_slope(
         before, now, aligned = deviations.layer_sums(plan, terms, 3, axes)
         return _l2_norms(plan, now, current), aligned / (deviations.norm_of(before) + EPS)
     terms = _together(lambda p, c, g: (jnp.abs(p), jnp.abs(c), g * p), previous, current, grads)
-    rows_before, rows_now, aligned_rows = _apart(deviations.row_sums(plan, terms, axes), 3)
-    ratios = _together(lambda n, a: (a / (n + EPS),), rows_before, aligned_rows)
-    (slope,) = deviations.layer_sums(plan, ratios, 1, deviations.unit_axes_only(plan, axes))
-    return _mars_norms(plan, rows_now, axes), slope
+    rows = deviations.row_sums(plan, terms, axes, lambda before, _, a: a / (before + EPS))
+    return _mars_norms(plan, rows, 1), rows.totals
 
 
 def _together(function: Callable[..., tuple[jax.Array, ...]], *arrays: Leaves) -> list[Any]:
@@ -128,16 +126,13 @@ def _together(function: Callable[..., tuple[jax.Array, ...]], *arrays: Leaves) -
     ]
 
 
-def _apart(sums: list[tuple[jax.Array, ...] | None], count: int) -> list[list[jax.Array | None]]:
-    return [[None if s is None else s[i] for s in sums] for i in range(count)]
-
-
-def _mars_norms(
-    plan: plans.LayerPlan,
-    rows: list[jax.Array | None],
-    axes: Sequence[mapped_axes.MeshAxes] | None,
-) -> BallNorms:
-    return BallNorms(rows, *deviations.layer_extremes(plan, rows, axes))
+def _mars_norms(plan: plans.LayerPlan, rows: deviations.RowSums, which: int) -> BallNorms:
+    """The norms that are number ``which`` of the rows' sums."""
+    own, known = (
+        [None if sums is None else sums[which] for sums in per_leaf]
+        for per_leaf in (rows.own, rows.known)
+    )
+    return BallNorms(own, *deviations.layer_extremes(plan, known, rows.differing))
 
 
 def _l2_norms(plan: plans.LayerPlan, square: jax.Array, arrays: Leaves) -> BallNorms:

@@ -203,12 +203,29 @@ def test_in_shard_map_one_psum_adds_up_all_layers(stage: str, axes: str) -> None
     step, state = in_shard_map(tx.update, tx, axes, params, specs)
     traced = jax.jit(step).trace(params, state, params)
     equations = [name for name in primitives(traced.jaxpr) if COLLECTIVE.match(name)]
+    kinds = sorted(re.split(r"_|2", name)[0] for name in equations)
     found = collectives(traced.lower().compile().as_text())
-    assert list(found) == ["all-reduce"]
+    assert set(found) == {"all-reduce"}
+    terms = 3 if stage.startswith(("spd", "ftp")) else 1
     if "mars" not in stage:
-        assert [re.split(r"_|2", name)[0] for name in equations] == ["psum"]
-        assert len(found["all-reduce"]) == 1
-    else:
-        # Partial rows for each way of splitting them; the slopes of whole rows; the largest row.
-        most = {"1-D": 1, "2-D": 3}[axes] + ("ftp" in stage) + 1
-        assert len(found["all-reduce"]) <= most, found
+        assert kinds == ["psum"]
+        assert found["all-reduce"] == [terms * len(params)]
+        return
+    # The smallest and the largest row of arrays whose rows need no sum.
+    assert kinds == ["pmax", "psum"]
+    # One number for each row that the mesh splits, whatever else it splits: the rows of an array
+    # that is split along its outputs alone stay where they are. In FTP a slope for each layer.
+    split = sum(WHOLE[1] for spec in specs.values() if any(spec) and spec[0])
+    sums = terms * split + (len(params) if "ftp" in stage else 0)
+    assert sorted(found["all-reduce"]) == sorted([sums, 2 * len(params)])
+
+
+@pytest.mark.parametrize("stage", ["ftp in mars", "tpgm in mars"])
+def test_in_shard_map_rows_that_all_devices_know_take_no_maximum(stage: str) -> None:
+    params, specs = model("2-D", 3)
+    params["p1"], specs["p1"] = params["p0"], P("y", "x")
+    tx = optax_spd.with_gradient(STAGES[stage](axis_name=specs))
+    step, state = in_shard_map(tx.update, tx, "2-D", params, specs)
+    jaxpr = jax.make_jaxpr(step)(params, state, params)
+    (only,) = (name for name in primitives(jaxpr.jaxpr) if COLLECTIVE.match(name))
+    assert only.startswith("psum")

@@ -72,19 +72,11 @@ def chain(
         if at_once or options.axis_name is not None or not one_cpu.possible(given):
             result = plain.update(updates, state, params, **extra_args)
             return result
-
-        @functools.partial(jax.jit, inline=True)
-        def whole(given: _Given) -> tuple[PyTree, Any]:
-            new: tuple[PyTree, Any] = plain.update(
-                given.updates, given.state, given.params, grad=given.grad, anchor=given.anchor
-            )
-            return new
-
+        whole = jax.jit(functools.partial(_update, plain))
         jax.eval_shape(whole, given)  # so that what is wrong is said of the caller's trees
         flat, plan, _ = plans.planned(params, options.layers, options.mask)
         if not plan.names or _lacks_gradients(flat, given):
-            result = whole(given)
-            return result
+            return _update(plain, given)
         leaves = _leaves(flat, plan, given, options)
 
         def in_turn() -> tuple[PyTree, Any]:
@@ -95,7 +87,7 @@ def chain(
 
     @functools.cache
     def step_of(specs: tuple[layers_lib.LayerSpec, ...]) -> Callable[..., Any]:
-        return jax.jit(_step_of(inner, stage_of, options, specs), inline=True)
+        return jax.jit(_step_of(inner, stage_of, options, specs))
 
     return optax.GradientTransformationExtraArgs(plain.init, update)
 
@@ -108,6 +100,13 @@ class _Given(NamedTuple):
     params: PyTree
     grad: PyTree
     anchor: PyTree
+
+
+def _update(tx: optax.GradientTransformationExtraArgs, given: _Given) -> tuple[PyTree, Any]:
+    result: tuple[PyTree, Any] = tx.update(
+        given.updates, given.state, given.params, grad=given.grad, anchor=given.anchor
+    )
+    return result
 
 
 def _lacks_gradients(flat: trees.FlatTree, given: _Given) -> bool:

@@ -194,11 +194,15 @@ def is_anchor_leaf(node: Any) -> bool:
     return trees.is_gap(node) or isinstance(node, DroppedAnchor)
 
 
+def is_on_host(theta_0: Any) -> bool:
+    """Whether the anchor array lives in host memory."""
+    on_host: bool = jax.typeof(theta_0).memory_space != jax.memory.Space.Device
+    return on_host
+
+
 def on_device(theta_0: Any) -> Any:
     """The anchor array, brought in if it lives in host memory; the held one stays there."""
-    if jax.typeof(theta_0).memory_space == jax.memory.Space.Device:
-        return theta_0
-    return jax.device_put(theta_0, jax.memory.Space.Device)
+    return jax.device_put(theta_0, jax.memory.Space.Device) if is_on_host(theta_0) else theta_0
 
 
 def with_anchor(

@@ -209,6 +209,7 @@ def _in_turn(
     # The anchor's arrays are among the leaves.
     state = (*state[:-1], state[-1]._replace(anchor=optax.EmptyState()))
     vectors = _values(state, PER_LAYER)
+    of_inner = len(_values(state[:-1]))
     taken = portions.portions(plan, list(map(portions.kind_of, leaves)))
     numbers = portions.opaque_numbers(
         max(len(portion.leaves) for portion in taken), state[-1].count
@@ -224,10 +225,7 @@ def _in_turn(
             _, earlier = under_way.popleft()
         if portion.stacked:
             arrays = [_stacked(arrays, earlier)]
-        arrays = [
-            a._replace(theta=_after(earlier, a.theta), update=_after(earlier, a.update))
-            for a in arrays
-        ]
+        arrays = [_waiting(array, earlier, of_inner) for array in arrays]
 
         places, part = portion.places(plan), state
         if places:
@@ -297,6 +295,17 @@ def _stacked(leaves: Sequence[_Leaf], earlier: jax.Array | None) -> _Leaf:
     first = jax.tree.map(functools.partial(_after, earlier), first)
     result: _Leaf = jax.tree.map(lambda *x: jnp.stack(x), first, *others)
     return result
+
+
+def _waiting(leaf: _Leaf, earlier: jax.Array | None, of_inner: int) -> _Leaf:
+    """The leaf, of which no step or deviation can be computed before something is decided."""
+    after = functools.partial(_after, earlier)
+    of_stage = map(after, leaf.held[of_inner:])
+    return leaf._replace(
+        theta=after(leaf.theta),
+        update=after(leaf.update),
+        held=(*leaf.held[:of_inner], *of_stage),
+    )
 
 
 def _after(decided: jax.Array | None, array: jax.Array) -> jax.Array:

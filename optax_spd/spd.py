@@ -186,7 +186,8 @@ def stage_of(
 
         def all_layers() -> tuple[list[Any], jax.Array]:
             ratio = decay_ratio(*view.sums(3, _products, grads))
-            return view.map(_decayed, view.spread(ratio), view.spread(decay * ratio)), ratio
+            spread = (view.spread(ratio), view.spread(decay * ratio))
+            return view.again().map(_decayed, *spread), ratio
 
         def layer_by_layer() -> tuple[list[Any], jax.Array]:
             new, ratios = each_layer(view.plan, view.plan.units, view.deviations, grads, decay)

@@ -52,6 +52,7 @@ class StageView:
       flat: the parameters, with gaps.
       updates: the incoming updates' leaves, with gaps.
       deviations: per leaf where the method acts its Deviation, else None.
+      anchor: per leaf where the method acts θ₀, wherever it lives; else None.
       axes: per leaf the hand-mapped mesh axes, or None.
       tree: the incoming updates as they came.
       for_one_cpu: as in :class:`StageOptions`.
@@ -61,9 +62,29 @@ class StageView:
     flat: trees.FlatTree
     updates: list[Any]
     deviations: list[Deviation | None]
+    anchor: list[Any]
     axes: list[mapped_axes.MeshAxes] | None
     tree: PyTree
     for_one_cpu: bool | None
+
+    def again(self) -> "StageView":
+        """The same for a second pass over the arrays: its deviations are to be computed anew.
+
+        XLA would keep those of the first pass until all layers are decided: another parameter
+        tree. The barriers keep it from seeing that they are the same. An anchor in host memory is
+        not brought in twice.
+        """
+
+        def anew(d: Deviation | None, path: trees.Path, *arrays: Any) -> Deviation | None:
+            update, theta, theta_0 = arrays
+            compiled = isinstance(theta_0, jax.core.Tracer)
+            if d is None or not compiled or anchors.is_on_host(theta_0):
+                return d
+            return deviation_of(path, update, theta, jax.lax.optimization_barrier(theta_0))
+
+        paths, leaves = self.flat.paths, self.flat.leaves
+        steps = map(anew, self.deviations, paths, self.updates, leaves, self.anchor)
+        return dataclasses.replace(self, deviations=list(steps))
 
     def match(self, tree: PyTree, what: str) -> list[jax.Array | None]:
         """Per leaf where the method acts the leaf of ``tree``, in the deviation's dtype."""
@@ -222,7 +243,7 @@ class StageOptions:
             )
         ]
         axes = mapped_axes.sharded_axes(self.axis_name, flat, plan)
-        return StageView(plan, flat, leaves, steps, axes, updates, self.for_one_cpu)
+        return StageView(plan, flat, leaves, steps, anchor, axes, updates, self.for_one_cpu)
 
 
 def deviation_of(path: trees.Path, update: Any, theta: Any, theta_0: Any) -> Deviation:

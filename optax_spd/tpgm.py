@@ -223,7 +223,8 @@ def stage_of(
         else:
             new_radii, radius_state = jax.lax.cond(state.count % every == 0, learn, keep)
 
-        return view.rebuild(stages.pulled, constraint.factors(new_radii)), TPGMState(
+        factors = constraint.factors(new_radii)
+        return view.again().rebuild(stages.pulled, factors), TPGMState(
             count=optax.safe_increment(state.count),
             anchor=state.anchor,
             tpgm_radii=new_radii,

@@ -1,14 +1,18 @@
 """Steps layer after layer: the numbers, states and errors of the chain, in less memory.
 
 These tests run with eight virtual devices, where the library takes the chain; that there is a
-single one they pretend. test_one_cpu.py starts a process where it is so.
+single one they pretend. test_one_cpu.py starts a process where it is so; here one is started for
+the memory that steps take, which the tests' XLA flags would change.
 """
 
 import contextlib
 import dataclasses
 import functools
-import math
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import temporaries_worker as worker
 from flax import nnx
 from flax.core import freeze
 from jax.sharding import SingleDeviceSharding
@@ -622,59 +627,49 @@ def test_errors_are_the_chains(name: str) -> None:
 # What is compiled --------------------------------------------------------------------------------
 
 
-COUNT = 12
-
-
-@functools.cache
-def traced_step(form: str, make: Callable[..., Any] = optax_spd.adam_spd) -> Any:
-    """A training step of arrays so large that each is by itself under way."""
-    side = math.isqrt(in_turn.UNDER_WAY)
-    shapes = {f"w{i}": jax.ShapeDtypeStruct((side, side), jnp.float32) for i in range(COUNT)}
-    with FORMS[form]():
-        return trace_of(shapes, make)
-
-
-def trace_of(shapes: Any, make: Callable[..., Any] = optax_spd.adam_spd) -> Any:
-    tx = make(RATE)
-
-    def step(params: Any, state: Any, grads: Any) -> Any:
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    jitted = jax.jit(step, donate_argnums=(0, 1))
-    return jitted.trace(shapes, jax.eval_shape(tx.init, shapes), shapes)
-
-
-def temporaries(traced: Any) -> int:
-    """Bytes that the compiled step takes besides its arguments and results."""
-    size: int = traced.lower().compile().memory_analysis().temp_size_in_bytes
-    return size
+@pytest.fixture(scope="module")
+def temporaries() -> dict[str, dict[str, float]]:
+    """What temporaries_worker.py finds, by case and form: memory for so many arrays."""
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(
+        [sys.executable, "-W", "error", worker.__file__],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    found: dict[str, dict[str, float]] = json.loads(ended.stdout)
+    return found
 
 
 @pytest.mark.parametrize(
-    ("make", "arrays"),
+    ("recipe", "arrays"),
     [
-        (optax_spd.adam_spd, 1.5),
+        ("adam_spd", 1.5),
         # A ball's row sums are kernels of their own, which take what they sum from memory.
-        (optax_spd.adam_tpgm, 6),
-        (optax_spd.adam_ftp, 6),
-        (optax_spd.sgd_ftp, 6),
+        ("adam_tpgm", 6),
+        ("adam_ftp", 6),
+        ("sgd_ftp", 6),
     ],
 )
 def test_temporaries_are_a_few_arrays_and_not_a_tree(
-    make: Callable[..., Any], arrays: float
+    recipe: str, arrays: float, temporaries: dict[str, dict[str, float]]
 ) -> None:
     # XLA keeps the order: where it does not, steps of several arrays are there at once.
-    array = 4 * in_turn.UNDER_WAY
-    assert temporaries(traced_step("in turn", make)) < arrays * array
-    assert temporaries(traced_step("chain", make)) > COUNT * array
+    assert temporaries[recipe]["in turn"] < arrays < temporaries[recipe]["chain"]
 
 
-def test_stacks_wait_for_each_other() -> None:
-    shapes = {f"w{i}": jax.ShapeDtypeStruct((32, 32), jnp.float32) for i in range(32)}
-    # Stacks of four arrays, of which one is under way: six arrays go in and three come out.
-    with one_device(), sizes_set(Sizes(2**10, 2**12, 2**15)):
-        assert temporaries(trace_of(shapes)) < 4 * 16 * 2**12
+def test_stacks_wait_for_each_other(temporaries: dict[str, dict[str, float]]) -> None:
+    # Stacks of four arrays, of which two are under way: six arrays go in and three come out.
+    assert temporaries["stacks"]["in turn"] < 2 * 4 * (6 + 3) < temporaries["stacks"]["chain"]
+
+
+@functools.cache
+def traced_step(form: str) -> Any:
+    with FORMS[form]():
+        return worker.traced_step(optax_spd.adam_spd, worker.LARGE)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda", "rocm"])

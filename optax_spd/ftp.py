@@ -264,9 +264,9 @@ def stage_of(
             (state.ftp_radii, state.ftp_moments),
         )
         factors = projections.factors(view.plan, radii, now, acts)
-        kept = view.map(_kept, view.spread(acts), previous)
-        # C is wanted as a result, so for all layers at once computing it anew saves nothing.
-        second = view.again() if view.for_one_cpu else view
+        second = view.again()
+        # A single layer's C may wait for its decision; those of all layers would be a tree.
+        kept = (view if view.for_one_cpu else second).map(_kept, view.spread(acts), previous)
         return second.rebuild(stages.pulled, factors), FTPState(
             count=optax.safe_increment(state.count),
             anchor=state.anchor,

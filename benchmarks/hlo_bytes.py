@@ -1,0 +1,170 @@
+"""Bytes in a device's main memory, from the text of a compiled program.
+
+XLA's own account does not tell a TPU's main memory from its on-chip memories, and says on a GPU
+nothing of what a program reads and writes. The text of a compiled program does: it lists the
+kernels in the order in which they run, with the shapes of what they take and give. An array's
+layout ends in the memory's number, as in ``f32[8,128]{1,0:T(8,128)S(1)}``: none is the main memory
+(a CPU has no other), 5 the host's, the others a TPU's on-chip ones.
+
+Read from the main program only: a branch, a loop or a call is one kernel. Every kernel is taken to
+read each operand once and to write each result once, whole and without padding.
+"""
+
+import collections
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+MAIN = 0
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
+# Kernels that give what they take, under another name or shape.
+VIEWS = {"bitcast", "ConcatBitcast", "get-tuple-element", "optimization-barrier", "tuple"}
+# Kernels that move nothing, but have a buffer of their own.
+UNMOVED = {"AllocateBuffer"}
+OUTSIDE = {"after-all", "constant", "parameter", "partition-id", "replica-id"}
+
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{[^}]*?(?:S\((\d+)\))?\})?")
+_INSTRUCTION = re.compile(
+    r"\s*(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*?)\)(?:, ([\w-]+=.*))?$"
+)
+
+
+class Array(NamedTuple):
+    """A part of a kernel's result: its size, and the number of the memory that it is in."""
+
+    bytes: int
+    memory: int
+
+
+class Instruction(NamedTuple):
+    """A line of the text. Its kind is the operation or, of a custom call, the target."""
+
+    name: str
+    kind: str
+    results: list[Array]
+    operands: list[str]
+    attributes: str
+    is_root: bool
+
+
+def moved_bytes(text: str) -> int:
+    """Bytes that the program reads from main memory and writes to it.
+
+    An asynchronous kernel counts where it is done, and reads of each operand no more than it
+    gives: a slice of an array, say.
+    """
+    results: dict[str, list[Array]] = {}
+    started: dict[str, list[str]] = {}
+    total = 0
+    for each in main_program(text):
+        results[each.name] = each.results
+        if each.kind.endswith("-start"):
+            started[each.name] = each.operands
+        elif each.kind not in VIEWS | UNMOVED | OUTSIDE:
+            operands, limit = each.operands, math.inf
+            if each.kind.endswith("-done"):
+                operands = started.get(operands[0], operands)
+                limit = sum(array.bytes for array in each.results)
+            read = [array for name in operands for array in results.get(name, ())]
+            total += sum(int(min(array.bytes, limit)) for array in read if array.memory == MAIN)
+            total += sum(array.bytes for array in each.results if array.memory == MAIN)
+    return total
+
+
+def temporary_bytes(text: str) -> int:
+    """The most bytes of main memory that intermediate results take at a time.
+
+    Results of the program do not count, nor what a kernel takes for itself.
+    """
+    buffers: dict[str, list[list[int]]] = {}  # of each part of a result
+    sizes: list[int] = []
+    born: list[int] = []
+    dies: list[int] = []
+    started: dict[str, int] = {}
+    kept: set[int] = set()
+    program = list(main_program(text))
+    for time, each in enumerate(program):
+        taken = [buffers.get(name, []) for name in each.operands]
+        for buffer in _flat(map(_flat, taken)):
+            dies[buffer] = time
+        if each.kind == "get-tuple-element":
+            index = int(re.findall(r"index=(\d+)", each.attributes)[0])
+            parts = taken[0][index : index + 1]
+        elif each.kind == "tuple":
+            parts = [_flat(part) for part in taken]
+        elif each.kind in VIEWS:
+            parts = [_flat(map(_flat, taken))]
+        elif each.kind.endswith("-start"):
+            started[each.name] = time
+            parts = [_flat(map(_flat, taken))]
+        else:
+            parts = []
+            for array in [] if each.kind in OUTSIDE else each.results:
+                parts.append([len(sizes)])
+                sizes.append(array.bytes if array.memory == MAIN else 0)
+                born.append(started.get(each.operands[0], time) if each.operands else time)
+                dies.append(time)
+        buffers[each.name] = parts
+        if each.is_root:
+            kept = set(_flat(parts))
+    change = [0] * (len(program) + 1)
+    for buffer, size in enumerate(sizes):
+        if buffer not in kept:
+            change[born[buffer]] += size
+            change[dies[buffer] + 1] -= size
+    return max(itertools.accumulate(change))
+
+
+def collectives(text: str) -> dict[str, list[int]]:
+    """Bytes of the results of each collective operation, of all parts of the program, by kind."""
+    found: dict[str, list[int]] = collections.defaultdict(list)
+    for each in _instructions(text):
+        kind = each.kind.removesuffix("-done")
+        if kind in COLLECTIVES:
+            found[kind].append(sum(array.bytes for array in each.results))
+    return dict(found)
+
+
+def main_program(text: str) -> Iterator[Instruction]:
+    """The instructions that run one after the other when the program is called."""
+    main = re.search(r"^ENTRY .*?^\}", text, re.MULTILINE | re.DOTALL)
+    if main is None:
+        raise ValueError("this is no text of a compiled program: no line begins with ENTRY")
+    return _instructions(main[0])
+
+
+def _instructions(text: str) -> Iterator[Instruction]:
+    for line in text.splitlines():
+        found = _INSTRUCTION.match(line)
+        if found is not None:
+            root, name, shapes, kind, operands, attributes = found.groups(default="")
+            target = re.search(r'custom_call_target="(\w+)"', attributes)
+            yield Instruction(
+                name,
+                target[1] if kind == "custom-call" and target else kind,
+                [_array(*array) for array in _ARRAY.findall(shapes)],
+                re.findall(r"%([\w.-]+)", operands),
+                attributes,
+                bool(root),
+            )
+
+
+def _array(dtype: str, sizes: str, memory: str) -> Array:
+    bits = re.search(r"\d+", dtype)  # none in "token"
+    width = 8 if dtype == "pred" else int(bits[0]) if bits else 0
+    elements = math.prod(int(size) for size in sizes.split(",") if size)
+    return Array(-(-elements * width // 8), int(memory or MAIN))
+
+
+def _flat(parts: Iterator[list[int]] | list[list[int]]) -> list[int]:
+    return [buffer for part in parts for buffer in part]

@@ -56,9 +56,10 @@ def chain(
       inner: transformations that treat each element by itself. Of their states' fields, those that
         are like the parameters must be in ``LIKE_PARAMS``, as must the stage's but the anchor.
       stage_of: makes the stage behind them. Its per-layer fields must be in ``PER_LAYER``, the
-        first of them nowhere below -1.
+        first of them a number and not a truth value.
       options: the stage's.
-      whole_for: extra arguments with which the stage works on all layers at once.
+      whole_for: extra arguments with which the stage works on all layers at once. Otherwise
+        ``grad`` and ``anchor`` alone are passed on.
     """
     plain = wrappers.chain(*inner, stage_of(dataclasses.replace(options, for_one_cpu=False)))
 
@@ -73,21 +74,24 @@ def chain(
             result = plain.update(updates, state, params, **extra_args)
             return result
         whole = jax.jit(functools.partial(_update, plain))
-        jax.eval_shape(whole, given)  # so that what is wrong is said of the caller's trees
+        # First of all, so that what is wrong is said of the caller's trees.
+        _, new_state = jax.eval_shape(whole, given)
         flat, plan, _ = plans.planned(params, options.layers, options.mask)
         if not plan.names or _lacks_gradients(flat, given):
             return _update(plain, given)
         leaves = _leaves(flat, plan, given, options)
 
+        # Not kept for the next trace: what a schedule closes over may be another then.
+        @functools.cache
+        def step_of(specs: tuple[layers_lib.LayerSpec, ...]) -> Callable[..., Any]:
+            return jax.jit(_step_of(inner, stage_of, options, specs))
+
         def in_turn() -> tuple[PyTree, Any]:
-            return _assembled(flat, given, *_in_turn(step_of, plan, leaves, state))
+            types = _values(new_state, PER_LAYER)
+            return _assembled(flat, given, *_in_turn(step_of, plan, leaves, state, types))
 
         result = jax.lax.platform_dependent(cpu=in_turn, default=lambda: whole(given))
         return result
-
-    @functools.cache
-    def step_of(specs: tuple[layers_lib.LayerSpec, ...]) -> Callable[..., Any]:
-        return jax.jit(_step_of(inner, stage_of, options, specs))
 
     return optax.GradientTransformationExtraArgs(plain.init, update)
 
@@ -112,11 +116,7 @@ def _update(tx: optax.GradientTransformationExtraArgs, given: _Given) -> tuple[P
 def _lacks_gradients(flat: trees.FlatTree, given: _Given) -> bool:
     """Whether updates or gradient have other gaps than params: rare, and not worth code here."""
     gradients = (tree for tree in (given.updates, given.grad) if tree is not None)
-    return any(
-        trees.is_gap(leaf) != trees.is_gap(theta)
-        for tree in gradients
-        for leaf, theta in zip(trees.align(flat, tree, "updates"), flat.leaves, strict=True)
-    )
+    return any(trees.flatten(tree).gaps != flat.gaps for tree in gradients)
 
 
 class _Leaf(NamedTuple):
@@ -189,7 +189,8 @@ def _step_of(
             grad=[a.grad for a in arrays],
             anchor=[a.anchor for a in arrays],
         )
-        held = zip(*_values(state), strict=True)
+        values = _values(state)
+        held = (tuple(value[i] for value in values) for i in range(len(arrays)))
         return list(map(_Result, updates, held)), state
 
     return step
@@ -200,8 +201,17 @@ def _in_turn(
     plan: plans.LayerPlan,
     leaves: Sequence[_Leaf],
     state: tuple[Any, ...],
+    types: PyTree,
 ) -> tuple[dict[int, _Result], Any]:
-    """By leaf the results; and the new state, with gaps for what is like the parameters in it."""
+    """By leaf the results; and the new state, with gaps for what is like the parameters in it.
+
+    Args:
+      step_of: the chain for a few arrays, by their specs.
+      plan: the layers.
+      leaves: what is read.
+      state: the chain's.
+      types: of the new per-layer vectors.
+    """
     results: dict[int, _Result] = {}
     order: list[int] = []
     decided: list[list[Any]] = []
@@ -235,14 +245,15 @@ def _in_turn(
         if places:
             order += places
             decided.append(_values(new_state, PER_LAYER))
-            under_way.append((size, jax.tree.leaves(decided[-1])[0][0]))
+            # No radius or ratio is negative, unless in a state that someone changed.
+            under_way.append((size, jnp.maximum(jax.tree.leaves(decided[-1])[0][0], 0)))
         if portion.stacked:
             found = portions.unstacked(found[0], numbers[: len(portion.leaves)])
         results |= zip(portion.leaves, found, strict=True)
 
     in_order = _index(np.argsort(order).tolist())
     joined = jax.tree.map(
-        lambda old, *new: jnp.concatenate(new)[in_order].astype(old.dtype), vectors, *decided
+        lambda like, *new: jnp.concatenate(new)[in_order].astype(like.dtype), types, *decided
     )
     return results, _replaced(new_state, iter(joined), PER_LAYER)
 
@@ -312,9 +323,10 @@ def _after(decided: jax.Array | None, array: jax.Array) -> jax.Array:
     """The same numbers, which XLA cannot compute before something is decided.
 
     Adding -0 changes no number, not even 0, -0 or NaN; and XLA does not know that what is decided
-    never is below -1. Its optimization barriers do not hold here: they are taken out before
+    is not below -1. Its optimization barriers do not hold here: they are taken out before
     operations are fused.
     """
+    array = jnp.asarray(array)
     if decided is None or not jnp.issubdtype(array.dtype, jnp.floating):
         return array
     return array + jnp.where(decided < -1, 1, -0.0).astype(array.dtype)

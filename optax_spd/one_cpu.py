@@ -25,7 +25,7 @@ SHORTEST_PIECE = 8
 def possible(*trees: Any) -> bool:
     """Whether the program being traced would run on one device if it were compiled for CPU.
 
-    False outside of ``jit``, where every operation is a program of its own, and where an explicit
+    False where nothing is traced and every operation is a program of its own, and where an explicit
     mesh splits an array. Whether it *is* compiled for CPU is only known when it is lowered.
     """
     leaves = jax.tree.leaves(trees)

@@ -35,7 +35,7 @@ class Portion(NamedTuple):
         return [number for entry in entries if entry is not None for number in entry.numbers]
 
     def specs(self, plan: plans.LayerPlan) -> tuple[layers_lib.LayerSpec, ...]:
-        """What layers its arrays have, once they are stacked; () for no layer."""
+        """What layers its arrays have as they are taken, stacked or not; () for no layer."""
         entries = [entry for entry in map(plan.arrays.__getitem__, self.leaves) if entry]
         if self.stacked:
             outputs = tuple(1 + axis for axis in entries[0].output_axes)
@@ -52,33 +52,35 @@ def portions(plan: plans.LayerPlan, kinds: Sequence[Any]) -> list[Portion]:
     Args:
       plan: the layers.
       kinds: per leaf something hashable that starts with its shape, or () for a gap; only leaves
-        with equal kinds are stacked.
+        with equal kinds, and with the same output axes, are stacked.
     """
     others = (i for i, entry in enumerate(plan.arrays) if entry is None and kinds[i])
     found = [Portion([i], stacked=False) for i in others]
     stacks: dict[Any, list[int]] = {}
     for unit in plan.units:
         first = unit.leaves[0]
-        size = math.prod(kinds[first][0])
+        entry, size = plan.arrays[first], math.prod(kinds[first][0])
+        kind = (kinds[first], entry.output_axes if entry else ())
         if len(unit.leaves) > 1 or plan.stacked_axes(first) or size > SMALL_ARRAY:
             found.append(Portion(unit.leaves, stacked=False))
             continue
-        stack = stacks.get(kinds[first])
+        stack = stacks.get(kind)
         if stack is None or (len(stack) + 1) * size > LARGEST_STACK:
-            stack = stacks[kinds[first]] = []
+            stack = stacks[kind] = []
             found.append(Portion(stack, stacked=True))
         stack.append(first)
     return found
 
 
 def kind_of(leaf: PyTree) -> tuple[Any, ...]:
-    """What must be equal in arrays to be stacked: the shapes and dtypes of what belongs to each.
+    """What must be equal in arrays to be stacked: shapes and types of what belongs to each.
 
     Args:
       leaf: a tree of arrays, an array of the parameters first; () for one without arrays.
     """
     arrays = jax.tree.leaves(leaf)
-    return (*map(jnp.shape, arrays), *map(jnp.result_type, arrays))
+    weak = (jax.typeof(array).weak_type for array in arrays)
+    return (*map(jnp.shape, arrays), *map(jnp.result_type, arrays), *weak)
 
 
 def opaque_numbers(size: int, count: jax.Array) -> list[jax.Array]:

@@ -190,7 +190,7 @@ def stage_of(
             return view.again().map(_decayed, *spread), ratio
 
         def layer_by_layer() -> tuple[list[Any], jax.Array]:
-            new, ratios = each_layer(view.plan, view.plan.units, view.deviations, grads, decay)
+            new, ratios = each_layer(view.plan, view.deviations, grads, decay)
             return [new.get(i) for i in range(len(grads))], jnp.concatenate(ratios)
 
         if view.plan.names:
@@ -205,7 +205,6 @@ def stage_of(
 
 def each_layer(
     plan: plans.LayerPlan,
-    units: Sequence[plans.Unit],
     steps: Sequence[stages.Deviation | None],
     grads: Sequence[jax.Array | None],
     decay: jax.Array,
@@ -217,7 +216,6 @@ def each_layer(
 
     Args:
       plan: the layers.
-      units: which of its units.
       steps: per leaf Δ and u, or None where there is no step.
       grads: per leaf g.
       decay: λ.
@@ -227,7 +225,7 @@ def each_layer(
     """
     new: dict[int, jax.Array] = {}
     ratios = []
-    for unit in units:
+    for unit in plan.units:
         present = [i for i in unit.leaves if steps[i] is not None]
         ratio = jnp.zeros(unit.layers, decay.dtype)
         if present:

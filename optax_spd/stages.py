@@ -71,8 +71,9 @@ class StageView:
         """The same for a second pass over the arrays: its deviations are to be computed anew.
 
         XLA would keep those of the first pass until all layers are decided: another parameter
-        tree. The barriers keep it from seeing that they are the same. An anchor in host memory is
-        not brought in twice.
+        tree. The barriers outlive its search for equal operations, which is all that they have to.
+        Nothing changes where no array θ₀ is compiled in, or where one would have to be brought in
+        from host memory twice.
         """
 
         def anew(d: Deviation | None, path: trees.Path, *arrays: Any) -> Deviation | None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from optax_spd.mapped_axes import MeshAxes
 from optax_spd.plans import ArrayLayers, LayerPlan
@@ -158,15 +158,8 @@ def _from_place(rows: jax.Array, units: tuple[str, ...]) -> jax.Array:
 
 def _added_up(tree: PyTree, over: tuple[str, ...]) -> PyTree:
     """The devices' arrays added up, by one psum of one vector."""
-    arrays, treedef = jax.tree.flatten(tree)
-    if not arrays:
-        return tree
-    vector = jax.lax.psum(jnp.concatenate([x.ravel() for x in arrays]), over)
-    ends = np.cumsum([x.size for x in arrays])
-    pieces = zip(arrays, jnp.split(vector, ends[:-1]), strict=True)
-    return jax.tree.unflatten(
-        treedef, [piece.reshape(x.shape).astype(x.dtype) for x, piece in pieces]
-    )
+    vector, separate = ravel_pytree(tree)
+    return separate(jax.lax.psum(vector, over)) if vector.size else tree
 
 
 def layer_extremes(

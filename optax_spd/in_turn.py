@@ -127,14 +127,16 @@ class _Leaf(NamedTuple):
       update: what the chain is given.
       grad: g.
       anchor: θ₀; None for zeros, and where there is no layer.
-      held: what the trees in the states that are like the parameters have there.
+      inner: what the trees in the inner states that are like the parameters have there.
+      stage: the same of the stage's state; () where there is no layer.
     """
 
     theta: Any
     update: Any
     grad: Any
     anchor: Any
-    held: tuple[Any, ...]
+    inner: tuple[Any, ...]
+    stage: tuple[Any, ...]
 
 
 class _Result(NamedTuple):
@@ -155,10 +157,16 @@ def _leaves(
         origin = anchors.resolve_anchor(options.anchor, held, extra_args, flat, acts)
     updates = trees.align(flat, given.updates, "updates")
     grads = updates if given.grad is None else trees.align(flat, given.grad, "grad")
-    like_params = [trees.align(flat, tree, "the state") for tree in _values(given.state)]
-    of_inner = len(_values(given.state[:-1]))  # the stage has nothing where there is no layer
+    inner, stage = (
+        [trees.align(flat, tree, "the state") for tree in _values(state)]
+        for state in (given.state[:-1], given.state[-1])
+    )
     return [
-        _Leaf(*arrays, tuple(tree[i] for tree in like_params[: None if acts[i] else of_inner]))
+        _Leaf(
+            *arrays,
+            inner=tuple(tree[i] for tree in inner),
+            stage=tuple(tree[i] for tree in stage) if acts[i] else (),
+        )
         for i, arrays in enumerate(zip(flat.leaves, updates, grads, origin, strict=True))
     ]
 
@@ -181,7 +189,7 @@ def _step_of(
     chained = optax.chain(*stages_)
 
     def step(state: Sequence[Any], arrays: list[_Leaf]) -> tuple[list[_Result], Any]:
-        fields = zip(*(array.held for array in arrays), strict=True)
+        fields = zip(*(array.inner + array.stage for array in arrays), strict=True)
         updates, state = chained.update(
             [a.update for a in arrays],
             _replaced(tuple(state[: len(stages_)]), map(list, fields)),
@@ -219,7 +227,6 @@ def _in_turn(
     # The anchor's arrays are among the leaves.
     state = (*state[:-1], state[-1]._replace(anchor=optax.EmptyState()))
     vectors = _values(state, PER_LAYER)
-    of_inner = len(_values(state[:-1]))
     taken = portions.portions(plan, list(map(portions.kind_of, leaves)))
     numbers = portions.opaque_numbers(
         max(len(portion.leaves) for portion in taken), state[-1].count
@@ -235,7 +242,8 @@ def _in_turn(
             _, earlier = under_way.popleft()
         if portion.stacked:
             arrays = [_stacked(arrays, earlier)]
-        arrays = [_waiting(array, earlier, of_inner) for array in arrays]
+        else:
+            arrays = [_waiting(array, earlier) for array in arrays]
 
         places, part = portion.places(plan), state
         if places:
@@ -308,14 +316,11 @@ def _stacked(leaves: Sequence[_Leaf], earlier: jax.Array | None) -> _Leaf:
     return result
 
 
-def _waiting(leaf: _Leaf, earlier: jax.Array | None, of_inner: int) -> _Leaf:
+def _waiting(leaf: _Leaf, earlier: jax.Array | None) -> _Leaf:
     """The leaf, of which no step or deviation can be computed before something is decided."""
     after = functools.partial(_after, earlier)
-    of_stage = map(after, leaf.held[of_inner:])
     return leaf._replace(
-        theta=after(leaf.theta),
-        update=after(leaf.update),
-        held=(*leaf.held[:of_inner], *of_stage),
+        theta=after(leaf.theta), update=after(leaf.update), stage=tuple(map(after, leaf.stage))
     )
 
 

@@ -190,8 +190,7 @@ def stage_of(
             return view.again().map(_decayed, *spread), ratio
 
         def layer_by_layer() -> tuple[list[Any], jax.Array]:
-            new, ratios = each_layer(view.plan, view.deviations, grads, decay)
-            return [new.get(i) for i in range(len(grads))], jnp.concatenate(ratios)
+            return each_layer(view.plan, view.deviations, grads, decay)
 
         if view.plan.names:
             steps, ratio = view.choose(grads, one_cpu=layer_by_layer, default=all_layers)
@@ -208,7 +207,7 @@ def each_layer(
     steps: Sequence[stages.Deviation | None],
     grads: Sequence[jax.Array | None],
     decay: jax.Array,
-) -> tuple[dict[int, jax.Array], list[jax.Array]]:
+) -> tuple[list[jax.Array | None], jax.Array]:
     """The same update written layer by layer, for one CPU.
 
     A layer's kernels get its own numbers and not the vector of all layers', so arrays of one shape
@@ -221,7 +220,7 @@ def each_layer(
       decay: λ.
 
     Returns:
-      u' by leaf, and per unit its layers' r: 0 for a unit without a step.
+      u' per leaf, or None where there is no step; and r, which is 0 for a layer without one.
     """
     new: dict[int, jax.Array] = {}
     ratios = []
@@ -235,7 +234,7 @@ def each_layer(
             )
             new |= zip(present, changed, strict=True)
         ratios.append(ratio)
-    return new, ratios
+    return [new.get(i) for i in range(len(steps))], jnp.concatenate(ratios)
 
 
 @functools.partial(jax.jit, static_argnums=0, inline=True)

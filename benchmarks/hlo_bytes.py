@@ -6,15 +6,17 @@ kernels in the order in which they run, with the shapes of what they take and gi
 layout ends in the memory's number, as in ``f32[8,128]{1,0:T(8,128)S(1)}``: none is the main memory
 (a CPU has no other), 5 the host's, the others a TPU's on-chip ones.
 
-Read from the main program only: a branch, a loop or a call is one kernel. Every kernel is taken to
-read each operand once and to write each result once, whole and without padding.
+Read from the main program, and where it branches from the costliest branch; a loop or a call is one
+kernel. Every kernel is taken to read each operand once and to write each result once, whole and
+without padding.
 """
 
 import collections
 import itertools
 import math
+import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 MAIN = 0
@@ -37,6 +39,7 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{[^}]*?(?:S\((\d+)\))?\})?")
 _INSTRUCTION = re.compile(
     r"\s*(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*?)\)(?:, ([\w-]+=.*))?$"
 )
+_BRANCHES = re.compile(r"branch_computations=\{[^}]*\}|(?:true|false)_computation=%[\w.-]+")
 
 
 class Array(NamedTuple):
@@ -63,12 +66,18 @@ def moved_bytes(text: str) -> int:
     An asynchronous kernel counts where it is done, and reads of each operand no more than it
     gives: a slice of an array, say.
     """
+    return _moved(main_program(text), text)
+
+
+def _moved(program: Iterable[Instruction], text: str) -> int:
     results: dict[str, list[Array]] = {}
     started: dict[str, list[str]] = {}
     total = 0
-    for each in main_program(text):
+    for each in program:
         results[each.name] = each.results
-        if each.kind.endswith("-start"):
+        if each.kind == "conditional":
+            total += max(_moved(branch, text) for branch in _branches(each, text))
+        elif each.kind.endswith("-start"):
             started[each.name] = each.operands
         elif each.kind not in VIEWS | UNMOVED | OUTSIDE:
             operands, limit = each.operands, math.inf
@@ -86,14 +95,20 @@ def temporary_bytes(text: str) -> int:
 
     Results of the program do not count, nor what a kernel takes for itself.
     """
+    return _temporary(list(main_program(text)), text)
+
+
+def _temporary(program: Sequence[Instruction], text: str) -> int:
     buffers: dict[str, list[list[int]]] = {}  # of each part of a result
     sizes: list[int] = []
     born: list[int] = []
     dies: list[int] = []
     started: dict[str, int] = {}
     kept: set[int] = set()
-    program = list(main_program(text))
+    in_branches = [0] * (len(program) + 1)
     for time, each in enumerate(program):
+        if each.kind == "conditional":
+            in_branches[time] = max(_temporary(list(x), text) for x in _branches(each, text))
         taken = [buffers.get(name, []) for name in each.operands]
         for buffer in _flat(map(_flat, taken)):
             dies[buffer] = time
@@ -122,7 +137,8 @@ def temporary_bytes(text: str) -> int:
         if buffer not in kept:
             change[born[buffer]] += size
             change[dies[buffer] + 1] -= size
-    return max(itertools.accumulate(change))
+    most: int = max(map(operator.add, itertools.accumulate(change), in_branches))
+    return most
 
 
 def collectives(text: str) -> dict[str, list[int]]:
@@ -141,6 +157,15 @@ def main_program(text: str) -> Iterator[Instruction]:
     if main is None:
         raise ValueError("this is no text of a compiled program: no line begins with ENTRY")
     return _instructions(main[0])
+
+
+def _branches(conditional: Instruction, text: str) -> Iterator[Iterator[Instruction]]:
+    for names in _BRANCHES.findall(conditional.attributes):
+        for name in re.findall(r"%([\w.-]+)", names):
+            branch = re.search(rf"^%{re.escape(name)} .*?^\}}", text, re.MULTILINE | re.DOTALL)
+            if branch is None:
+                raise ValueError(f"the text has no computation {name}, a branch")
+            yield _instructions(branch[0])
 
 
 def _instructions(text: str) -> Iterator[Instruction]:

@@ -43,7 +43,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_spd import checks, deviations, layers as layers_lib, projections, stages, wrappers
+from optax_spd import (
+    checks,
+    deviations,
+    layers as layers_lib,
+    projections,
+    second_pass,
+    stages,
+    wrappers,
+)
 
 PyTree = Any
 
@@ -264,7 +272,7 @@ def stage_of(
             (state.ftp_radii, state.ftp_moments),
         )
         factors = projections.factors(view.plan, radii, now, acts)
-        second = view.again()
+        second = second_pass.again(view, acts)
         # A single layer's C may wait for its decision; those of all layers would be a tree.
         kept = (view if view.for_one_cpu else second).map(_kept, view.spread(acts), previous)
         return second.rebuild(stages.pulled, factors), FTPState(

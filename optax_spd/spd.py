@@ -37,6 +37,7 @@ from optax_spd import (
     layers as layers_lib,
     one_cpu,
     plans,
+    second_pass,
     stages,
     wrappers,
 )
@@ -187,7 +188,7 @@ def stage_of(
         def all_layers() -> tuple[list[Any], jax.Array]:
             ratio = decay_ratio(*view.sums(3, _products, grads))
             spread = (view.spread(ratio), view.spread(decay * ratio))
-            return view.again().map(_decayed, *spread), ratio
+            return second_pass.again(view, ratio > 0).map(_decayed, *spread), ratio
 
         def layer_by_layer() -> tuple[list[Any], jax.Array]:
             return each_layer(view.plan, view.deviations, grads, decay)

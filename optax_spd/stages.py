@@ -67,26 +67,6 @@ class StageView:
     tree: PyTree
     for_one_cpu: bool | None
 
-    def again(self) -> "StageView":
-        """The same for a second pass over the arrays: its deviations are to be computed anew.
-
-        XLA would keep those of the first pass until all layers are decided: another parameter
-        tree. The barriers outlive its search for equal operations, which is all that they have to.
-        Nothing changes where no array θ₀ is compiled in, or where one would have to be brought in
-        from host memory twice.
-        """
-
-        def anew(d: Deviation | None, path: trees.Path, *arrays: Any) -> Deviation | None:
-            update, theta, theta_0 = arrays
-            compiled = isinstance(theta_0, jax.core.Tracer)
-            if d is None or not compiled or anchors.is_on_host(theta_0):
-                return d
-            return deviation_of(path, update, theta, jax.lax.optimization_barrier(theta_0))
-
-        paths, leaves = self.flat.paths, self.flat.leaves
-        steps = map(anew, self.deviations, paths, self.updates, leaves, self.anchor)
-        return dataclasses.replace(self, deviations=list(steps))
-
     def match(self, tree: PyTree, what: str) -> list[jax.Array | None]:
         """Per leaf where the method acts the leaf of ``tree``, in the deviation's dtype."""
         leaves = trees.align(self.flat, tree, what)

@@ -49,6 +49,7 @@ from optax_spd import (
     layers as layers_lib,
     projections,
     radius_learning,
+    second_pass,
     stages,
     trees,
 )
@@ -224,7 +225,7 @@ def stage_of(
             new_radii, radius_state = jax.lax.cond(state.count % every == 0, learn, keep)
 
         factors = constraint.factors(new_radii)
-        return view.again().rebuild(stages.pulled, factors), TPGMState(
+        return second_pass.again(view, acts).rebuild(stages.pulled, factors), TPGMState(
             count=optax.safe_increment(state.count),
             anchor=state.anchor,
             tpgm_radii=new_radii,

@@ -23,6 +23,19 @@ PROGRAM = f"""HloModule jit_step, is_scheduled=true
   ROOT %inner = f32[8,128]{TILED}}} negate(%p)
 }}
 
+%little (q: f32[8,128]) -> f32[8,128] {{
+  ROOT %q = f32[8,128]{TILED}}} parameter(0)
+}}
+
+%much (r: (f32[8,128], f32[8,128])) -> f32[8,128] {{
+  %r = (f32[8,128]{TILED}}}, f32[8,128]{TILED}S(5)}}) parameter(0)
+  %r.0 = f32[8,128]{TILED}}} get-tuple-element(%r), index=0
+  %r.1 = f32[8,128]{TILED}S(5)}} get-tuple-element(%r), index=1
+  %s = (f32[8,128]{TILED}}}, f32[8,128]{TILED}S(5)}}, u32[]{{:S(2)}}) copy-start(%r.1)
+  %d = f32[8,128]{TILED}}} copy-done(%s)
+  ROOT %e = f32[8,128]{TILED}}} add(%r.0, %d)
+}}
+
 ENTRY %main.1 (a: f32[8,128], b: bf16[8,128], h: f32[8,128]) -> (f32[8,128], f32[]) {{
   %a = f32[8,128]{TILED}}} parameter(0), metadata={{op_name="params['a'] = (b)"}}
   %b = bf16[8,128]{TILED}(2,1)}} parameter(1)
@@ -124,6 +137,24 @@ LINES: dict[str, tuple[list[str], int, int]] = {
         A // 4,
         0,
     ),
+    "the branch that moves most": (
+        [
+            "%t = (f32[8,128]{1,0}, f32[8,128]{1,0:S(5)}) tuple(%a, %h)",
+            "%c = f32[8,128]{1,0} conditional(%p, %t, %a), branch_computations={%much, %little}, "
+            'metadata={op_name="cond(%x)"}',
+            "ROOT %y = f32[8,128]{1,0} negate(%c)",
+        ],
+        (A + 2 * A + A) + 2 * A,
+        2 * A,
+    ),
+    "branches for true and false": (
+        [
+            "ROOT %c = f32[8,128]{1,0} conditional(%p, %a, %t), true_computation=%little, "
+            "false_computation=%much",
+        ],
+        A + 2 * A + A,
+        A,
+    ),
     "a buffer that nothing is written to": (
         [
             '%x = f32[8,128]{1,0} custom-call(), custom_call_target="AllocateBuffer"',
@@ -188,6 +219,14 @@ def test_the_temporaries_of_a_compiled_program_are_those_of_xlas_account() -> No
     assert counted >= compiled.memory_analysis().temp_size_in_bytes - 64
 
 
+def test_a_compiled_branch_counts() -> None:
+    x = jnp.ones((64, 64))
+    doubled = lambda x: jnp.sort(x + x.sum(), axis=0)
+    text = compiled_text(lambda p, x: jax.lax.cond(p, doubled, lambda x: -x, x), True, x)
+    assert hlo_bytes.moved_bytes(text) >= 4 * x.nbytes
+    assert hlo_bytes.temporary_bytes(text) >= x.nbytes
+
+
 def test_a_sum_over_devices_is_one_all_reduce_of_a_number() -> None:
     sharding = NamedSharding(Mesh(np.array(jax.devices()[:2]), ("data",)), P("data"))
     text = compiled_text(jnp.sum, jax.device_put(jnp.ones(64), sharding))
@@ -197,3 +236,6 @@ def test_a_sum_over_devices_is_one_all_reduce_of_a_number() -> None:
 def test_another_text_is_refused() -> None:
     with pytest.raises(ValueError, match="no line begins with ENTRY"):
         hlo_bytes.moved_bytes("module @jit_step {}")
+    lines = "ROOT %c = f32[8,128] conditional(%p, %a), branch_computations={%gone}"
+    with pytest.raises(ValueError, match="no computation gone"):
+        hlo_bytes.moved_bytes(PROGRAM.replace("%LINES%", lines))

@@ -18,6 +18,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jax_support import host_memory_works, primitives
 
 import optax_spd
+from optax_spd import second_pass
 
 
 class Case(NamedTuple):
@@ -244,20 +245,31 @@ def anchors(state: Any) -> list[Any]:
 
 
 if host_memory_works():
-    # How many stages read the anchor; whether params and state are donated; the mesh.
+    # How often the anchor is read by all stages; by those of them with a second pass; whether
+    # params and state are donated; the mesh.
     ON_HOST = [
-        ("adam_spd, rows", 1, True, AxisType.Auto),
-        ("adam_spd, rows", 1, False, AxisType.Explicit),
-        ("shared anchor, axis 0", 2, True, AxisType.Auto),
-        ("adam_ftp, grouped, last axis", 1, True, AxisType.Auto),
-        ("adam_tpgm, axis 0", 1, False, AxisType.Auto),
-        ("adamw_l2_sp, middle axis", 1, True, AxisType.Explicit),
+        ("adam_spd, rows", 1, 1, True, AxisType.Auto),
+        ("adam_spd, rows", 1, 1, False, AxisType.Explicit),
+        ("shared anchor, axis 0", 2, 1, True, AxisType.Auto),
+        ("adam_ftp, grouped, last axis", 1, 1, True, AxisType.Auto),
+        ("adam_tpgm, axis 0", 1, 1, False, AxisType.Auto),
+        ("adam_tpgm, axis 0", 1, 1, True, AxisType.Explicit),
+        ("adamw_l2_sp, middle axis", 1, 0, True, AxisType.Explicit),
     ]
 
-    @pytest.mark.parametrize(("name", "readers", "donate", "axis_type"), ON_HOST)
+    @pytest.mark.parametrize("large", [False, True])
+    @pytest.mark.parametrize(("name", "first", "second", "donate", "axis_type"), ON_HOST)
     def test_an_anchor_in_host_memory_stays_there(
-        name: str, readers: int, donate: bool, axis_type: AxisType
+        name: str,
+        first: int,
+        second: int,
+        donate: bool,
+        axis_type: AxisType,
+        large: bool,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        if large:
+            monkeypatch.setattr(second_pass, "BROUGHT_IN_TWICE", 1)
         case, mesh = CASES[name], mesh_of(axis_type)
         tx = RECIPES[case.recipe](layers=case.layers)
         params, initial = placed(mesh, case), placed(mesh, case)
@@ -277,9 +289,9 @@ if host_memory_works():
             after.append(kinds(result[1]))
             return result
 
-        # Brought in array by array: one transfer for each, and for each stage that reads it.
+        # Brought in array by array: a transfer each time that one is read.
         jaxpr = step.trace(params, state, initial, np.float32(1)).jaxpr
-        count = readers * len(jax.tree.leaves(params))
+        count = (first + second * large) * len(jax.tree.leaves(params))
         assert list(primitives(jaxpr)).count("device_put") == count
         params, state, decided = train(watched, params, state, initial)
         assert after == [before] * len(after)

@@ -93,24 +93,6 @@ def test_one_float64_array_makes_the_vectors_float64(x64: None) -> None:
     assert square.dtype == jnp.float64
 
 
-@pytest.mark.parametrize("mode", ["eager", "jit", "zero"])
-def test_deviations_again_are_the_same_numbers_read_anew(mode: str) -> None:
-    params = {"a": jnp.arange(6.0).reshape(2, 3), "ids": jnp.arange(2), "none": None}
-    anchor = jax.tree.map(lambda x: x / 3, params)
-
-    def both(params: Any, anchor: Any) -> Any:
-        policy, extra = ("zero", {}) if mode == "zero" else ("argument", {"anchor": anchor})
-        view = view_of(params, params, extra, anchor=policy)
-        return view.deviations, view.again().deviations
-
-    run = both if mode == "eager" else jax.jit(both)
-    first, second = run(params, anchor)
-    jax.tree.map(np.testing.assert_array_equal, first, second)
-    # What it reads anew XLA must not know for the same.
-    barriers = str(jax.make_jaxpr(run)(params, anchor)).count("optimization_barrier")
-    assert barriers == (0 if mode == "zero" else 1)
-
-
 def test_match_orders_by_the_parameters_and_skips_what_does_not_act() -> None:
     params = {"a": jnp.ones(2), "b": jnp.arange(2), "c": jnp.ones(1, jnp.bfloat16)}
     view = view_of(params, params)

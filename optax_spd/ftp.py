@@ -123,7 +123,7 @@ def radius_update(
     # 1 - b^t by expm1: in float32 the textbook form has no digits to spare at small t.
     mu_hat = mu / -jnp.expm1(t * math.log(B1))
     nu_hat = nu / -jnp.expm1(t * math.log(B2))
-    moved = radius - learning_rate * mu_hat / (jnp.sqrt(nu_hat) + projections.EPS)
+    moved = radius - learning_rate * mu_hat / (deviations.norm_of(nu_hat) + projections.EPS)
     clipped = jnp.minimum(jnp.maximum(moved, projections.EPS), largest)
 
     begins = moments.steps == 0
@@ -265,7 +265,7 @@ def stage_of(
             checks.value_at(radius_learning_rate, state.count, view.plan.dtype),
         )
         # q² and not q: a second moment that overflows would hold the radius still for good.
-        acts = view.taking_part & jnp.isfinite(slope**2) & jnp.isfinite(largest)
+        acts = jnp.isfinite(slope**2) & jnp.isfinite(largest) & view.taking_part
         radii, moments = jax.tree.map(
             lambda new, old: jnp.where(acts, new, old),
             (radii, moments),

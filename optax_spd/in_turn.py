@@ -25,6 +25,7 @@ from optax_spd import (
     one_cpu,
     plans,
     portions,
+    second_pass,
     stages,
     trees,
     wrappers,
@@ -48,6 +49,7 @@ def chain(
     stage_of: StageOf,
     options: stages.StageOptions,
     *,
+    inner_twice: bool = False,
     whole_for: Iterable[str] = (),
 ) -> optax.GradientTransformationExtraArgs:
     """``optax_spd.chain(*inner, stage)``, in turn where a step is compiled for a single CPU.
@@ -58,10 +60,14 @@ def chain(
       stage_of: makes the stage behind them. Its per-layer fields must be in ``PER_LAYER``, the
         first of them a number and not a truth value.
       options: the stage's.
+      inner_twice: whether elsewhere each of the stage's passes computes the inner step by itself
+        (:func:`optax_spd.second_pass.chain`).
       whole_for: extra arguments with which the stage works on all layers at once. Otherwise
         ``grad`` and ``anchor`` alone are passed on.
     """
-    plain = wrappers.chain(*inner, stage_of(dataclasses.replace(options, for_one_cpu=False)))
+    stage = stage_of(dataclasses.replace(options, for_one_cpu=False))
+    reference = wrappers.chain(*inner, stage)
+    plain = second_pass.chain(inner, stage) if inner_twice else reference
 
     def update(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
@@ -70,7 +76,10 @@ def chain(
         given = _Given(updates, state, params, extra_args.get("grad"), extra_args.get("anchor"))
         at_once = any(extra_args.get(name) is not None for name in whole_for)
         result: tuple[PyTree, Any]
-        if at_once or options.axis_name is not None or not one_cpu.possible(given):
+        if at_once:
+            result = reference.update(updates, state, params, **extra_args)
+            return result
+        if options.axis_name is not None or not one_cpu.possible(given):
             result = plain.update(updates, state, params, **extra_args)
             return result
         whole = jax.jit(functools.partial(_update, plain))

@@ -91,7 +91,8 @@ def adam_tpgm(
     adam = optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype)
     options = stages.StageOptions(anchor, anchor_dtype, layers, mask, axis_name)
     stage = functools.partial(tpgm_stage_of, radius_optimizer, norm, every, None)
-    return in_turn.chain([adam], stage, options, whole_for=("validation_fn", "validation_batches"))
+    validation = ("validation_fn", "validation_batches")
+    return in_turn.chain([adam], stage, options, inner_twice=True, whole_for=validation)
 
 
 def adam_ftp(
@@ -166,7 +167,7 @@ def adam_ftp(
     ]
     options = stages.StageOptions(anchor, anchor_dtype, layers, mask, axis_name)
     stage = functools.partial(ftp_stage_of, k, norm, radius_learning_rate, state_dtype)
-    return in_turn.chain(inner, stage, options)
+    return in_turn.chain(inner, stage, options, inner_twice=True)
 
 
 def sgd_ftp(

@@ -56,6 +56,8 @@ class StageView:
       axes: per leaf the hand-mapped mesh axes, or None.
       tree: the incoming updates as they came.
       for_one_cpu: as in :class:`StageOptions`.
+      updates_anew: the incoming updates' numbers once more, for a second pass; None if there is no
+        need for it.
     """
 
     plan: plans.LayerPlan
@@ -66,6 +68,7 @@ class StageView:
     axes: list[mapped_axes.MeshAxes] | None
     tree: PyTree
     for_one_cpu: bool | None
+    updates_anew: PyTree = None
 
     def match(self, tree: PyTree, what: str) -> list[jax.Array | None]:
         """Per leaf where the method acts the leaf of ``tree``, in the deviation's dtype."""
@@ -153,13 +156,13 @@ class StageView:
         )
 
     @property
-    def taking_part(self) -> jax.Array:
+    def taking_part(self) -> np.ndarray:
         """Per layer whether it has an update; a layer without one keeps what the state says."""
         present = np.zeros(self.plan.vector_size, bool)
         for deviation, entry in zip(self.deviations, self.plan.arrays, strict=True):
             if deviation is not None and entry is not None:
                 present[list(entry.numbers)] = True
-        return jnp.asarray(present)
+        return present
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,15 +227,22 @@ class StageOptions:
             )
         ]
         axes = mapped_axes.sharded_axes(self.axis_name, flat, plan)
-        return StageView(plan, flat, leaves, steps, anchor, axes, updates, self.for_one_cpu)
+        anew = extra_args.get("updates_anew")
+        return StageView(plan, flat, leaves, steps, anchor, axes, updates, self.for_one_cpu, anew)
 
 
 def deviation_of(path: trees.Path, update: Any, theta: Any, theta_0: Any) -> Deviation:
     """One array's Δ and u, in the dtype to compute in."""
     dtype = plans.compute_dtype(theta, update)
-    pretrained = trees.as_real(anchors.on_device(theta_0), dtype, "anchor", path)
-    delta = jnp.asarray(theta, dtype) - pretrained
+    delta = delta_of(path, theta, theta_0, dtype)
     return Deviation(delta, trees.as_real(update, dtype, "updates", path))
+
+
+def delta_of(path: trees.Path, theta: Any, theta_0: Any, dtype: Any) -> jax.Array:
+    """θ - θ₀, which is brought in if it lives in host memory."""
+    return jnp.asarray(theta, dtype) - trees.as_real(
+        anchors.on_device(theta_0), dtype, "anchor", path
+    )
 
 
 def applied(theta: Any, update: Any) -> Any:

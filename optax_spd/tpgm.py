@@ -199,7 +199,7 @@ def stage_of(
 
         tentative = view.map(lambda d: d.tentative)
         (norms,) = projections.ball_norms(norm, view.plan, view.axes, tentative)
-        acts = view.taking_part & jnp.isfinite(norms.largest)
+        acts = jnp.isfinite(norms.largest) & view.taking_part
         constraint = radius_learning.Constraint(view.plan, tentative, norms, acts, view.axes)
         initial = None if radii is None else deviations.per_layer("radii", radii, view.plan)
         start, started = constraint.started(state.tpgm_radii, state.tpgm_started, initial)

@@ -106,7 +106,7 @@ if host_memory_works():
     def test_an_anchor_that_is_brought_in_twice_adds_no_sum(
         stage: str, axes: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(second_pass, "BROUGHT_IN_TWICE", 1)
+        monkeypatch.setattr(second_pass, "MIN_SIZE_TO_REFETCH", 1)
         params, _ = model(axes, 12)
         tx = optax_spd.with_gradient(STAGES[stage]())
         on_host = jax.tree.map(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ import optax
 import pytest
 from jax_support import host_memory_works, primitives
 
+import optax_spd
 from optax_spd import layers, second_pass, stages
 
 PARAMS = {
@@ -47,17 +49,17 @@ def test_they_are_the_same_numbers_read_anew(mode: str) -> None:
 
 
 if host_memory_works():
-    ON_HOST = jax.device_put(
-        PRETRAINED,
-        jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host"),
-    )
+
+    def on_host(tree: Any) -> Any:
+        kind = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+        return jax.device_put(tree, kind)
 
     @pytest.mark.parametrize("changing", [[0, 0, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [1, 1, 1, 1]])
     def test_anchors_in_host_memory_are_brought_in_again_for_what_changes(
         changing: list[int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(second_pass, "BROUGHT_IN_TWICE", 1)
-        first, second = jax.jit(both)(ON_HOST, np.array(changing, bool))
+        monkeypatch.setattr(second_pass, "MIN_SIZE_TO_REFETCH", 1)
+        first, second = jax.jit(both)(on_host(PRETRAINED), np.array(changing, bool))
         # An array is brought in whole if one of its layers changes.
         assert second[1:3] == [None, None]
         for needed, a, b in [
@@ -67,15 +69,53 @@ if host_memory_works():
             np.testing.assert_array_equal(b.step, a.step)
             np.testing.assert_array_equal(b.delta, a.delta if needed else np.zeros_like(a.delta))
 
+    @pytest.mark.parametrize("name", ["adam_spd", "adam_tpgm", "ftp"])
+    def test_batches_and_derivatives_are_those_of_an_anchor_on_the_device(
+        name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(second_pass, "MIN_SIZE_TO_REFETCH", 1)
+        tx: Any = {
+            "adam_spd": optax_spd.adam_spd(0.1, anchor="argument"),
+            "adam_tpgm": optax_spd.adam_tpgm(0.1, anchor="argument"),
+            "ftp": optax_spd.chain(optax.sgd(0.1), optax_spd.ftp(anchor="argument")),
+        }[name]
+
+        def trained(grad: Any, params: Any, anchor: Any) -> Any:
+            state = tx.init(params)
+            for _ in range(2):
+                updates, state = tx.update(grad, state, params, anchor=anchor)
+                params = optax.apply_updates(params, updates)
+            return params
+
+        def loss(*arguments: Any) -> Any:
+            return jnp.sum(trained(*arguments) ** 2)
+
+        one = jnp.arange(1.0, 7.0).reshape(2, 3)
+        two = jnp.stack([one, -one])
+        for function, grad, params, anchor in [
+            (jax.vmap(trained, (0, None, None)), two, one, one / 2),
+            (jax.vmap(trained, (None, 0, 0)), one, two, two / 2),
+            (jax.grad(loss, (0, 1)), one, one, one / 2),
+            (jax.grad(loss, 2), one, one, one / 2),
+            (jax.vmap(jax.grad(loss), (0, None, None)), two, one, one / 2),
+            (jax.grad(jax.checkpoint(loss)), one, one, one / 2),
+        ]:
+            expected = jax.jit(function)(grad, params, anchor)
+            found = jax.jit(function)(grad, params, on_host(anchor))
+            chex.assert_tree_all_finite(expected)
+            chex.assert_trees_all_close(
+                jax.device_get(found), jax.device_get(expected), rtol=1e-5, atol=1e-6
+            )
+
     @pytest.mark.parametrize(
         ("least", "for_one_cpu", "again"), [(1, None, 2), (7, None, 1), (13, None, 0), (1, True, 0)]
     )
     def test_small_arrays_and_those_of_one_cpu_are_brought_in_once(
         least: int, for_one_cpu: bool | None, again: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(second_pass, "BROUGHT_IN_TWICE", least)
+        monkeypatch.setattr(second_pass, "MIN_SIZE_TO_REFETCH", least)
         run = lambda anchor, changing: both(anchor, changing, for_one_cpu=for_one_cpu)
-        jaxpr = jax.jit(run).trace(ON_HOST, np.ones(4, bool)).jaxpr
+        jaxpr = jax.jit(run).trace(on_host(PRETRAINED), np.ones(4, bool)).jaxpr
         found = list(primitives(jaxpr))
         assert found.count("cond") == again
         assert found.count("device_put") == 2 + again

@@ -269,7 +269,7 @@ if host_memory_works():
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         if large:
-            monkeypatch.setattr(second_pass, "BROUGHT_IN_TWICE", 1)
+            monkeypatch.setattr(second_pass, "MIN_SIZE_TO_REFETCH", 1)
         case, mesh = CASES[name], mesh_of(axis_type)
         tx = RECIPES[case.recipe](layers=case.layers)
         params, initial = placed(mesh, case), placed(mesh, case)

@@ -1,5 +1,6 @@
 """Deviations computed anew for the second pass."""
 
+import collections
 from typing import Any
 
 import chex
@@ -46,6 +47,40 @@ def test_they_are_the_same_numbers_read_anew(mode: str) -> None:
     found = list(primitives(jax.make_jaxpr(run)(PRETRAINED).jaxpr))
     assert found.count("optimization_barrier") == (0 if mode == "zero" else 2)
     assert "cond" not in found
+
+
+@pytest.mark.parametrize("stage", [optax_spd.tpgm, optax_spd.ftp])
+def test_the_inner_step_is_computed_for_either_pass(stage: Any) -> None:
+    inner = [optax.clip_by_global_norm(1.0), optax.adam(0.1)]
+    # An array that the stage leaves alone gets the inner step all the same.
+    mask = {"a": True, "stack": True, "head": False, "none": None}
+    reference = optax_spd.chain(*inner, stage(mask=mask))
+    tx = second_pass.chain(inner, stage(mask=mask))
+    params = {name: PARAMS[name] for name in ("a", "stack", "none")} | {"head": jnp.ones(3)}
+    draw = np.random.default_rng(0)
+
+    def trained(tx: Any, update: Any) -> Any:
+        moved, state = params, tx.init(params)
+        for _ in range(4):
+            grads = jax.tree.map(lambda x: x - draw.normal(size=x.shape).astype(x.dtype), moved)
+            updates, state = update(grads, state, moved)
+            moved = optax.apply_updates(moved, updates)
+        return moved, state
+
+    expected = trained(reference, jax.jit(reference.update))
+    draw = np.random.default_rng(0)
+    found = trained(tx, jax.jit(tx.update))
+    chex.assert_trees_all_close(found, expected, rtol=1e-5)
+    assert not np.allclose(found[0]["head"], params["head"])
+    draw = np.random.default_rng(0)
+    eager = trained(tx, tx.update)
+    chex.assert_trees_all_close(eager, expected, rtol=1e-5)
+
+    names = list(primitives(jax.make_jaxpr(tx.update)(params, expected[1], params).jaxpr))
+    plain = jax.make_jaxpr(reference.update)(params, expected[1], params).jaxpr
+    more = collections.Counter(names) - collections.Counter(primitives(plain))
+    assert more["optimization_barrier"] == 1
+    assert more["sqrt"] >= 3  # Adam's, of each array
 
 
 if host_memory_works():

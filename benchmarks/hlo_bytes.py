@@ -153,19 +153,24 @@ def collectives(text: str) -> dict[str, list[int]]:
 
 def main_program(text: str) -> Iterator[Instruction]:
     """The instructions that run one after the other when the program is called."""
-    main = re.search(r"^ENTRY .*?^\}", text, re.MULTILINE | re.DOTALL)
+    main = _computation("ENTRY", text)
     if main is None:
         raise ValueError("this is no text of a compiled program: no line begins with ENTRY")
-    return _instructions(main[0])
+    return _instructions(main)
 
 
 def _branches(conditional: Instruction, text: str) -> Iterator[Iterator[Instruction]]:
     for names in _BRANCHES.findall(conditional.attributes):
         for name in re.findall(r"%([\w.-]+)", names):
-            branch = re.search(rf"^%{re.escape(name)} .*?^\}}", text, re.MULTILINE | re.DOTALL)
+            branch = _computation(f"%{name}", text)
             if branch is None:
                 raise ValueError(f"the text has no computation {name}, a branch")
-            yield _instructions(branch[0])
+            yield _instructions(branch)
+
+
+def _computation(head: str, text: str) -> str | None:
+    found = re.search(rf"^{re.escape(head)} .*?^\}}", text, re.MULTILINE | re.DOTALL)
+    return None if found is None else found[0]
 
 
 def _instructions(text: str) -> Iterator[Instruction]:

@@ -76,11 +76,9 @@ def chain(
         given = _Given(updates, state, params, extra_args.get("grad"), extra_args.get("anchor"))
         at_once = any(extra_args.get(name) is not None for name in whole_for)
         result: tuple[PyTree, Any]
-        if at_once:
-            result = reference.update(updates, state, params, **extra_args)
-            return result
-        if options.axis_name is not None or not one_cpu.possible(given):
-            result = plain.update(updates, state, params, **extra_args)
+        if at_once or options.axis_name is not None or not one_cpu.possible(given):
+            form = reference if at_once else plain
+            result = form.update(updates, state, params, **extra_args)
             return result
         whole = jax.jit(functools.partial(_update, plain))
         # First of all, so that what is wrong is said of the caller's trees.

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_spd import anchors, plans, stages, trees, wrappers
+from optax_spd import anchors, deviations, stages, trees, wrappers
 
 PyTree = Any
 
@@ -40,7 +40,7 @@ def chain(
         but the chain's.
       stage: the stage, which passes its extra arguments on to :func:`again`'s view.
     """
-    plain, steps = wrappers.chain(*inner, stage), wrappers.chain(*inner)
+    plain, steps = optax.chain(*inner, stage), optax.chain(*inner)
 
     def update(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
@@ -49,8 +49,6 @@ def chain(
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(updates)):
             result = plain.update(updates, state, params, **extra_args)
             return result
-        if extra_args.get("grad") is None:
-            extra_args["grad"] = updates
         *states, last = state
         first, _ = steps.update(updates, tuple(states), params, **extra_args)
         anew, states = steps.update(
@@ -59,7 +57,7 @@ def chain(
         new, last = stage.update(first, last, params, updates_anew=anew, **extra_args)
         return new, (*states, last)
 
-    return optax.GradientTransformationExtraArgs(plain.init, update)
+    return wrappers.with_gradient(optax.GradientTransformationExtraArgs(plain.init, update))
 
 
 def again(view: stages.StageView, changing: jax.Array) -> stages.StageView:
@@ -82,14 +80,12 @@ def again(view: stages.StageView, changing: jax.Array) -> stages.StageView:
     return dataclasses.replace(
         view,
         deviations=[
-            None if d is None or entry is None else _anew(view, i, d, _any_of(entry, changing))
+            None
+            if d is None or entry is None
+            else _anew(view, i, d, deviations.spread(entry, changing, d.delta.ndim).any())
             for i, (d, entry) in enumerate(pairs)
         ],
     )
-
-
-def _any_of(entry: plans.ArrayLayers, vector: jax.Array) -> jax.Array:
-    return vector[entry.numbers.start : entry.numbers.stop].any()
 
 
 def _anew(
@@ -97,9 +93,8 @@ def _anew(
 ) -> stages.Deviation:
     """One array's Δ and u; Δ is 0 where it is not needed and costs a copy."""
     path, theta, theta_0 = view.flat.paths[index], view.flat.leaves[index], view.anchor[index]
-    delta, step = first
-    if view.updates_anew is not None:
-        step = trees.as_real(view.updates[index], step.dtype, "updates", path)
+    delta = first.delta
+    step = trees.as_real(view.updates[index], delta.dtype, "updates", path)
     if not isinstance(theta_0, jax.core.Tracer):
         return stages.Deviation(delta, step)
     if not anchors.is_on_host(theta_0):

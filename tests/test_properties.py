@@ -1,5 +1,6 @@
 """Properties of the methods over random parameter trees. Each counts how often they acted."""
 
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,7 +53,8 @@ class Step(NamedTuple):
 
 def random_step(tree: Any, seed: int) -> Step:
     """Numbers for a tree of Leafs, such that SPD fires on about half of the layers."""
-    rng = np.random.default_rng(seed)
+    # Hypothesis likes the same few seeds, which would give most trees the same first layers.
+    rng = np.random.default_rng([seed, zlib.crc32(repr(tree).encode())])
 
     def draw(leaf: Leaf) -> Step:
         anchor = rng.normal(size=leaf.shape)
@@ -93,7 +95,7 @@ class Tally:
 
     def check(self) -> None:
         assert self.layers >= 40
-        assert self.fired >= 0.1 * self.layers, f"fired on {self.fired} of {self.layers} layers"
+        assert self.fired >= 0.2 * self.layers, f"fired on {self.fired} of {self.layers} layers"
 
 
 @pytest.fixture

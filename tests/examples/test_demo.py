@@ -24,7 +24,7 @@ from rich.progress import Progress
 
 import optax_spd
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 sys.path.insert(0, str(REPOSITORY))  # examples/ is not part of the installed package
 
 from examples.demo import (  # noqa: E402
@@ -42,7 +42,7 @@ from examples.demo.__main__ import main, parser  # noqa: E402
 from examples.demo.errors import DemoError, DivergedError  # noqa: E402
 from examples.demo.minilm import load_encoder  # noqa: E402
 
-REFERENCE = json.loads((Path(__file__).parent / "data" / "minilm_reference.json").read_text())
+REFERENCE = json.loads((Path(__file__).parents[1] / "data" / "minilm_reference.json").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_power_law import numpy_alpha
+from tempbalance_golden import numpy_alpha
 
 import optax_spd
 from optax_spd import balancing, plans, power_law, trees

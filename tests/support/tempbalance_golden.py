@@ -61,3 +61,24 @@ def at(tree: dict[str, Any], parameter: str) -> np.ndarray:
     for key in flax_path(parameter):
         node = node[key]
     return np.asarray(node)
+
+
+def numpy_alpha(e: np.ndarray, fit: str, xmin_pos: float = 2, bins: int = 100) -> float:
+    """PL_Alpha_Hill of ascending positive eigenvalues, as the module's docstring writes it."""
+    N, logs = len(e), np.log(e)
+
+    def tail(i: int) -> tuple[float, float]:
+        n = N - i
+        alpha = 1 + n / np.sum(logs[i:] - logs[i])
+        fitted = 1 - (e[i:] / e[i]) ** (1 - alpha)
+        return alpha, float(np.max(np.abs(fitted - np.arange(n) / n)))
+
+    if fit == "median":
+        return tail(int(N / xmin_pos))[0]
+    starts = list(range(N - 1))
+    if fit == "fix-finger":
+        v = np.log10(e)
+        counts, edges = np.histogram(v, bins)
+        x = 10 ** edges[np.argmax(counts)]
+        starts = [i for i in starts if np.log10(0.95 * x) <= e[i] <= 1.5 * x]
+    return min((tail(i) for i in starts), key=lambda pair: pair[1])[0]

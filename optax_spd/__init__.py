@@ -1,30 +1,72 @@
-"""Robust fine-tuning as Optax stages: adapt a pretrained model, keep what it knew."""
+"""Robust fine-tuning as Optax stages: adapt a pretrained model, keep what it knew.
 
-from optax_spd.anchor_edits import drop_anchor, set_anchor
-from optax_spd.anchors import with_anchor
-from optax_spd.balance_scales import balance_scales
-from optax_spd.embeddings import DEFAULT_EMBEDDING_PATTERNS
-from optax_spd.fit_radii import fit_radii
-from optax_spd.freezing import sgd_freeze_embed, with_frozen
-from optax_spd.ftp import ftp
-from optax_spd.l2_sp import l2_sp
-from optax_spd.layer_decay import layerwise_lr_decay
-from optax_spd.layers import LayerSpec, by_module, outputs, stacked
-from optax_spd.masks import path_mask
-from optax_spd.plans import layer_names
-from optax_spd.power_law import power_law_alpha
-from optax_spd.projected_recipes import adam_ftp, adam_tpgm, sgd_ftp
-from optax_spd.projections import project
-from optax_spd.recipes import adam_spd, adamw_l2_sp
-from optax_spd.spd import spd
-from optax_spd.temp_balance import temp_balance
-from optax_spd.tpgm import tpgm
-from optax_spd.wise_ft import wise_ft
+Every method here is a stage for ``optax.chain``. It changes an optimizer's update so that the
+parameters stay near an *anchor*, the pretrained weights. The recipes are complete optimizers.
+
+Recipes: ``adam_spd``, ``adamw_l2_sp``, ``adam_tpgm``, ``adam_ftp``, ``sgd_ftp``,
+``sgd_freeze_embed``.
+
+Stages: ``spd``, ``tpgm``, ``ftp``, ``l2_sp``, ``temp_balance``, ``layerwise_lr_decay``; a stage of
+your own: ``layerwise``, ``Decision``.
+
+Wrappers: ``chain`` and ``with_gradient`` hand the raw gradient to the stages, ``with_anchor``
+shares one anchor, ``with_frozen`` freezes parameters.
+
+After training: ``project``, ``fit_radii``, ``wise_ft``.
+
+States: ``set_anchor``, ``drop_anchor``, ``check_state``; the classes ``SPDState``, ``TPGMState``,
+``FTPState``, ``L2SPState``, ``TempBalanceState``, ``LayerDecayState``, ``WithAnchorState``,
+``LayerwiseState``.
+
+Layers: ``LayerSpec``, ``stacked``, ``outputs``, ``by_module``, ``layer_names``, ``path_mask``,
+``DEFAULT_EMBEDDING_PATTERNS``.
+
+Parts of TempBalance: ``power_law_alpha``, ``balance_scales``.
+"""
+
+from optax_spd.anchors.edit import drop_anchor, set_anchor
+from optax_spd.anchors.policy import WithAnchorState, with_anchor
+from optax_spd.core.layerwise import Decision, LayerwiseState, layerwise
+from optax_spd.layers.embeddings import DEFAULT_EMBEDDING_PATTERNS
+from optax_spd.layers.fingerprints import check_state
+from optax_spd.layers.masks import path_mask
+from optax_spd.layers.plans import layer_names
+from optax_spd.layers.spec import LayerSpec, by_module, outputs, stacked
+from optax_spd.methods.freezing import with_frozen
+from optax_spd.methods.ftp import FTPState, ftp
+from optax_spd.methods.l2_sp import L2SPState, l2_sp
+from optax_spd.methods.layer_decay import LayerDecayState, layerwise_lr_decay
+from optax_spd.methods.spd import SPDState, spd
+from optax_spd.methods.temp_balance.power_law import power_law_alpha
+from optax_spd.methods.temp_balance.scales import balance_scales
+from optax_spd.methods.temp_balance.stage import TempBalanceState, temp_balance
+from optax_spd.methods.tpgm import TPGMState, tpgm
+from optax_spd.posthoc.fit_radii import fit_radii
+from optax_spd.posthoc.project import project
+from optax_spd.posthoc.wise_ft import wise_ft
+from optax_spd.recipes import (
+    adam_ftp,
+    adam_spd,
+    adam_tpgm,
+    adamw_l2_sp,
+    sgd_freeze_embed,
+    sgd_ftp,
+)
 from optax_spd.wrappers import chain, with_gradient
 
+# Recipes, stages, wrappers, after training, states, layers, parts: as in the text above.
 __all__ = [
     "DEFAULT_EMBEDDING_PATTERNS",
+    "Decision",
+    "FTPState",
+    "L2SPState",
+    "LayerDecayState",
     "LayerSpec",
+    "LayerwiseState",
+    "SPDState",
+    "TPGMState",
+    "TempBalanceState",
+    "WithAnchorState",
     "adam_ftp",
     "adam_spd",
     "adam_tpgm",
@@ -32,11 +74,13 @@ __all__ = [
     "balance_scales",
     "by_module",
     "chain",
+    "check_state",
     "drop_anchor",
     "fit_radii",
     "ftp",
     "l2_sp",
     "layer_names",
+    "layerwise",
     "layerwise_lr_decay",
     "outputs",
     "path_mask",
@@ -53,6 +97,6 @@ __all__ = [
     "with_anchor",
     "with_frozen",
     "with_gradient",
-]
+]  # fmt: skip
 
 __version__ = "0.1.0"

@@ -1,14 +1,38 @@
-"""Complete optimizers, ready for any training loop. Optax's own argument order."""
+"""Complete optimizers, ready for any training loop, with Optax's own argument order.
 
-import functools
-from typing import Any
+    adam_spd          u = Adam(g),                            then SPD: the paper's AdamSPD
+    adamw_l2_sp       u = AdamW(g), decay toward the anchor
+    adam_tpgm         u = Adam(g),                            then TPGM's projection
+    adam_ftp          u = AdamW(g),                           then FTP's: the authors' AdamP
+    sgd_ftp           u = SGD(g + λ θ, momentum),             then FTP's: the authors' SGDP
+    sgd_freeze_embed  u = SGD(g), embeddings frozen
+
+The equations and the papers are in :mod:`optax_spd.methods`. Differences from the authors'
+optimizers: no amsgrad and no dampening, since Optax's SGD and Adam have none of that kind; learning
+rate, weight decay and k may be schedules.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import optax
 
-from optax_spd import checks, in_turn, layers as layers_lib, stages, wrappers
-from optax_spd.l2_sp import l2_sp
-from optax_spd.spd import stage_of
+from optax_spd import wrappers
+from optax_spd.core import recompute
+from optax_spd.layers import checks
+from optax_spd.layers.embeddings import DEFAULT_EMBEDDING_PATTERNS
+from optax_spd.layers.spec import LayerFn
+from optax_spd.methods.freezing import Frozen, with_frozen
+from optax_spd.methods.ftp import ftp
+from optax_spd.methods.l2_sp import l2_sp
+from optax_spd.methods.spd import spd
+from optax_spd.methods.tpgm import tpgm
+
+PyTree = Any
+Anchor = Literal["initial", "zero", "argument"] | PyTree
+Mask = PyTree | Callable[[PyTree], PyTree] | None
+AxisName = str | tuple[str, ...] | PyTree | None
 
 
 def adam_spd(
@@ -17,14 +41,14 @@ def adam_spd(
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
-    mu_dtype: Any = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
     *,
     weight_decay: checks.ScalarOrSchedule = 1.0,
-    anchor: Any = "initial",
-    anchor_dtype: Any = None,
-    layers: layers_lib.LayerFn | None = None,
-    mask: Any = None,
-    axis_name: Any = None,
+    anchor: Anchor = "initial",
+    anchor_dtype: jax.typing.DTypeLike | None = None,
+    layers: LayerFn | None = None,
+    mask: Mask = None,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adam with Selective Projection Decay; ``weight_decay`` is *not* multiplied by the rate.
 
@@ -67,8 +91,15 @@ def adam_spd(
       <https://arxiv.org/abs/2411.01713>`_, NeurIPS 2024.
     """
     adam = optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype)
-    options = stages.StageOptions(anchor, anchor_dtype, layers, mask, axis_name)
-    return in_turn.chain([adam], functools.partial(stage_of, weight_decay), options)
+    stage = spd(
+        weight_decay,
+        anchor=anchor,
+        anchor_dtype=anchor_dtype,
+        layers=layers,
+        mask=mask,
+        axis_name=axis_name,
+    )
+    return wrappers.chain(adam, stage)
 
 
 def adamw_l2_sp(
@@ -77,12 +108,12 @@ def adamw_l2_sp(
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
-    mu_dtype: Any = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
     *,
     weight_decay: checks.ScalarOrSchedule = 1e-4,
-    anchor: Any = "initial",
-    anchor_dtype: Any = None,
-    mask: Any = None,
+    anchor: Anchor = "initial",
+    anchor_dtype: jax.typing.DTypeLike | None = None,
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW whose decoupled weight decay pulls toward the anchor in place of zero.
 
@@ -128,3 +159,293 @@ def adamw_l2_sp(
         l2_sp(weight_decay, anchor=anchor, anchor_dtype=anchor_dtype, mask=mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def adam_tpgm(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    *,
+    radius_optimizer: optax.GradientTransformation | None = None,
+    norm: Literal["mars", "l2"] = "mars",
+    every: int = 1,
+    anchor: Anchor = "initial",
+    anchor_dtype: jax.typing.DTypeLike | None = None,
+    layers: LayerFn | None = None,
+    mask: Mask = None,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam in balls around the anchor, whose radii are learned on validation data.
+
+    ``chain(optax.adam(...), tpgm(...))``. See :func:`optax_spd.tpgm` for the update, and for
+    ``validation_fn=`` and ``validation_batches=``, which ``update`` takes.
+
+    Args:
+      learning_rate: a float or a schedule.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the denominator outside of the square root.
+      eps_root: added inside.
+      mu_dtype: dtype of the first moment; None for the parameters'.
+      radius_optimizer: as in :func:`optax_spd.tpgm`.
+      norm: as in :func:`optax_spd.tpgm`.
+      every: as in :func:`optax_spd.tpgm`.
+      anchor: as in :func:`optax_spd.tpgm`.
+      anchor_dtype: as in :func:`optax_spd.tpgm`.
+      layers: as in :func:`optax_spd.tpgm`.
+      axis_name: as in :func:`optax_spd.tpgm`.
+      mask: True where TPGM applies; Adam applies everywhere.
+
+    Returns:
+      A transformation whose ``update`` takes the validation objective as extra arguments. State:
+      Adam's 8 bytes a parameter and the anchor's 4 (in float32).
+      Under ``optax.inject_hyperparams`` name callables and trees in ``static_args``:
+      ``("radius_optimizer", "norm", "anchor", "anchor_dtype", "layers", "mask", "axis_name",
+      "mu_dtype")``.
+
+    Raises:
+      TypeError, ValueError: as :func:`optax_spd.tpgm`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_spd
+      >>> tx = optax_spd.adam_tpgm(1e-3, every=10)
+      >>> params = {"kernel": jnp.ones((2, 2))}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(
+      ...     {"kernel": jnp.ones((2, 2))}, state, params,
+      ...     validation_fn=lambda params, batch: jnp.mean((batch @ params["kernel"]) ** 2),
+      ...     validation_batches=jnp.ones((1, 4, 2)))
+
+    References:
+      Tian et al., `Trainable Projected Gradient Method for Robust Fine-tuning
+      <https://arxiv.org/abs/2303.10720>`_, CVPR 2023.
+    """
+    adam = optax.adam(learning_rate, b1, b2, eps, eps_root, mu_dtype)
+    stage = tpgm(
+        radius_optimizer,
+        norm=norm,
+        every=every,
+        anchor=anchor,
+        anchor_dtype=anchor_dtype,
+        layers=layers,
+        mask=mask,
+        axis_name=axis_name,
+    )
+    return recompute.chain([adam], stage)
+
+
+def adam_ftp(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-8,
+    eps_root: jax.typing.ArrayLike = 0.0,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    *,
+    k: checks.ScalarOrSchedule = 1.0,
+    weight_decay: checks.ScalarOrSchedule = 0.0,
+    norm: Literal["mars", "l2"] = "mars",
+    radius_learning_rate: checks.ScalarOrSchedule = 1e-2,
+    state_dtype: jax.typing.DTypeLike | None = None,
+    anchor: Anchor = "initial",
+    anchor_dtype: jax.typing.DTypeLike | None = None,
+    layers: LayerFn | None = None,
+    mask: Mask = None,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adam with Fast Trainable Projection (the authors' AdamP).
+
+    Adam with decoupled weight decay, then the projection of its step: see :func:`optax_spd.ftp`
+    for the update.
+
+    Args:
+      learning_rate: a float or a schedule.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the denominator outside of the square root.
+      eps_root: added inside.
+      mu_dtype: dtype of the first moment; None for the parameters'.
+      k: see :func:`optax_spd.ftp`; a float or a schedule.
+      weight_decay: toward zero and multiplied by the learning rate, as in AdamW; a float or a
+        schedule. It applies everywhere, whatever ``mask``.
+      norm: as in :func:`optax_spd.ftp`.
+      radius_learning_rate: as in :func:`optax_spd.ftp`.
+      state_dtype: as in :func:`optax_spd.ftp`.
+      anchor: as in :func:`optax_spd.ftp`.
+      anchor_dtype: as in :func:`optax_spd.ftp`.
+      layers: as in :func:`optax_spd.ftp`.
+      axis_name: as in :func:`optax_spd.ftp`.
+      mask: True where FTP applies; Adam applies everywhere.
+
+    Returns:
+      A transformation with a plain three-argument ``update``. State: Adam's 8 bytes a parameter,
+      the anchor's 4 and the last deviation's 4 (in float32).
+      Under ``optax.inject_hyperparams`` name callables, dtypes and trees in ``static_args``:
+      ``("norm", "state_dtype", "anchor", "anchor_dtype", "layers", "mask", "axis_name",
+      "mu_dtype")``.
+
+    Raises:
+      TypeError, ValueError: as :func:`optax_spd.ftp`; ``weight_decay`` negative or not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_spd
+      >>> tx = optax_spd.adam_ftp(1e-3)
+      >>> params = {"kernel": jnp.ones((2, 2))}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update({"kernel": jnp.ones((2, 2))}, state, params)
+
+    References:
+      Tian et al., `Fast Trainable Projection for Robust Fine-Tuning
+      <https://arxiv.org/abs/2310.19182>`_, NeurIPS 2023.
+    """
+    inner = [
+        optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype),
+        _decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    ]
+    stage = ftp(
+        k,
+        norm=norm,
+        radius_learning_rate=radius_learning_rate,
+        state_dtype=state_dtype,
+        anchor=anchor,
+        anchor_dtype=anchor_dtype,
+        layers=layers,
+        mask=mask,
+        axis_name=axis_name,
+    )
+    return recompute.chain(inner, stage)
+
+
+def sgd_ftp(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: jax.typing.ArrayLike | None = None,
+    nesterov: bool = False,
+    *,
+    k: checks.ScalarOrSchedule = 1.0,
+    weight_decay: checks.ScalarOrSchedule = 0.0,
+    norm: Literal["mars", "l2"] = "mars",
+    radius_learning_rate: checks.ScalarOrSchedule = 1e-2,
+    state_dtype: jax.typing.DTypeLike | None = None,
+    anchor: Anchor = "initial",
+    anchor_dtype: jax.typing.DTypeLike | None = None,
+    layers: LayerFn | None = None,
+    mask: Mask = None,
+    axis_name: AxisName = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""SGD with Fast Trainable Projection (the authors' SGDP).
+
+    SGD on the gradient plus λθ, then the projection of its step: see :func:`optax_spd.ftp` for the
+    update. The radii see the gradient without λθ.
+
+    Args:
+      learning_rate: a float or a schedule.
+      momentum: its decay, or None for none.
+      nesterov: whether momentum is Nesterov's.
+      k: see :func:`optax_spd.ftp`; a float or a schedule.
+      weight_decay: λ of an L2 penalty toward zero, added to the gradient; a float or a schedule.
+        It applies everywhere, whatever ``mask``.
+      norm: as in :func:`optax_spd.ftp`.
+      radius_learning_rate: as in :func:`optax_spd.ftp`.
+      state_dtype: as in :func:`optax_spd.ftp`.
+      anchor: as in :func:`optax_spd.ftp`.
+      anchor_dtype: as in :func:`optax_spd.ftp`.
+      layers: as in :func:`optax_spd.ftp`.
+      axis_name: as in :func:`optax_spd.ftp`.
+      mask: True where FTP applies; SGD applies everywhere.
+
+    Returns:
+      A transformation with a plain three-argument ``update``. State, in float32: the anchor's 4
+      bytes a parameter, the last deviation's 4, and 4 with momentum.
+      Under ``optax.inject_hyperparams`` name callables, dtypes and trees in ``static_args``:
+      ``("nesterov", "norm", "state_dtype", "anchor", "anchor_dtype", "layers", "mask",
+      "axis_name")``.
+
+    Raises:
+      TypeError, ValueError: as :func:`optax_spd.ftp`; ``weight_decay`` negative or not finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_spd
+      >>> tx = optax_spd.sgd_ftp(1e-2, momentum=0.9, nesterov=True)
+      >>> params = {"kernel": jnp.ones((2, 2))}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update({"kernel": jnp.ones((2, 2))}, state, params)
+
+    References:
+      Tian et al., `Fast Trainable Projection for Robust Fine-Tuning
+      <https://arxiv.org/abs/2310.19182>`_, NeurIPS 2023.
+    """
+    sgd = optax.sgd(learning_rate, momentum, nesterov)
+    stage = ftp(
+        k,
+        norm=norm,
+        radius_learning_rate=radius_learning_rate,
+        state_dtype=state_dtype,
+        anchor=anchor,
+        anchor_dtype=anchor_dtype,
+        layers=layers,
+        mask=mask,
+        axis_name=axis_name,
+    )
+    return wrappers.chain(_decayed_weights(weight_decay), sgd, stage)
+
+
+def sgd_freeze_embed(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: float | None = 0.9,
+    nesterov: bool = False,
+    *,
+    embedding: Frozen = DEFAULT_EMBEDDING_PATTERNS,
+) -> optax.GradientTransformationExtraArgs:
+    """SGD with the embedding layer frozen: AdamW's accuracy in fine-tuning, with less memory.
+
+    ``with_frozen(optax.sgd(learning_rate, momentum, nesterov), embedding)``. In float32 training
+    takes 12 bytes a parameter: 4 for the parameter, 4 for its gradient and 4 for the momentum; 8
+    with ``momentum=None``; AdamW takes 16. A frozen parameter takes no momentum.
+
+    Args:
+      learning_rate: a float or a schedule.
+      momentum: decay of the momentum; None for none.
+      nesterov: whether to use Nesterov momentum.
+      embedding: what is frozen, as for :func:`optax_spd.with_frozen`; by default the embedding
+        layer of the common Flax models (:data:`optax_spd.DEFAULT_EMBEDDING_PATTERNS`). The paper
+        freezes the patch embedding (or the stem) of vision models.
+
+    Returns:
+      A transformation with a plain three-argument ``update``. Under ``optax.inject_hyperparams``
+      name ``embedding`` in ``static_args``.
+
+    Raises:
+      TypeError, ValueError: as :func:`optax_spd.with_frozen`; so also if no embedding is found.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_spd
+      >>> params = {"embedding": {"kernel": jnp.ones((4, 2))}, "head": {"kernel": jnp.ones((2, 2))}}
+      >>> tx = optax_spd.sgd_freeze_embed(0.1, momentum=None)
+      >>> updates, state = tx.update(params, tx.init(params), params)
+      >>> [float(updates[name]["kernel"].min()) for name in ("embedding", "head")]
+      [0.0, -0.10000000149011612]
+
+    References:
+      Kumar et al., `How to Fine-Tune Vision Models with SGD
+      <https://arxiv.org/abs/2211.09359>`_, 2022.
+
+    .. seealso:: :func:`optax_spd.layerwise_lr_decay`
+    """
+    return with_frozen(optax.sgd(learning_rate, momentum, nesterov), embedding)
+
+
+def _decayed_weights(weight_decay: checks.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Adds λθ to the update."""
+    checks.check_scalar("weight_decay", weight_decay)
+    # Optax 0.2.5 takes no schedule here, and 0.2.6 never advances it.
+    if callable(weight_decay):
+        return l2_sp(weight_decay, anchor="zero")
+    return optax.add_decayed_weights(weight_decay)

@@ -8,7 +8,7 @@ from typing import Any
 
 import optax
 
-from optax_spd import placement
+from optax_spd.sharding import placement
 
 PyTree = Any
 
@@ -55,7 +55,7 @@ def with_gradient(
         return new_updates, new_state
 
     def init(params: PyTree) -> Any:
-        return placement.tied_to_params(inner.init(params), params)
+        return placement.shard_like_params(inner.init(params), params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from jax_support import host_memory_works
 
 import optax_spd
-from optax_spd import trees
+from optax_spd.layers import trees
 
 PARAMS = {
     "dense": {"bias": jnp.arange(3.0), "kernel": jnp.arange(6.0).reshape(2, 3) - 2},

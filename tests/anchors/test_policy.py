@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import optax_spd
-from optax_spd import anchors
+from optax_spd.anchors import policy
 
 PARAMS = {"bias": jnp.arange(3.0), "kernel": jnp.arange(6.0).reshape(2, 3) - 2}
 PRETRAINED = jax.tree.map(lambda x: 0.5 * x + 1, PARAMS)
@@ -317,8 +317,8 @@ def test_a_missing_argument_is_an_error() -> None:
 
 
 def test_resolve_anchor_asks_only_for_what_is_needed() -> None:
-    flat = anchors.trees.flatten(PARAMS)
-    leaves = anchors.resolve_anchor(
+    flat = policy.trees.flatten(PARAMS)
+    leaves = policy.resolve_anchor(
         "argument", None, {"anchor": {"kernel": 7 * jnp.ones((2, 3))}}, flat, [False, True]
     )
     assert leaves[0] is None

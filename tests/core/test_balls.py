@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import balls
+import ball_oracles
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +13,7 @@ from hypothesis import given, settings, strategies as st
 
 import optax_spd
 from optax_spd import LayerSpec
-from optax_spd.projections import ball_factor
+from optax_spd.core.balls import ball_factor
 
 both_norms = pytest.mark.parametrize("norm", ["l2", "mars"])
 # Eager calls are tested with the input that they refuse; most of the time they would only compile.
@@ -67,12 +67,12 @@ def on_arrays(layout: str) -> Callable[..., Any]:
     return run
 
 
-def deviation(params: Any, anchor: Any, layout: str, norm: str) -> balls.Balls:
+def deviation(params: Any, anchor: Any, layout: str, norm: str) -> ball_oracles.Balls:
     delta = np.asarray(params, np.float64) - np.asarray(anchor, np.float64)
-    return balls.Balls({"w": delta}, norm, describe(layout))
+    return ball_oracles.Balls({"w": delta}, norm, describe(layout))
 
 
-def radii_of(ball: balls.Balls, shares: Any) -> Any:
+def radii_of(ball: ball_oracles.Balls, shares: Any) -> Any:
     """Radii as shares of each layer's norm."""
     largest = [ball.largest(name) for name in ball.members]
     return (np.asarray(shares, np.float64) * largest).astype(shares.dtype)
@@ -93,7 +93,9 @@ def test_equals_numpy(layout: str, norm: str, x64: None) -> None:
         ball = deviation(params, anchor, layout, norm)
         radii = radii_of(ball, draw.uniform(0.1, 1.1, count) if seed else np.full(count, 1.1))
         by_name = dict(zip(ball.members, radii, strict=True))
-        expected = balls.projected({"w": params}, {"w": anchor}, by_name, norm, describe(layout))
+        expected = ball_oracles.projected(
+            {"w": params}, {"w": anchor}, by_name, norm, describe(layout)
+        )
         result = projection(layout, norm)({"w": params}, {"w": anchor}, radii)["w"]
         # The documented 1e-8: what the denominator's 1e-8 moves a row by at most.
         np.testing.assert_allclose(result, expected["w"], rtol=0, atol=1.01e-8)
@@ -130,8 +132,8 @@ def test_rows_inside_the_ball_keep_every_bit(layout: str, norm: str) -> None:
         ball = deviation(params, anchor, layout, norm)
         radii = radii_of(ball, shares)
         result = projection(layout, norm)({"w": params}, {"w": anchor}, radii)["w"]
-        before, _ = balls.to_rows(params, LAYOUTS[layout][1])
-        after, _ = balls.to_rows(result, LAYOUTS[layout][1])
+        before, _ = ball_oracles.to_rows(params, LAYOUTS[layout][1])
+        after, _ = ball_oracles.to_rows(result, LAYOUTS[layout][1])
         for number, (name, radius) in enumerate(zip(ball.members, radii, strict=True)):
             (norms,) = ball.row_norms(name)
             inside = norms[:, 0] < radius * (1 - 1e-5)
@@ -287,7 +289,7 @@ def test_radii_are_one_per_layer_in_the_order_of_layer_names(layers: str, norm: 
     radii = np.random.default_rng(3).uniform(0.2, 3, len(names))
     result = project(params, anchor, radii, norm=norm, layers=NETWORK_LAYERS[layers])
     by_name = dict(zip(names, radii, strict=True))
-    expected = balls.projected(params, anchor, by_name, norm, NETWORK_LAYERS[layers])
+    expected = ball_oracles.projected(params, anchor, by_name, norm, NETWORK_LAYERS[layers])
     for path, array in expected.items():
         close(result[path], array)
 
@@ -347,7 +349,7 @@ def test_gradient_in_the_radii_is_that_of_the_factor(norm: str, x64: None) -> No
         return sum(jnp.sum(weights[path] * x) for path, x in result.items())
 
     deltas = {path: params[path] - anchor[path] for path in params}
-    ball = balls.Balls(deltas, norm)
+    ball = ball_oracles.Balls(deltas, norm)
     radii = {name: 0.6 * ball.largest(name) for name in ball.members}
     gradient = jax.jit(jax.grad(score))(jnp.asarray(list(radii.values())))
     expected = ball.radius_gradient(radii, weights)

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-import balls
+import ball_oracles
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,8 @@ import optax
 import pytest
 
 import optax_spd
-from optax_spd import plans, projections, radius_learning, trees
+from optax_spd.core import balls, bilevel
+from optax_spd.layers import plans, trees
 
 both_norms = pytest.mark.parametrize("norm", ["l2", "mars"])
 LAYERS: dict[str, Any] = {
@@ -37,12 +38,12 @@ def arrays(seed: int) -> dict[str, np.ndarray]:
 
 def constraint_of(
     deltas: dict[str, Any], norm: str, layers: Any = None, acts: Any = None
-) -> radius_learning.Constraint:
+) -> bilevel.Constraint:
     flat = trees.flatten(jax.tree.map(jnp.asarray, deltas))
     plan = plans.plan_layers(flat, layers)
-    (norms,) = projections.ball_norms(norm, plan, None, flat.leaves)
+    (norms,) = balls.ball_norms(norm, plan, None, flat.leaves)
     acts = jnp.isfinite(norms.largest) if acts is None else jnp.asarray(acts)
-    return radius_learning.Constraint(plan, flat.leaves, norms, acts, None)
+    return bilevel.Constraint(plan, flat.leaves, norms, acts, None)
 
 
 # The gradient of the radii -----------------------------------------------------------------------
@@ -52,7 +53,7 @@ def constraint_of(
 @pytest.mark.parametrize("layers", LAYERS)
 def test_radius_gradient_is_that_of_numpy_and_of_jax(layers: str, norm: str, x64: None) -> None:
     deltas, slopes = arrays(0), arrays(1)
-    ball = balls.Balls(deltas, norm, LAYERS[layers])
+    ball = ball_oracles.Balls(deltas, norm, LAYERS[layers])
     assert list(ball.members) == optax_spd.layer_names(deltas, layers=LAYERS[layers])
 
     @jax.jit
@@ -173,7 +174,7 @@ def test_layers_that_take_no_part_keep_their_radii() -> None:
 @both_norms
 @pytest.mark.parametrize("layers", LAYERS)
 def test_radii_start_at_half_the_smallest_row_norm(layers: str, norm: str) -> None:
-    ball = balls.Balls(arrays(0), norm, LAYERS[layers])
+    ball = ball_oracles.Balls(arrays(0), norm, LAYERS[layers])
     size = len(ball.members)
 
     @jax.jit
@@ -201,14 +202,14 @@ def test_a_layer_starts_when_it_moves_and_a_row_need_not() -> None:
 
 def learn(
     deltas: dict[str, jax.Array], batches: Any, optimizer: Any, radii: Any, loss: Any
-) -> radius_learning.Learned:
+) -> bilevel.Learned:
     """The loop with an anchor of zeros; the loss gets a dict."""
     constraint = constraint_of(deltas, "l2")
     place = lambda factors: [f * d for f, d in zip(factors, deltas.values(), strict=True)]
     loss_fn = lambda leaves, batch: loss(dict(zip(deltas, leaves, strict=True)), batch)
     radii = jnp.asarray(radii, jnp.float32)
     state = optimizer.init(radii)
-    return radius_learning.learn_radii(constraint, loss_fn, place, batches, optimizer, radii, state)
+    return bilevel.learn_radii(constraint, loss_fn, place, batches, optimizer, radii, state)
 
 
 def distance(params: dict[str, jax.Array], batch: Any) -> Any:
@@ -310,13 +311,13 @@ def test_the_state_keeps_its_dtypes_under_a_scheduled_rate_in_float64(x64: None)
 )
 def test_a_validation_loss_is_one_real_number(loss: Any, shown: str) -> None:
     with pytest.raises(ValueError, match="validation_fn must return one real number") as error:
-        radius_learning.scalar_loss(lambda params, batch: loss, {}, None)
+        bilevel.scalar_loss(lambda params, batch: loss, {}, None)
     assert shown in str(error.value)
 
 
 @pytest.mark.parametrize("loss", [0.5, np.float64(0.5), np.array(0.5), jnp.bfloat16(0.5)], ids=repr)
 def test_real_numbers_of_all_kinds_are_losses(loss: Any) -> None:
-    found = radius_learning.scalar_loss(lambda params, batch: loss, {}, None)
+    found = bilevel.scalar_loss(lambda params, batch: loss, {}, None)
     assert found.shape == ()
     assert found == 0.5
 
@@ -336,7 +337,7 @@ def test_batches_have_one_leading_axis(kind: str) -> None:
     batches, message = BATCHES_REFUSED[kind]
     pattern = ".*".join(re.escape(part) for part in message.split(".*"))
     with pytest.raises(ValueError, match=pattern):
-        radius_learning.check_validation(distance, batches)
+        bilevel.check_validation(distance, batches)
 
 
 @pytest.mark.parametrize(
@@ -344,13 +345,13 @@ def test_batches_have_one_leading_axis(kind: str) -> None:
     [np.ones(1), [np.ones((2, 1)), np.arange(2)], {"x": jnp.ones((3, 4)), "none": None}],
 )
 def test_any_tree_of_arrays_makes_batches(batches: Any) -> None:
-    radius_learning.check_validation(distance, batches)
+    bilevel.check_validation(distance, batches)
 
 
 def test_a_validation_function_is_a_function() -> None:
     for given in (None, 3.0):
         with pytest.raises(TypeError, match="validation_fn must be a function"):
-            radius_learning.check_validation(given, np.ones(2))
+            bilevel.check_validation(given, np.ones(2))
 
 
 @pytest.mark.parametrize(
@@ -359,7 +360,7 @@ def test_a_validation_function_is_a_function() -> None:
     ids=["number", "name", "maker", "function"],
 )
 def test_an_optimizer_of_the_radii_is_a_transformation(optimizer: Any) -> None:
-    for build in (radius_learning.checked_optimizer, optax_spd.tpgm):
+    for build in (bilevel.checked_optimizer, optax_spd.tpgm):
         with pytest.raises(TypeError, match="radius_optimizer must be a gradient transformation"):
             build(optimizer)
-    assert radius_learning.checked_optimizer(None) is radius_learning.DEFAULT_OPTIMIZER
+    assert bilevel.checked_optimizer(None) is bilevel.DEFAULT_OPTIMIZER

@@ -12,7 +12,8 @@ import pytest
 from jax_support import host_memory_works, primitives
 
 import optax_spd
-from optax_spd import layers, second_pass, stages
+from optax_spd.core import recompute, stage
+from optax_spd.layers import spec
 
 PARAMS = {
     "a": jnp.arange(6.0).reshape(2, 3),
@@ -20,17 +21,17 @@ PARAMS = {
     "none": None,
     "stack": jnp.arange(12.0).reshape(3, 4),
 }
-STACKED = layers.stacked("stack")
+STACKED = spec.stacked("stack")
 PRETRAINED = jax.tree.map(lambda x: x / 3, PARAMS)
 
 
 def both(pretrained: Any, changing: Any, **options: Any) -> Any:
     """The deviations of the first pass and of the second."""
     options = {"anchor": "argument", "layers": STACKED} | options
-    view = stages.StageOptions(**options).view(
+    view = stage.StageOptions(**options).view(
         PARAMS, optax.EmptyState(), PARAMS, {"anchor": pretrained}
     )
-    return view.deviations, second_pass.again(view, changing).deviations
+    return view.deviations, recompute.again(view, changing).deviations
 
 
 @pytest.mark.parametrize("mode", ["eager", "jit", "zero"])
@@ -55,7 +56,7 @@ def test_the_inner_step_is_computed_for_either_pass(stage: Any) -> None:
     # An array that the stage leaves alone gets the inner step all the same.
     mask = {"a": True, "stack": True, "head": False, "none": None}
     reference = optax_spd.chain(*inner, stage(mask=mask))
-    tx = second_pass.chain(inner, stage(mask=mask))
+    tx = recompute.chain(inner, stage(mask=mask))
     params = {name: PARAMS[name] for name in ("a", "stack", "none")} | {"head": jnp.ones(3)}
 
     def trained(tx: Any, update: Any) -> Any:
@@ -91,7 +92,7 @@ if host_memory_works():
     def test_anchors_in_host_memory_are_brought_in_again_for_what_changes(
         changing: list[int], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(second_pass, "MIN_SIZE_TO_REFETCH", 1)
+        monkeypatch.setattr(recompute, "MIN_SIZE_TO_REFETCH", 1)
         first, second = jax.jit(both)(on_host(PRETRAINED), np.array(changing, bool))
         # An array is brought in whole if one of its layers changes.
         assert second[1:3] == [None, None]
@@ -106,7 +107,7 @@ if host_memory_works():
     def test_batches_and_derivatives_are_those_of_an_anchor_on_the_device(
         name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(second_pass, "MIN_SIZE_TO_REFETCH", 1)
+        monkeypatch.setattr(recompute, "MIN_SIZE_TO_REFETCH", 1)
         tx: Any = {
             "adam_spd": optax_spd.adam_spd(0.1, anchor="argument"),
             "adam_tpgm": optax_spd.adam_tpgm(0.1, anchor="argument"),
@@ -146,7 +147,7 @@ if host_memory_works():
     def test_small_arrays_and_those_of_one_cpu_are_brought_in_once(
         least: int, for_one_cpu: bool | None, again: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(second_pass, "MIN_SIZE_TO_REFETCH", least)
+        monkeypatch.setattr(recompute, "MIN_SIZE_TO_REFETCH", least)
         run = lambda anchor, changing: both(anchor, changing, for_one_cpu=for_one_cpu)
         jaxpr = jax.jit(run).trace(on_host(PRETRAINED), np.ones(4, bool)).jaxpr
         found = list(primitives(jaxpr))

@@ -9,14 +9,15 @@ import optax
 import pytest
 
 import optax_spd
-from optax_spd import layers, plans, stages, trees
+from optax_spd.core import stage
+from optax_spd.layers import plans, spec, trees
 
 
 def view_of(
     updates: Any, params: Any, extra: dict[str, Any] | None = None, **options: Any
-) -> stages.StageView:
+) -> stage.StageView:
     options = {"anchor": "zero"} | options
-    return stages.StageOptions(**options).view(updates, optax.EmptyState(), params, extra or {})
+    return stage.StageOptions(**options).view(updates, optax.EmptyState(), params, extra or {})
 
 
 def test_rebuild_passes_everything_else_through_as_the_same_object() -> None:
@@ -49,7 +50,7 @@ def test_rebuild_passes_everything_else_through_as_the_same_object() -> None:
 def test_rebuild_hands_each_layer_its_own_values_and_keeps_the_updates_dtype() -> None:
     params = {"a": jnp.ones((2, 3), jnp.bfloat16), "b": jnp.ones((4,))}
     updates = {"a": jnp.zeros((2, 3), jnp.float16), "b": jnp.zeros(4, jnp.bfloat16)}
-    view = view_of(updates, params, layers=layers.stacked("a", axis=1))
+    view = view_of(updates, params, layers=spec.stacked("a", axis=1))
     new = view.rebuild(
         lambda d, v, w: d.step + v + w,
         view.spread(jnp.arange(4.0)),
@@ -125,10 +126,10 @@ def test_updates_that_do_not_fit_the_parameters_are_refused() -> None:
 
 def test_check_vector_names_the_field_and_both_counts() -> None:
     plan = plans.plan_layers(trees.flatten({"a": jnp.ones(2), "b": jnp.ones(3)}))
-    stages.check_vector("spd_ratio", jnp.zeros(2), plan)
+    stage.check_vector("spd_ratio", jnp.zeros(2), plan)
     for wrong in (jnp.zeros(3), jnp.zeros(()), jnp.zeros((1, 2))):
         with pytest.raises(ValueError, match="state's spd_ratio has shape") as error:
-            stages.check_vector("spd_ratio", wrong, plan)
+            stage.check_vector("spd_ratio", wrong, plan)
         assert str(wrong.shape) in str(error.value)
         assert "2 layers" in str(error.value)
 
@@ -143,8 +144,8 @@ def test_a_state_made_for_other_layers_is_refused() -> None:
 
 def test_options_are_checked_when_a_stage_is_built() -> None:
     with pytest.raises(ValueError, match="anchor must be one of 'initial', 'zero', 'argument'"):
-        stages.StageOptions(anchor="pretrained")
+        stage.StageOptions(anchor="pretrained")
     with pytest.raises(TypeError, match="layers must be a function"):
-        stages.StageOptions(layers={"a": layers.LayerSpec()})  # type: ignore[arg-type]
+        stage.StageOptions(layers={"a": spec.LayerSpec()})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="axis_name must be a mesh axis name"):
-        stages.StageOptions(axis_name=3)
+        stage.StageOptions(axis_name=3)

@@ -19,7 +19,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jax_support import primitives
 
 import optax_spd
-from optax_spd import LayerSpec, deviations, mapped_axes, plans, stages, trees
+from optax_spd import LayerSpec
+from optax_spd.core import stage, sums
+from optax_spd.layers import plans, trees
+from optax_spd.sharding import manual_axes
 
 # Sums on one device ------------------------------------------------------------------------------
 
@@ -66,9 +69,9 @@ def test_sums_equal_numpy_in_float64(
 
     flat = trees.flatten({name: np.ones(shape) for name, (shape, _) in described.items()})
     plan = plans.plan_layers(flat, lambda path, _: described[path][1])
-    sums = jax.jit(
-        lambda terms: deviations.layer_sums(plan, [terms[name] for name in described], count)
-    )(terms)
+    sums = jax.jit(lambda terms: sums.layer_sums(plan, [terms[name] for name in described], count))(
+        terms
+    )
     assert all(s.shape == (max(1, len(expected)),) for s in sums)
     assert plan.names == tuple(expected)
     table = np.array([expected[name] for name in plan.names]).reshape(-1, count)
@@ -80,21 +83,21 @@ def test_a_layer_that_takes_no_part_sums_to_zero() -> None:
     flat = trees.flatten({"a": jnp.ones(2), "b": jnp.ones((2, 2)), "n": jnp.arange(2)})
     plan = plans.plan_layers(flat, optax_spd.stacked("b"))
     products = [None, (jnp.ones((2, 2)),), None]
-    (sums,) = deviations.layer_sums(plan, products, 1)
-    np.testing.assert_array_equal(sums, [0.0, 2.0, 2.0])
-    (sums,) = deviations.layer_sums(plan, [None] * 3, 1)
-    np.testing.assert_array_equal(sums, [0.0, 0.0, 0.0])
+    (totals,) = sums.layer_sums(plan, products, 1)
+    np.testing.assert_array_equal(totals, [0.0, 2.0, 2.0])
+    (totals,) = sums.layer_sums(plan, [None] * 3, 1)
+    np.testing.assert_array_equal(totals, [0.0, 0.0, 0.0])
     empty = plans.plan_layers(trees.flatten({}))
-    assert [s.shape for s in deviations.layer_sums(empty, [], 3)] == [(1,)] * 3
+    assert [s.shape for s in sums.layer_sums(empty, [], 3)] == [(1,)] * 3
 
 
 def test_spread_is_the_inverse_of_a_sum_over_slices() -> None:
     array = np.arange(24.0, dtype=np.float32).reshape(2, 3, 4)
     flat = trees.flatten({"a": jnp.ones(5), "b": array})
     plan = plans.plan_layers(flat, optax_spd.stacked("b", (0, 2)))
-    (sums,) = deviations.layer_sums(plan, [(jnp.ones(5),), (jnp.asarray(array),)], 1)
+    (totals,) = sums.layer_sums(plan, [(jnp.ones(5),), (jnp.asarray(array),)], 1)
     assert plan.arrays[1] is not None
-    spread = deviations.spread(plan.arrays[1], sums, 3)
+    spread = sums.spread(plan.arrays[1], totals, 3)
     np.testing.assert_array_equal(spread, array.sum(axis=1, keepdims=True))
 
 
@@ -103,7 +106,7 @@ def test_halves_are_summed_in_float32(dtype: Any) -> None:
     # More than the largest float16, and no bfloat16: a sum in either would show.
     size = 70_001
     theta, zeros = np.ones(size, dtype), np.zeros(size, dtype)
-    view = stages.StageOptions(anchor="zero").view([zeros], (), [theta], {})
+    view = stage.StageOptions(anchor="zero").view([zeros], (), [theta], {})
     product, square = view.sums(
         2, lambda d, g: (d.delta * g, d.tentative**2), view.match([theta], "grad")
     )
@@ -436,14 +439,14 @@ def rows_of(splits: dict[str, Split], by_hand: bool) -> Callable[..., Any]:
         flat = trees.flatten({name: first for name, (first, _) in terms.items()})
         plan = plans.plan_layers(flat, lambda path, _: splits[path].layer)
         specs = {name: split.spec for name, split in splits.items()}
-        axes = mapped_axes.sharded_axes(specs, flat, plan) if by_hand else None
+        axes = manual_axes.sharded_axes(specs, flat, plan) if by_hand else None
         # Not linear: it takes a row's whole sums.
         ratio = lambda a, b: a / (1 + b**2)
         # In the tree's order, which is that of its sorted keys.
         listed = [terms[name] for name in sorted(terms)]
-        rows = deviations.row_sums(plan, listed, axes, ratio)
+        rows = sums.row_sums(plan, listed, axes, ratio)
         firsts = [None if known is None else known[0] for known in rows.known]
-        extremes = deviations.layer_extremes(plan, firsts, rows.differing)
+        extremes = sums.layer_extremes(plan, firsts, rows.differing)
         return dict(zip(sorted(terms), rows.own, strict=True)), extremes, rows.totals
 
     return measure

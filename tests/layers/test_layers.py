@@ -16,7 +16,8 @@ import oracles
 import pytest
 
 import optax_spd
-from optax_spd import LayerSpec, trees
+from optax_spd import LayerSpec
+from optax_spd.layers import trees
 
 STEPS = 12
 

@@ -12,7 +12,8 @@ from flax import nnx
 from flax.core import freeze
 
 import optax_spd
-from optax_spd import LayerSpec, plans, trees
+from optax_spd import LayerSpec
+from optax_spd.layers import plans, trees
 
 
 class Pair(NamedTuple):

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from flax.core import freeze
 
-from optax_spd import trees
+from optax_spd.layers import trees
 
 
 class Value(NamedTuple):
@@ -72,7 +72,7 @@ def test_gaps_are_leaves_and_survive_a_round_trip() -> None:
     tree = {"a": None, "b": optax.MaskedNode(), "c": jnp.ones(2)}
     flattened = trees.flatten(tree)
     assert trees.path_name(flattened.paths[1]) == "b"
-    assert [trees.is_gap(leaf) for leaf in flattened.leaves] == [True, True, False]
+    assert [trees.is_missing(leaf) for leaf in flattened.leaves] == [True, True, False]
     again = flattened.unflatten(flattened.leaves)
     assert again["a"] is None
     assert again["b"] == optax.MaskedNode()

@@ -17,7 +17,7 @@ from hypothesis import given, settings as examples, strategies as st
 
 import optax_spd
 from optax_spd import LayerSpec
-from optax_spd.ftp import RadiusMoments, radius_update
+from optax_spd.methods.ftp import RadiusMoments, radius_update
 
 CASES = golden.settings("ftp")
 # PyTorch keeps output units on the first axis.

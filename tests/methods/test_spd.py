@@ -15,7 +15,7 @@ import torch_like
 from jax_support import primitives
 
 import optax_spd
-from optax_spd.spd import decay_ratio
+from optax_spd.methods.spd import decay_ratio
 
 CASES = golden.settings("spd")
 

@@ -3,7 +3,7 @@
 import functools
 from typing import Any, NamedTuple
 
-import balls
+import ball_oracles
 import golden
 import jax
 import jax.numpy as jnp
@@ -209,7 +209,7 @@ def test_equals_numpy_for_any_layers(layers: str, norm: str, every: int, x64: No
     mask = {path: path != "dense/bias" for path in SHAPES}
     anchor = arrays(0, dtype=np.float64)
     tx = optax_spd.tpgm(optax.sgd(0.02), norm=norm, every=every, layers=LAYERS[layers], mask=mask)
-    reference = balls.Tpgm(anchor, norm, rate=0.02, layers=LAYERS[layers], mask=mask)
+    reference = ball_oracles.Tpgm(anchor, norm, rate=0.02, layers=LAYERS[layers], mask=mask)
     step, params, state = stepper(tx), anchor, tx.init(anchor)
     names = optax_spd.layer_names(anchor, layers=LAYERS[layers], mask=mask)
     for count in range(5):
@@ -261,7 +261,7 @@ def test_without_validation_radii_start_at_half_the_first_step_and_never_grow(
 ) -> None:
     anchor = arrays(0)
     tx = optax_spd.tpgm(norm=norm, layers=LAYERS[layers])
-    reference = balls.Tpgm(anchor, norm, rate=0.0, layers=LAYERS[layers])
+    reference = ball_oracles.Tpgm(anchor, norm, rate=0.0, layers=LAYERS[layers])
     step, params, state, last = stepper(tx), anchor, tx.init(anchor), None
     for count, scale in enumerate((1.0, 3.0, 0.05, 3.0)):
         updates = arrays(10 + count, scale=scale)
@@ -271,7 +271,7 @@ def test_without_validation_radii_start_at_half_the_first_step_and_never_grow(
         np.testing.assert_allclose(radii_of(state), list(reference.radii.values()), rtol=1e-4)
         if last is None:
             delta = {path: updates[path] for path in updates}
-            ball = balls.Balls(delta, norm, LAYERS[layers])
+            ball = ball_oracles.Balls(delta, norm, LAYERS[layers])
             half = [ball.half_smallest(name) for name in ball.members]
             np.testing.assert_allclose(radii_of(state), half, rtol=1e-5)
         else:
@@ -302,7 +302,7 @@ def test_given_radii_are_where_learning_starts(radii: Any) -> None:
     anchor, updates = arrays(0), arrays(1)
     tx = optax_spd.tpgm(optax.sgd(0.0), norm="l2", radii=radii)
     _, state = stepper(tx)(anchor, tx.init(anchor), updates, arrays(2, 3))
-    ball = balls.Balls(updates, "l2")
+    ball = ball_oracles.Balls(updates, "l2")
     start = dict(zip(ball.members, np.broadcast_to(radii, 5), strict=True))
     np.testing.assert_allclose(radii_of(state), list(ball.clipped(start).values()), rtol=1e-6)
 
@@ -341,7 +341,7 @@ def test_an_array_that_has_not_moved_stays_and_can_leave_later(learns: bool, nor
             assert np.all(np.any(np.delete(state.radius_state.gradient, still, 1) != 0, axis=0))
     updates = arrays(12)
     params, state = step(params, state, updates, batches)
-    ball = balls.Balls({"dense/kernel": updates["dense/kernel"]}, norm)
+    ball = ball_oracles.Balls({"dense/kernel": updates["dense/kernel"]}, norm)
     half = ball.half_smallest("dense/kernel")
     if learns:
         np.testing.assert_allclose(state.radius_state.used[0, still], half, rtol=1e-5)
@@ -369,7 +369,7 @@ def test_no_array_has_moved() -> None:
 def test_bfloat16_parameters_have_float32_radii(norm: str) -> None:
     anchor = {path: jnp.asarray(x, jnp.bfloat16) for path, x in arrays(0).items()}
     tx = optax_spd.tpgm(optax.sgd(0.02), norm=norm)
-    reference = balls.Tpgm(anchor, norm, rate=0.02)
+    reference = ball_oracles.Tpgm(anchor, norm, rate=0.02)
     step, params, state = stepper(tx), anchor, tx.init(anchor)
     assert {x.dtype for x in state.anchor.values()} == {jnp.dtype(jnp.bfloat16)}
     # Updates of 1/8 so that the rounding of θ + u to 8 bits does not hide the stage's errors.

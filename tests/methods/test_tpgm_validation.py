@@ -3,7 +3,7 @@
 import functools
 from typing import Any
 
-import balls
+import ball_oracles
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -153,7 +153,7 @@ def test_training_goes_on_after_a_sick_validation(poison: float, norm: str) -> N
         tentative = jax.tree.map(np.add, params, updates)
         params, state = step(params, state, updates, sick(healthy, poison))
         # As after a step that only projects: the last radii, at most the largest norm.
-        ball = balls.Balls(jax.tree.map(np.subtract, tentative, anchor), norm)
+        ball = ball_oracles.Balls(jax.tree.map(np.subtract, tentative, anchor), norm)
         kept = ball.clipped(dict(zip(ball.members, radii_of(last), strict=True)))
         np.testing.assert_allclose(radii_of(state), list(kept.values()), rtol=1e-6)
         assert np.sum(radii_of(state) == radii_of(last)) >= 4

@@ -3,7 +3,7 @@
 import functools
 from typing import Any
 
-import balls
+import ball_oracles
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def test_equals_the_learning_step_of_tpgm_and_numpy(layers: str, norm: str) -> N
     assert_close(fitted.params, projected)
     np.testing.assert_allclose(fitted.radii, state.tpgm_radii, rtol=1e-6)
 
-    reference = balls.Tpgm(anchor, norm, 0.02, LAYERS[layers], mask)
+    reference = ball_oracles.Tpgm(anchor, norm, 0.02, LAYERS[layers], mask)
     assert_close(fitted.params, reference.step(params, zeros, batches), atol=1e-5)
     np.testing.assert_allclose(fitted.radii, list(reference.radii.values()), rtol=1e-4, atol=1e-6)
     np.testing.assert_array_equal(fitted.params["dense/bias"], params["dense/bias"])
@@ -71,11 +71,11 @@ def test_losses_are_of_the_projections_before_each_step() -> None:
     fitted = fit(batches)
     assert fitted.losses.shape == (4,)
     deltas = jax.tree.map(np.subtract, params, anchor)
-    ball = balls.Balls(deltas, norm)
+    ball = ball_oracles.Balls(deltas, norm)
     start = {name: ball.half_smallest(name) for name in ball.members}
     shorter = fit(jax.tree.map(lambda x: x[:2], batches))
     for index, radii in ((0, start), (2, dict(zip(start, shorter.radii, strict=True)))):
-        projected = balls.projected(params, anchor, radii, norm)
+        projected = ball_oracles.projected(params, anchor, radii, norm)
         batch = jax.tree.map(lambda x, i=index: x[i], batches)
         loss = sum(np.sum((projected[p] - batch[p]) ** 2) / 2 for p in projected)
         np.testing.assert_allclose(fitted.losses[index], loss, rtol=1e-5)
@@ -178,7 +178,7 @@ def test_bfloat16_checkpoints_have_float32_radii() -> None:
     )
     assert fitted.radii.dtype == jnp.float32
     assert {x.dtype for x in fitted.params.values()} == {jnp.dtype(jnp.bfloat16)}
-    reference = balls.Tpgm(anchor, "mars", 0.02)
+    reference = ball_oracles.Tpgm(anchor, "mars", 0.02)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape), params)
     expected = reference.step(params, zeros, arrays(2, 4))
     for path, array in fitted.params.items():

@@ -4,7 +4,7 @@ import functools
 import re
 from typing import Any
 
-import balls
+import ball_oracles
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -44,10 +44,10 @@ def assert_equal(actual: Any, expected: Any) -> None:
 def test_half_precision_is_projected_in_float32(dtype: Any, norm: str) -> None:
     params, anchor = (jnp.asarray(numbers(300, 4, seed=s), dtype) for s in (0, 1))
     delta = np.asarray(params, np.float64) - np.asarray(anchor, np.float64)
-    radius = 0.9 * balls.Balls({"w": delta}, norm).largest("w")
+    radius = 0.9 * ball_oracles.Balls({"w": delta}, norm).largest("w")
     result = project({"w": params}, {"w": anchor}, radius, norm=norm)["w"]
     assert result.dtype == dtype
-    expected = balls.projected({"w": params}, {"w": anchor}, {"w": radius}, norm)["w"]
+    expected = ball_oracles.projected({"w": params}, {"w": anchor}, {"w": radius}, norm)["w"]
     assert np.max(np.abs(expected - np.asarray(params, float))) > 0.05
     # Rounded once, at the end; a sum of 300 terms in the half type would be off by per cents.
     half_ulp = float(jnp.finfo(dtype).eps) / 2

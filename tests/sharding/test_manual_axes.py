@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
 import optax_spd
-from optax_spd import mapped_axes, plans, trees
+from optax_spd.layers import plans, trees
+from optax_spd.sharding import manual_axes
 
 # What is refused ---------------------------------------------------------------------------------
 
@@ -25,12 +26,12 @@ def test_specs_must_fit_the_parameters() -> None:
     flat = trees.flatten({"a": jnp.ones(8), "b": jnp.ones(8)})
     plan = plans.plan_layers(flat)
     with pytest.raises(ValueError, match="axis_name has no entry for the parameter 'b'"):
-        mapped_axes.sharded_axes({"a": P("d")}, flat, plan)
+        manual_axes.sharded_axes({"a": P("d")}, flat, plan)
     with pytest.raises(ValueError, match="axis_name has an entry at 'c'"):
-        mapped_axes.sharded_axes({"a": P("d"), "b": P(), "c": P()}, flat, plan)
+        manual_axes.sharded_axes({"a": P("d"), "b": P(), "c": P()}, flat, plan)
     # shard_map refuses None for an array too: it is no way to write P().
     with pytest.raises(ValueError, match=r"axis_name .*'b'"):
-        mapped_axes.sharded_axes({"a": P("d"), "b": None}, flat, plan)
+        manual_axes.sharded_axes({"a": P("d"), "b": None}, flat, plan)
 
 
 def test_a_stacked_axis_cannot_be_split_by_hand() -> None:
@@ -38,9 +39,9 @@ def test_a_stacked_axis_cannot_be_split_by_hand() -> None:
     plan = plans.plan_layers(flat, optax_spd.stacked("blocks"))
     specs = {"blocks": P("d"), "head": P("d")}
     with pytest.raises(ValueError, match=r"splits 'blocks' over \('d',\) along axis 0"):
-        mapped_axes.sharded_axes(specs, flat, plan)
+        manual_axes.sharded_axes(specs, flat, plan)
     specs["blocks"] = P(None, "d")
-    assert mapped_axes.sharded_axes(specs, flat, plan) == [{"d": 1}, {"d": 0}]
+    assert manual_axes.sharded_axes(specs, flat, plan) == [{"d": 1}, {"d": 0}]
 
 
 @pytest.mark.parametrize(
@@ -49,8 +50,8 @@ def test_a_stacked_axis_cannot_be_split_by_hand() -> None:
     ids=repr,
 )
 def test_names_and_specs_pass(axis_name: Any) -> None:
-    mapped_axes.check_axis_name(axis_name)
-    assert mapped_axes.is_names(axis_name) == (axis_name in ["d", ("x", "y")])
+    manual_axes.check_axis_name(axis_name)
+    assert manual_axes.is_names(axis_name) == (axis_name in ["d", ("x", "y")])
 
 
 # What is read ------------------------------------------------------------------------------------
@@ -63,14 +64,14 @@ def planned(params: Any, layers: Any = None) -> tuple[trees.FlatTree, plans.Laye
 
 def test_a_bare_name_splits_every_array_along_an_axis_it_does_not_tell() -> None:
     flat, plan = planned({"a": jnp.ones(8), "b": jnp.ones((8, 2))})
-    assert mapped_axes.sharded_axes("d", flat, plan) == [{"d": None}] * 2
-    assert mapped_axes.sharded_axes(("x", "y"), flat, plan) == [{"x": None, "y": None}] * 2
+    assert manual_axes.sharded_axes("d", flat, plan) == [{"d": None}] * 2
+    assert manual_axes.sharded_axes(("x", "y"), flat, plan) == [{"x": None, "y": None}] * 2
 
 
 def test_a_spec_says_which_axis_each_name_splits() -> None:
     flat, plan = planned({"a": jnp.ones((8, 2, 8)), "b": jnp.ones(8), "c": jnp.ones((2, 8))})
     specs = {"a": P("x", None, ("y", "z")), "b": P(), "c": P(None, "x")}
-    assert mapped_axes.sharded_axes(specs, flat, plan) == [
+    assert manual_axes.sharded_axes(specs, flat, plan) == [
         {"x": 0, "y": 2, "z": 2},
         {},
         {"x": 1},
@@ -80,18 +81,18 @@ def test_a_spec_says_which_axis_each_name_splits() -> None:
 def test_a_prefix_of_specs_covers_what_is_below() -> None:
     flat, plan = planned({"blocks": {"bias": jnp.ones(8), "kernel": jnp.ones((8, 2))}, "b": 1.0})
     specs = {"blocks": P("d"), "b": P()}
-    assert mapped_axes.sharded_axes(specs, flat, plan) == [{}, {"d": 0}, {"d": 0}]
-    assert mapped_axes.sharded_axes(P("d"), flat, plan) == [{"d": 0}] * 3
+    assert manual_axes.sharded_axes(specs, flat, plan) == [{}, {"d": 0}, {"d": 0}]
+    assert manual_axes.sharded_axes(P("d"), flat, plan) == [{"d": 0}] * 3
 
 
 def test_the_axes_of_a_leaf_that_is_no_layer_do_not_matter() -> None:
     flat = trees.flatten({"a": jnp.ones(8), "ids": jnp.arange(8)})
     plan = plans.plan_layers(flat)
-    assert mapped_axes.sharded_axes({"a": P(("x", "y")), "ids": P("z")}, flat, plan) == [
+    assert manual_axes.sharded_axes({"a": P(("x", "y")), "ids": P("z")}, flat, plan) == [
         {"x": 0, "y": 0},
         {},
     ]
-    assert mapped_axes.sharded_axes(None, flat, plan) is None
+    assert manual_axes.sharded_axes(None, flat, plan) is None
 
 
 # What shard_map knows ----------------------------------------------------------------------------
@@ -103,7 +104,7 @@ def seen_inside(map_over: Callable[..., Any]) -> list[frozenset[str]]:
 
     def look(split: jax.Array, replicated: jax.Array) -> jax.Array:
         arrays = (split, replicated, split + replicated, jax.lax.pmean(split, "x"))
-        seen.extend(map(mapped_axes.varying_axes, arrays))
+        seen.extend(map(manual_axes.varying_axes, arrays))
         return split
 
     jax.eval_shape(map_over(look), jnp.ones((8, 2)), jnp.ones(2))
@@ -137,4 +138,4 @@ def test_nothing_is_known_to_vary_in_pmap_and_outside_of_maps() -> None:
         seen_inside(lambda look: jax.pmap(look, axis_name="x", in_axes=(0, None)))
         == [frozenset()] * 4
     )
-    assert mapped_axes.varying_axes(jnp.ones(2)) == frozenset()
+    assert manual_axes.varying_axes(jnp.ones(2)) == frozenset()

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jax_support import host_memory_works
 
 import optax_spd
-from optax_spd import placement
+from optax_spd.sharding import placement
 
 # All of one shape: zeros of one shape are one constant to XLA, whatever they belong to.
 SPECS = {"a": P("x"), "b": P(None, "y"), "c": P(("x", "y")), "d": P(None, "x"), "e": P()}
@@ -45,14 +45,14 @@ def test_arrays_of_one_shape_are_each_split_as_their_parameter(name: str) -> Non
 def test_what_is_tied_stays_the_same_to_the_bit(number: float) -> None:
     like = jnp.array([1.0, -0.0, jnp.inf, jnp.nan], jnp.float32)
     array = jnp.full(4, number, jnp.float32)
-    tied = jax.jit(placement.tied)(array, like)
+    tied = jax.jit(placement.with_sharding_of)(array, like)
     assert np.asarray(tied).tobytes() == np.asarray(array).tobytes()
 
 
 def test_only_arrays_of_the_parameters_shape_are_tied() -> None:
     def init(params: Any) -> Any:
         state = {"w": jnp.zeros(3), "inner": {"w": jnp.zeros((2, 2))}, "count": jnp.zeros(())}
-        return placement.tied_to_params(state, params)
+        return placement.shard_like_params(state, params)
 
     equations = jax.make_jaxpr(init)({"w": jnp.zeros((2, 2))}).eqns
     assert sum(e.primitive.name == "is_finite" for e in equations) == 1
@@ -61,8 +61,8 @@ def test_only_arrays_of_the_parameters_shape_are_tied() -> None:
 def test_outside_of_a_program_nothing_happens() -> None:
     params = {"w": jnp.ones(2)}
     state = optax.adam(0.1).init(params)
-    assert placement.tied_to_params(state, params) is state
-    assert placement.tied(state[0].mu["w"], params["w"]) is state[0].mu["w"]
+    assert placement.shard_like_params(state, params) is state
+    assert placement.with_sharding_of(state[0].mu["w"], params["w"]) is state[0].mu["w"]
 
 
 def test_only_floating_numbers_are_tied() -> None:
@@ -71,7 +71,7 @@ def test_only_floating_numbers_are_tied() -> None:
     def init(params: Any) -> Any:
         keys = jax.random.split(jax.random.key(0), (2, 2))
         state = {"b": jnp.zeros((2, 2), bool), "k": keys, "f": jnp.zeros((2, 2), jnp.bfloat16)}
-        return placement.tied_to_params(state, params)
+        return placement.shard_like_params(state, params)
 
     tied, plain = jax.eval_shape(init, like), init(like)
     assert jax.tree.map(jnp.shape, tied) == jax.tree.map(jnp.shape, plain)

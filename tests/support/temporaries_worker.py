@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 
 import optax_spd
-from optax_spd import in_turn, one_cpu, portions
+from optax_spd import in_turn, portions
+from optax_spd.core import one_cpu
 
 RECIPES = [optax_spd.adam_spd, optax_spd.adam_tpgm, optax_spd.adam_ftp, optax_spd.sgd_ftp]
 # So large that each is by itself under way; and so small that a few are taken as one stack.

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import optax_spd
-from optax_spd import balancing, following, plans, trees
+from optax_spd.layers import plans, trees
+from optax_spd.methods.temp_balance import groups, weights
 
 PARAMS = {
     "block_0": {
@@ -29,17 +30,17 @@ STACKED = {
 def parts(params: Any, layers: Any = None) -> Any:
     flat = trees.flatten(params)
     plan = plans.plan_layers(flat, layers)
-    selection = balancing.select(flat, plan, 3, skip_first=False, skip_last=False)
+    selection = weights.select(flat, plan, 3, skip_first=False, skip_last=False)
     return flat, plan, selection
 
 
 def pairs(params: Any, follows: Any = None, layers: Any = None) -> dict[str, list[str]]:
     flat, plan, selection = parts(params, layers)
-    modules = following.modules(flat, selection, follows, whole=True)
+    modules = groups.modules(flat, selection, follows, whole=True)
     found: dict[str, list[str]] = {}
     for follower, leader in zip(modules.followers, modules.leaders, strict=True):
         found.setdefault(plan.names[follower], []).append(plan.names[leader])
-    assert [n for n, c in zip(plan.names, modules.concerned, strict=True) if c] == list(found)
+    assert [n for n, c in zip(plan.names, modules.scalable, strict=True) if c] == list(found)
     return found
 
 
@@ -111,7 +112,7 @@ def test_mistakes_are_named() -> None:
 
 
 def test_factors_of_modules() -> None:
-    modules = following.Modules(4, np.array([0, 1, 1, 2]), np.array([0, 0, 2, 2]))
+    modules = groups.Modules(4, np.array([0, 1, 1, 2]), np.array([0, 0, 2, 2]))
     alpha = jnp.array([2.0, 0.0, 4.0, 0.0])
     found = jnp.array([True, False, True, False])
 
@@ -127,7 +128,7 @@ def test_factors_of_modules() -> None:
 
 
 def test_a_follower_of_a_broken_weight_keeps_its_update() -> None:
-    modules = following.Modules(2, np.array([0, 1]), np.array([0, 0]))
+    modules = groups.Modules(2, np.array([0, 1]), np.array([0, 0]))
     found = modules.scales(
         jnp.zeros(2), jnp.zeros(2, bool), lambda a, w: jnp.full(2, 7.0), normalize=True
     )
@@ -135,7 +136,7 @@ def test_a_follower_of_a_broken_weight_keeps_its_update() -> None:
 
 
 def test_factors_of_blocks() -> None:
-    blocks = following.Blocks(np.array([0, 0, 1, -1, 1]), 2)
+    blocks = groups.Blocks(np.array([0, 0, 1, -1, 1]), 2)
     alpha = jnp.array([2.0, 4.0, 9.0, 5.0, 0.0])
     found = jnp.array([True, True, True, True, False])
 
@@ -153,8 +154,8 @@ def test_factors_of_blocks() -> None:
 def labels(params: Any, pattern: str | None = None, layers: Any = None) -> list[Any]:
     _, plan, _ = parts(params, layers)
     regex = None if pattern is None else re.compile(pattern)
-    blocks = following.blocks(plan, regex, whole=True)
-    assert blocks.concerned.tolist() == [bool(b >= 0) for b in blocks.block]
+    blocks = groups.blocks(plan, regex, whole=True)
+    assert blocks.scalable.tolist() == [bool(b >= 0) for b in blocks.block]
     return blocks.block.tolist()
 
 
@@ -192,5 +193,5 @@ def test_a_tree_without_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match=r"what block='layerz' matches was looked for"):
         labels(PARAMS, "layerz")
     _, plan, _ = parts({"head": PARAMS["head"]})
-    part = following.blocks(plan, None, whole=False)  # a mask may have taken the blocks
-    assert not part.concerned.any()
+    part = groups.blocks(plan, None, whole=False)  # a mask may have taken the blocks
+    assert not part.scalable.any()

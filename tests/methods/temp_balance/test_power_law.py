@@ -11,7 +11,7 @@ import tempbalance_golden as golden
 from tempbalance_golden import numpy_alpha
 
 import optax_spd
-from optax_spd import power_law
+from optax_spd.methods.temp_balance import power_law
 
 FITS = pytest.mark.parametrize("fit", power_law.FITS)
 

@@ -10,7 +10,7 @@ import tempbalance_golden as golden
 from hypothesis import given, settings, strategies as st
 
 import optax_spd
-from optax_spd.balance_scales import ASSIGNMENTS
+from optax_spd.methods.temp_balance.scales import ASSIGNMENTS
 
 NAMES = {"tb_linear_map": "linear", "tb_sqrt": "sqrt", "tb_log2": "log2", "tb_step": "step"}
 

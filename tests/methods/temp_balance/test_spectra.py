@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optax_spd import spectra
+from optax_spd.methods.temp_balance import spectra
 
 
 def source(stack: jax.Array) -> spectra.Source:

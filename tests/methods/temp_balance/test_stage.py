@@ -11,7 +11,7 @@ import pytest
 import tempbalance_golden as golden
 
 import optax_spd
-from optax_spd import trees as trees_lib
+from optax_spd.layers import trees
 
 
 def scales(tx: optax.GradientTransformation, params: Any) -> Any:
@@ -241,7 +241,7 @@ def test_updates_are_scaled_layer_by_layer_from_the_first_step_on() -> None:
     assert sorted(set(factors.values()))[0] == 0.5
     assert len(set(factors.values())) == 4
     assert named(state) == pytest.approx(factors, rel=1e-5)
-    flat = trees_lib.flatten(updates)
+    flat = trees.flatten(updates)
     for path, leaf in flat.by_path.items():
         np.testing.assert_allclose(leaf, factors["/".join(path)], rtol=1e-5)
     alpha = dict(zip(NAMES, optax.tree.get(state, "temp_balance_alpha").tolist(), strict=True))
@@ -296,7 +296,7 @@ def test_behind_adam_it_acts_and_in_front_it_does_not() -> None:
 
     def steps(tx: Any) -> dict[str, float]:
         updates, _ = jax.jit(tx.update)(ONES, tx.init(PARAMS), PARAMS)
-        flat = trees_lib.flatten(updates)
+        flat = trees.flatten(updates)
         return {"/".join(path): -float(leaf.mean()) for path, leaf in flat.by_path.items()}
 
     adam = optax.adam(0.1)

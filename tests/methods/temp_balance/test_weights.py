@@ -9,14 +9,15 @@ import pytest
 from tempbalance_golden import numpy_alpha
 
 import optax_spd
-from optax_spd import balancing, plans, power_law, trees
+from optax_spd.layers import plans, trees
+from optax_spd.methods.temp_balance import power_law, weights
 
 
 def selected(params: Any, layers: Any = None, minimum: int = 1, **skips: bool) -> Any:
     flat = trees.flatten(params)
     plan = plans.plan_layers(flat, layers)
     skips = {"skip_first": False, "skip_last": False} | skips
-    return balancing.select(flat, plan, minimum, **skips)
+    return weights.select(flat, plan, minimum, **skips)
 
 
 def counted(params: Any, layers: Any = None, minimum: int = 1, **skips: bool) -> list[str]:
@@ -173,7 +174,7 @@ def test_broken_weights_have_no_exponent() -> None:
 
 def test_means_by_segment() -> None:
     values = jnp.array([1.0, 2.0, jnp.nan, 4.0])
-    mean, found = balancing.mean_by(values, jnp.isfinite(values), np.array([2, 2, 0, 2]), 3)
+    mean, found = weights.mean_by(values, jnp.isfinite(values), np.array([2, 2, 0, 2]), 3)
     np.testing.assert_allclose(mean, [0, 0, 7 / 3], rtol=1e-6)
     assert found.tolist() == [False, False, True]
 

@@ -1,0 +1,1 @@
+"""Where the anchor θ₀ lives, and how to change it in a finished state."""

@@ -1,0 +1,164 @@
+"""Changing the anchors inside a finished optimizer state: replace them, or leave them out.
+
+An optimizer's state nests (chain, masked, partition, MultiSteps, ...), but a stage's own state
+stays the NamedTuple that its ``init`` made, so anchors are found wherever they are.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_spd.anchors import policy
+from optax_spd.layers import checks, trees
+
+PyTree = Any
+
+
+def set_anchor(state: PyTree, anchor: PyTree, *, anchor_dtype: Any = None) -> PyTree:
+    """Replaces every anchor in a nested optimizer state.
+
+    For trainers that load the pretrained weights after ``tx.init``, and after restoring a state
+    saved without its anchor (:func:`drop_anchor`).
+
+    Args:
+      state: the state of a whole optimizer, through any ``chain``, ``masked``, ``partition``,
+        ``MultiSteps``, ``inject_hyperparams``, ``apply_if_finite``, or an ``nnx.Optimizer``'s
+        ``opt_state``.
+      anchor: the full parameter tree, whatever masks lie in between. Leaves are matched by path;
+        containers (dict, FrozenDict, nnx.State) and boxes may differ from the state's. Where the
+        state has None an array given here fills it, since a partial restore leaves None in place
+        of arrays: give the tree with None where the parameters have None (Equinox: filtered as
+        they are).
+      anchor_dtype: the dtype to store floating leaves in; None for the replaced leaf's, or for
+        the new leaf's own where the anchor had been dropped.
+
+    Returns:
+      The state with copies of the given arrays. A ``jax.Array`` keeps its own sharding and memory
+      kind, a NumPy array takes the replaced leaf's (a dropped anchor has none: give sharded arrays
+      in a sharded run).
+
+    Raises:
+      ValueError: the state holds no anchor, or paths or shapes differ (names the first).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_spd
+      >>> tx = optax_spd.adam_spd(1e-3)
+      >>> state = tx.init({"kernel": jnp.zeros(2)})
+      >>> state = optax_spd.set_anchor(state, {"kernel": jnp.ones(2)})
+      >>> optax.tree.get(state, "anchor")
+      {'kernel': Array([1., 1.], dtype=float32)}
+    """
+    dtype = None if anchor_dtype is None else checks.check_dtype("anchor_dtype", anchor_dtype)
+    return _map_anchors(lambda held: _replaced(held, anchor, dtype), state)
+
+
+def _replaced(held: PyTree, anchor: PyTree, dtype: np.dtype | None) -> PyTree:
+    flat = trees.flatten(held, is_leaf=policy.is_anchor_leaf)
+    found = trees.flatten(anchor).by_path
+    wanted = [
+        _what_belongs(path, leaf, found) for path, leaf in zip(flat.paths, flat.leaves, strict=True)
+    ]
+    reference = flat._replace(leaves=wanted)
+    sources = policy.match_anchor(reference, anchor, "the state's anchor")
+    return flat.unflatten(
+        policy.copied(
+            source,
+            like,
+            dtype or (None if policy.is_anchor_leaf(old) else jnp.result_type(old)),
+            path,
+        )
+        for path, old, like, source in zip(flat.paths, flat.leaves, wanted, sources, strict=True)
+    )
+
+
+def _what_belongs(path: trees.Path, held: Any, found: dict[trees.Path, Any]) -> Any:
+    """What the new anchor is compared with at ``path``: the held array, or what fills its place.
+
+    A dropped array left no shape to compare with, and neither did one that a partial restore
+    turned into None: whatever array the new anchor has there is taken.
+    """
+    given = found.get(path)
+    is_array = hasattr(given, "shape") and hasattr(given, "dtype")
+    if isinstance(held, policy.DroppedAnchor):
+        return given if is_array else held
+    if held is not None:
+        return held
+    below = [p for p in found if len(p) > len(path) and p[: len(path)] == path]
+    if below:
+        raise ValueError(
+            f"The state's anchor is None at {trees.shown(path)}, where the new anchor has a whole "
+            f"subtree ({trees.shown(below[0])}, ...). Restore the checkpoint into the structure of "
+            "tx.init(params), or of drop_anchor(tx.init(params)), and call set_anchor then."
+        )
+    return given if is_array else None
+
+
+def drop_anchor(state: PyTree) -> PyTree:
+    """Takes every anchor out of a nested optimizer state, to save it without.
+
+    The pretrained checkpoint has those weights already. A dropped state is for saving only: an
+    update refuses it until :func:`set_anchor` has put the anchor back.
+
+    Args:
+      state: as for :func:`set_anchor`.
+
+    Returns:
+      The state with a leafless marker in place of each anchor array.
+
+    Raises:
+      ValueError: the state holds no anchor.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import optax_spd
+      >>> params = {"kernel": jnp.ones((8, 8))}
+      >>> state = optax_spd.adam_spd(1e-3).init(params)
+      >>> size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+      >>> size(state) - size(optax_spd.drop_anchor(state)) == size(params)
+      True
+    """
+
+    def dropped(held: PyTree) -> PyTree:
+        flat = trees.flatten(held, is_leaf=policy.is_anchor_leaf)
+        return flat.unflatten(
+            leaf if policy.is_anchor_leaf(leaf) else policy.DroppedAnchor() for leaf in flat.leaves
+        )
+
+    return _map_anchors(dropped, state)
+
+
+def _map_anchors(change: Callable[[PyTree], PyTree], state: PyTree) -> PyTree:
+    count = 0
+
+    def walk(node: PyTree) -> PyTree:
+        nonlocal count
+        if not _holds_anchor(node):
+            return node
+        count += 1
+        others = {
+            field: jax.tree.map(walk, getattr(node, field), is_leaf=_holds_anchor)
+            for field in node._fields
+            if field != "anchor"
+        }
+        return node._replace(anchor=change(node.anchor), **others)
+
+    new_state = jax.tree.map(walk, state, is_leaf=_holds_anchor)
+    if count == 0:
+        raise ValueError(
+            "The state holds no anchor: its stages use anchor='zero' or 'argument', or it is not "
+            "the state of an optax_spd stage. A checkpoint restored without the structure of "
+            "tx.init(params) is plain dicts and lists: restore it into that structure. Of an "
+            "nnx.Optimizer give optimizer.opt_state; nnx.state(optimizer) has lost the structure."
+        )
+    return new_state
+
+
+def _holds_anchor(node: Any) -> bool:
+    """Whether ``node`` is a stage's state that keeps an anchor."""
+    return getattr(node, "holds_anchor", False) and not isinstance(node.anchor, optax.EmptyState)

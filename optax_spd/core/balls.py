@@ -1,0 +1,197 @@
+"""Balls around the anchor: the norms that measure a layer's deviation, and the projection.
+
+The ball of radius γ around a layer's anchor θ₀ (Tian et al., CVPR 2023 and NeurIPS 2023; the norms
+as in Gouk, Hospedales, Pontil: "Distance-Based Regularisation of Deep Networks for Fine-Tuning",
+ICLR 2021, https://arxiv.org/abs/2002.08253):
+
+    l2:    n = ‖Δ‖₂                        one number a layer
+    mars:  n_j = Σ |Δ_j|                    one a row j: the weights of one output unit
+    θ' = θ₀ + clip(γ / (n + 1e-8), 0, 1) Δ  each row by its own n, all with the layer's γ
+
+so that afterwards max_j n_j <= γ. (MARS stands for maximum absolute row sum.) Rows are output
+units whatever the axis they lie on (``layers=``); an array of rank 0 or 1 is one row. In a group
+of arrays each keeps its rows.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_spd.core.rows import RowSums, layer_extremes, row_sums
+from optax_spd.core.sums import layer_sums, norm_of, spread, spread_over
+from optax_spd.layers import checks, plans
+from optax_spd.sharding import manual_axes
+
+PyTree = Any
+Leaves = Sequence[jax.Array | None]
+
+NORMS = ("l2", "mars")
+EPS = 1e-8
+"""Added to norms, and the smallest radius, in the authors' code of TPGM and of FTP."""
+
+
+def check_norm(norm: Any, axis_name: Any = None) -> None:
+    """Checks ``norm=`` when a stage is built.
+
+    Raises:
+      ValueError: an unknown norm, or ``axis_name`` names axes but the norm needs to know which of
+        an array's axes they split.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm must be 'l2' or 'mars', got {norm!r}.")
+    if norm == "mars":
+        manual_axes.require_specs(
+            axis_name,
+            "norm='mars' sums along some of an array's axes and takes the maximum along others",
+            ", or use norm='l2'",
+        )
+
+
+class BallNorms(NamedTuple):
+    """How far each layer is from its anchor.
+
+    Attributes:
+      rows: per leaf its rows' norms, shaped to broadcast against the array; None where there is
+        no layer.
+      smallest: each layer's smallest row norm, a per-layer vector.
+      largest: each layer's largest: the norm that a radius limits.
+    """
+
+    rows: list[jax.Array | None]
+    smallest: jax.Array
+    largest: jax.Array
+
+
+def ball_norms(
+    norm: str,
+    plan: plans.LayerPlan,
+    axes: Sequence[manual_axes.MeshAxes] | None,
+    *arrays: Leaves,
+) -> tuple[BallNorms, ...]:
+    """Measures one or several trees of deviations, together.
+
+    Args:
+      norm: "l2" or "mars".
+      plan: the layers.
+      axes: per leaf the hand-mapped mesh axes, or None.
+      *arrays: deviations, each a list with one array per leaf, or None where there is no layer.
+        All have arrays at the same leaves.
+    """
+    if norm == "l2":
+        squares = _together(lambda *leaves: tuple(x**2 for x in leaves), *arrays)
+        totals = layer_sums(plan, squares, len(arrays), axes)
+        return tuple(
+            _l2_norms(plan, total, leaves) for total, leaves in zip(totals, arrays, strict=True)
+        )
+    sizes = _together(lambda *leaves: tuple(jnp.abs(x) for x in leaves), *arrays)
+    measured = row_sums(plan, sizes, axes)
+    return tuple(_mars_norms(plan, measured, which) for which in range(len(arrays)))
+
+
+def norms_and_slope(
+    norm: str,
+    plan: plans.LayerPlan,
+    axes: Sequence[manual_axes.MeshAxes] | None,
+    previous: Leaves,
+    current: Leaves,
+    grads: Leaves,
+) -> tuple[BallNorms, jax.Array]:
+    """The norms of ``current``, and per layer Σ_j ⟨g_j, P_j⟩ / (n(P)_j + 1e-8) of ``previous`` P.
+
+    All row sums at once: under a partitioner each would else wait for the one before it.
+
+    Args:
+      norm: "l2" or "mars".
+      plan: the layers.
+      axes: per leaf the hand-mapped mesh axes, or None.
+      previous: P, as for :func:`ball_norms`.
+      current: as for :func:`ball_norms`.
+      grads: g.
+    """
+    if norm == "l2":
+        terms = _together(lambda p, c, g: (p**2, c**2, g * p), previous, current, grads)
+        before, now, aligned = layer_sums(plan, terms, 3, axes)
+        return _l2_norms(plan, now, current), aligned / (norm_of(before) + EPS)
+    terms = _together(lambda p, c, g: (jnp.abs(p), jnp.abs(c), g * p), previous, current, grads)
+    measured = row_sums(plan, terms, axes, lambda before, _, a: a / (before + EPS))
+    return _mars_norms(plan, measured, 1), measured.totals
+
+
+def _together(function: Callable[..., tuple[jax.Array, ...]], *arrays: Leaves) -> list[Any]:
+    """``function`` of the leaves that stand at one place, where there are some."""
+    return [
+        None if leaves[0] is None else function(*leaves) for leaves in zip(*arrays, strict=True)
+    ]
+
+
+def _mars_norms(plan: plans.LayerPlan, rows: RowSums, which: int) -> BallNorms:
+    """The norms that are number ``which`` of the rows' sums."""
+    own, known = (
+        [None if sums is None else sums[which] for sums in per_leaf]
+        for per_leaf in (rows.own, rows.known)
+    )
+    return BallNorms(own, *layer_extremes(plan, known, rows.differing))
+
+
+def _l2_norms(plan: plans.LayerPlan, square: jax.Array, arrays: Leaves) -> BallNorms:
+    vector = norm_of(square)
+    return BallNorms(spread_over(plan, vector, arrays), vector, vector)
+
+
+def ball_factor(radius: jax.Array, norm: jax.Array) -> jax.Array:
+    """What the deviation is multiplied by: clip(γ / (n + 1e-8), 0, 1), as the authors write it.
+
+    Its derivative is 0 wherever it is clipped, also at the ends, where ``jnp.clip``'s is 1/2.
+    """
+    length = norm + EPS
+    below = radius / length < 1
+    inside = (radius > 0) & below
+    # The inner select keeps an infinite radius out of the derivative, where it would make NaN.
+    return jnp.where(inside, jnp.where(inside, radius, 0) / length, ~below)
+
+
+def check_radii(radii: Any) -> None:
+    """Refuses concrete radii that are negative or NaN; infinity is no bound.
+
+    Raises:
+      TypeError: not numeric.
+      ValueError: a negative number or a NaN.
+    """
+    checks.check_real("radii", radii)
+    # NumPy: under jit jnp would trace the comparison, also that of a concrete number.
+    if not isinstance(radii, jax.core.Tracer) and not np.all(np.asarray(radii) >= 0):
+        raise ValueError(f"radii must not be negative or NaN, got {radii}.")
+
+
+def factors(
+    plan: plans.LayerPlan,
+    radii: jax.Array,
+    norms: BallNorms,
+    active: jax.Array,
+    *,
+    exact: bool = False,
+) -> list[jax.Array | None]:
+    """Per leaf what its deviation is multiplied by.
+
+    Args:
+      plan: the layers.
+      radii: a per-layer vector.
+      norms: the layers' norms.
+      active: per layer whether to project it; the others get 1.
+      exact: whether rows inside their ball get 1 exactly. Otherwise the 1e-8 in the denominator
+        draws one that is within 1e-8 of the surface in by as much, as in the authors' code.
+    """
+    result: list[jax.Array | None] = []
+    for entry, rows in zip(plan.arrays, norms.rows, strict=True):
+        if entry is None or rows is None:
+            result.append(None)
+            continue
+        radius = spread(entry, radii, rows.ndim).astype(rows.dtype)
+        factor = ball_factor(radius, rows)
+        if exact:
+            factor = jnp.where(rows <= radius, 1, factor)
+        result.append(jnp.where(spread(entry, active, rows.ndim), factor, 1))
+    return result

@@ -1,0 +1,369 @@
+"""The driver of methods that decide for each layer: from three pure functions to a stage.
+
+    products = measure(deviation, gradient)    elementwise, then summed over each layer (or row)
+    decision = decide(*sums, *memory)          what to record, what ``act`` needs, where it changes
+    update   = act(deviation, *coefficients)   elementwise, only where the decision says so
+
+Everything else is here and in the modules below, once for all methods: matching trees, the anchor,
+masks, stacked layers, groups, sharding and hand-split axes, dtypes, schedules, the step count, and
+keeping what is not finite in its own layer.
+"""
+
+import functools
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_spd import wrappers
+from optax_spd.anchors import policy
+from optax_spd.core import recompute, rows, stage
+from optax_spd.core.sums import (
+    Products,
+    block_sums,
+    joined,
+    layer_sums,
+    predicate_like,
+    spread_block,
+)
+from optax_spd.layers import checks, fingerprints
+from optax_spd.layers.plans import LayerPlan
+from optax_spd.layers.spec import LayerFn
+from optax_spd.sharding import manual_axes
+
+PyTree = Any
+
+
+class Decision(NamedTuple):
+    """What ``decide`` returns, for a vector of layers or of rows.
+
+    Attributes:
+      record: vectors that the state keeps until the next update, by name.
+      coefficients: vectors for ``act``. They reach it shaped to broadcast against the array.
+      changes: where ``act`` gives the new update; elsewhere u passes through. Bool.
+      memory: the memory for the next update, by name; None if there is none.
+    """
+
+    record: Mapping[str, jax.Array]
+    coefficients: tuple[jax.Array, ...]
+    changes: jax.Array
+    memory: Mapping[str, jax.Array] | None = None
+
+
+@policy.holds_anchor
+class LayerwiseState(NamedTuple):
+    """State of a :func:`layerwise` stage without a state class of its own.
+
+    Attributes:
+      count: number of updates so far, int32; what schedules are evaluated at.
+      anchor: θ₀, a tree like params, or ``optax.EmptyState()`` if none is held.
+      layer_fingerprint: tells which layers the vectors are for; see
+        :func:`optax_spd.check_state`.
+      record: the last decision's records: one vector with an entry a layer for each name.
+      memory: what is remembered between updates, likewise.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
+    anchor: PyTree
+    layer_fingerprint: jax.Array
+    record: dict[str, jax.Array]
+    memory: dict[str, jax.Array]
+
+
+def layerwise(
+    name: str,
+    *,
+    measure: Callable[..., tuple[jax.Array, ...]],
+    decide: Callable[..., Decision],
+    act: Callable[..., jax.Array],
+    sums: int,
+    state: type | None = None,
+    memory: Mapping[str, Any] | None = None,
+    hyperparameters: Mapping[str, checks.ScalarOrSchedule] | None = None,
+    level: Literal["layer", "row"] = "layer",
+    gradient: bool = True,
+    anchor: Literal["initial", "zero", "argument"] | PyTree = "initial",
+    anchor_dtype: Any = None,
+    layers: LayerFn | None = None,
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    axis_name: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""A stage of your own that decides for each layer, from three pure functions.
+
+    The stage works wherever :func:`optax_spd.spd` does, which is written with it: under ``jit``
+    with any sharding, in ``shard_map``, on stacked layers, under masks, in bfloat16, and resumed
+    from a checkpoint.
+
+    Args:
+      name: the method's name, for error messages.
+      measure: (deviation, gradient) -> ``sums`` arrays of the deviation's shape, elementwise. The
+        deviation has the attributes ``delta`` (Δ = θ - θ₀), ``step`` (u) and ``tentative`` (Δ + u).
+      decide: (\*sums, \*memory, \*\*hyperparameters) -> :class:`Decision`, elementwise. It is
+        called with vectors of all layers, and with those of one array or group. It must guard
+        against 0/0; layers whose sums are not finite keep u whatever it decides.
+      act: (deviation, \*coefficients) -> the new update, elementwise.
+      sums: how many arrays ``measure`` returns.
+      state: a NamedTuple class for the state, with the fields ``count``, ``anchor``,
+        ``layer_fingerprint``, and one for each record and each memory. None for
+        :class:`LayerwiseState`.
+      memory: vectors that live from one update to the next, by name: the initial value of each, a
+        number. A float is held in the dtype of the sums, an int as int32. A layer keeps its memory
+        in a step without an update for it, and where its sums or its new memory are not finite.
+      hyperparameters: numbers or schedules of the count, by name; handed to ``decide``.
+      level: "layer", or "row" for one decision for each output unit. Then sums and coefficients
+        are for the rows of one array, records are averaged over each layer's rows, and there is no
+        memory.
+      gradient: whether ``measure`` takes the raw gradient. If not, it is called with the deviation
+        alone, and ``update`` needs no ``grad=``.
+      anchor: as for :func:`optax_spd.spd`, as all that follow.
+      anchor_dtype: dtype to store the anchor in; None for its own.
+      layers: what a layer is.
+      mask: True where the method applies.
+      axis_name: for hand-split parameters under ``shard_map`` or ``pmap``.
+
+    Returns:
+      A stage whose ``update`` needs ``params``, and ``grad=`` if it takes the gradient. Sums and
+      vectors have the widest parameter dtype and at least float32; vectors have shape (layers,),
+      in the order of :func:`optax_spd.layer_names`. Updates keep their structure and dtypes.
+
+    Raises:
+      TypeError: an argument of the wrong type, a complex parameter (in ``init``).
+      ValueError: an unknown level or anchor, memory with level "row" (at construction); a state
+        class whose fields do not fit (in ``init``); a wrong number of products, and what
+        :func:`optax_spd.spd` raises (in ``update``).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_spd
+      >>> def decide(square, *, radius):  # shrink the layer's deviation onto a ball
+      ...     norm = jnp.sqrt(square)
+      ...     factor = radius / jnp.maximum(norm, radius)
+      ...     return optax_spd.Decision({"norm": norm}, (factor,), changes=norm > radius)
+      >>> ball = optax_spd.layerwise(
+      ...     "ball", sums=1, gradient=False, hyperparameters={"radius": 1.0}, decide=decide,
+      ...     measure=lambda d: (d.tentative**2,),
+      ...     act=lambda d, factor: factor * d.tentative - d.delta)
+      >>> params = {"bias": jnp.zeros(2)}
+      >>> tx = optax.chain(optax.sgd(1.0), ball)
+      >>> updates, state = tx.update({"bias": jnp.array([-3.0, -4.0])}, tx.init(params), params)
+      >>> updates["bias"], optax.tree.get(state, "norm")
+      (Array([0.6, 0.8], dtype=float32), Array([5.], dtype=float32))
+
+    .. seealso:: the page "Write your own method" of the documentation
+    """
+    options = stage.StageOptions(anchor, anchor_dtype, layers, mask, axis_name)
+    initial, scheduled = dict(memory or {}), dict(hyperparameters or {})
+    _check_arguments(level, initial, sums, axis_name)
+    if state is not None:
+        policy.holds_anchor(state)
+
+    def values_at(count: jax.Array, plan: LayerPlan) -> dict[str, jax.Array]:
+        return {key: checks.value_at(value, count, plan.dtype) for key, value in scheduled.items()}
+
+    def init(params: PyTree) -> Any:
+        plan, held = options.init(params)
+        count, size = jnp.zeros((), jnp.int32), plan.vector_size
+        remembered = {
+            key: jnp.full(size, value, _memory_dtype(value, plan)) for key, value in initial.items()
+        }
+        vectors = [jnp.zeros(size, plan.dtype)] * sums
+        decided = jax.eval_shape(decide, *vectors, *remembered.values(), **values_at(count, plan))
+        dtypes = {k: plan.dtype if level == "row" else v.dtype for k, v in decided.record.items()}
+        record = {key: jnp.zeros(size, dtype) for key, dtype in dtypes.items()}
+        return _new_state(state, count, held, fingerprints.of_plan(plan), record, remembered)
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
+        view = options.view(updates, state.anchor, params, extra_args)
+        matched = []
+        if gradient:
+            matched.append(view.match(wrappers.require_gradient(extra_args, name), "grad"))
+        products = view.map(measure, *matched)
+        _check_products(name, products, sums)
+        values = values_at(state.count, view.plan)
+        if level == "row":
+            made = _decide_rows(view, products, functools.partial(decide, **values))
+        else:
+            remembered = {key: _field(state, "memory", key) for key in initial}
+            for key, vector in remembered.items():
+                stage.check_vector(key, vector, view.plan)
+            made = _decide_layers(
+                view, products, sums, remembered, functools.partial(decide, **values)
+            )
+        for key in made.record:
+            stage.check_vector(key, _field(state, "record", key), view.plan)
+
+        second = recompute.second_pass(view, made.changing)
+        steps = [
+            None if d is None else _acted(act, d, *made.leaves[i])
+            for i, d in enumerate(second.deviations)
+        ]
+        new_state = _new_state(
+            type(state),
+            optax.safe_increment(state.count),
+            state.anchor,
+            state.layer_fingerprint,
+            made.record,
+            made.memory,
+        )
+        return second.rebuild(steps), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Made(NamedTuple):
+    """All decisions of one update.
+
+    Attributes:
+      leaves: per active leaf where it changes, and the coefficients; broadcast against the array.
+      changing: per layer whether it may change.
+      record, memory: what the state keeps.
+    """
+
+    leaves: dict[int, tuple[jax.Array, tuple[jax.Array, ...]]]
+    changing: jax.Array
+    record: Mapping[str, jax.Array]
+    memory: Mapping[str, jax.Array]
+
+
+def _decide_layers(
+    view: stage.StageView,
+    products: Products,
+    count: int,
+    memory: Mapping[str, jax.Array],
+    decide: Callable[..., Decision],
+) -> _Made:
+    """One decision a layer.
+
+    The state takes the decision on the joined vectors. Each array takes the decision on its own
+    sums, so that it waits for no other layer, and so that arrays of one shape have equal kernels:
+    XLA compiles a kernel for every place of a vector that is read.
+    """
+    plan = view.plan
+    blocks = block_sums(plan, products, count, view.axes)
+    table = joined(plan, blocks, count)
+    decision = decide(*table, *memory.values())
+    finite = jnp.isfinite(table).all(axis=0)
+    new = decision.memory or {}
+    kept = {
+        key: _remembered(old, new[key], finite & view.has_update) for key, old in memory.items()
+    }
+    own: dict[int, Decision] = {}
+    for start, block in blocks.items():
+        held = [jax.lax.slice_in_dim(m, start, start + block.shape[1]) for m in memory.values()]
+        block_decision = decide(*block, *held)
+        usable = block_decision.changes & jnp.isfinite(block).all(axis=0)
+        own[start] = block_decision._replace(changes=usable)
+    leaves = {}
+    for i, (entry, d) in enumerate(zip(plan.arrays, view.deviations, strict=True)):
+        if entry is not None and d is not None:
+            made = own[entry.start]
+            changes, *coefficients = (
+                spread_block(entry, vector, d.step.ndim)
+                for vector in (made.changes, *made.coefficients)
+            )
+            leaves[i] = changes, tuple(coefficients)
+    return _Made(leaves, decision.changes & finite, decision.record, kept)
+
+
+def _decide_rows(
+    view: stage.StageView, products: Products, decide: Callable[..., Decision]
+) -> _Made:
+    """One decision a row; the state takes the mean of each layer's rows."""
+    plan = view.plan
+    leaves = {}
+    records: list[tuple[jax.Array, ...] | None] = []
+    names: tuple[str, ...] = ()
+    for i, sums_of_rows in enumerate(rows.row_sums(plan, products, view.axes).own):
+        if sums_of_rows is None:
+            records.append(None)
+            continue
+        decision = decide(*sums_of_rows)
+        finite = functools.reduce(operator.and_, map(jnp.isfinite, sums_of_rows))
+        leaves[i] = decision.changes & finite, decision.coefficients
+        names = tuple(decision.record)
+        terms = (*decision.record.values(), jnp.ones_like(decision.changes))
+        records.append(tuple(term.astype(plan.dtype) for term in terms))
+    *totals, number = layer_sums(plan, records, len(names) + 1, rows.row_axes(plan, view.axes))
+    record = {key: total / jnp.maximum(number, 1) for key, total in zip(names, totals, strict=True)}
+    return _Made(leaves, jnp.ones(plan.vector_size, bool), record, {})
+
+
+def _acted(
+    act: Callable[..., jax.Array],
+    d: stage.Deviation,
+    changes: jax.Array,
+    coefficients: tuple[jax.Array, ...],
+) -> jax.Array:
+    """``act`` where the decision says so; u elsewhere, by a select that lets no NaN through."""
+    new = act(d, *(c.astype(d.step.dtype) for c in coefficients))
+    return jnp.where(predicate_like(changes, d.step), new, d.step)
+
+
+def _remembered(old: jax.Array, new: jax.Array, usable: jax.Array) -> jax.Array:
+    return jnp.where(usable & jnp.isfinite(new), new, old).astype(old.dtype)
+
+
+def _memory_dtype(value: Any, plan: LayerPlan) -> Any:
+    return jnp.int32 if jnp.issubdtype(jnp.result_type(value), jnp.integer) else plan.dtype
+
+
+def _field(state: Any, kind: str, key: str) -> jax.Array:
+    """A record or a memory of the state."""
+    held = getattr(state, kind)[key] if isinstance(state, LayerwiseState) else getattr(state, key)
+    vector: jax.Array = held
+    return vector
+
+
+def _new_state(
+    state_class: type | None,
+    count: jax.Array,
+    anchor: PyTree,
+    fingerprint: jax.Array,
+    record: Mapping[str, jax.Array],
+    memory: Mapping[str, jax.Array],
+) -> Any:
+    if state_class is None or state_class is LayerwiseState:
+        return LayerwiseState(count, anchor, fingerprint, dict(record), dict(memory))
+    fields = {
+        "count": count,
+        "anchor": anchor,
+        "layer_fingerprint": fingerprint,
+        **record,
+        **memory,
+    }
+    expected = getattr(state_class, "_fields", ())
+    if set(expected) != set(fields):
+        raise ValueError(
+            f"state={state_class.__name__} has the fields {', '.join(expected)}; with the records "
+            f"of decide and the memory it must be a NamedTuple with {', '.join(fields)}."
+        )
+    return state_class(**fields)
+
+
+def _check_arguments(level: Any, memory: Mapping[str, Any], count: Any, axis_name: Any) -> None:
+    if level not in ("layer", "row"):
+        raise ValueError(f"level must be 'layer' or 'row', got {level!r}.")
+    if level == "row":
+        manual_axes.require_specs(axis_name, "level='row' sums along some of an array's axes only")
+        if memory:
+            raise ValueError(
+                f"memory holds one value a layer, so it needs level='layer', got {[*memory]}."
+            )
+    checks.check_static("sums", count)
+    checks.check_count("sums", count)
+    for key, value in memory.items():
+        checks.check_finite(f"memory[{key!r}]", value)
+
+
+def _check_products(name: str, products: Products, count: int) -> None:
+    for terms in products:
+        if terms is not None and (not isinstance(terms, tuple) or len(terms) != count):
+            raise ValueError(
+                f"measure of {name!r} must return a tuple of sums={count} arrays, got {terms!r}."
+            )

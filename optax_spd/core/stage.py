@@ -1,0 +1,257 @@
+"""What every stage needs: the caller's trees matched leaf by leaf, and the result put back.
+
+A method's file holds its equation. Which arrays it concerns, where their anchor is, and how the
+result returns into the caller's tree is the same for all methods and stands here.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_spd.anchors import policy
+from optax_spd.core import sums
+from optax_spd.layers import plans, trees
+from optax_spd.layers.spec import LayerFn, check_layers
+from optax_spd.sharding import manual_axes, placement
+
+PyTree = Any
+
+
+class Deviation(NamedTuple):
+    """One array's deviation from its anchor and its step, both in one dtype of at least float32.
+
+    Attributes:
+      delta: Δ = θ - θ₀.
+      step: u, the incoming update.
+    """
+
+    delta: jax.Array
+    step: jax.Array
+
+    @property
+    def tentative(self) -> jax.Array:
+        """Δ̃ = Δ + u, where the inner optimizer would take the deviation."""
+        return self.delta + self.step
+
+
+@dataclasses.dataclass(frozen=True)
+class StageView:
+    """A stage's trees in one update, as lists of leaves in the order of the parameters.
+
+    A leaf is *active* if the method changes it: it is a layer under the mask, and it has an update.
+
+    Attributes:
+      plan: the layers.
+      flat: the parameters; missing leaves included.
+      updates: the incoming updates' leaves; missing leaves included.
+      deviations: per active leaf its Deviation, else None.
+      anchor: per active leaf θ₀, in whatever memory it is; else None.
+      axes: per leaf the mesh axes it is split over by hand, or None.
+      tree: the incoming updates as they came.
+      recomputed_updates: the incoming updates computed a second time, for the second pass; or None.
+    """
+
+    plan: plans.LayerPlan
+    flat: trees.FlatTree
+    updates: list[Any]
+    deviations: list[Deviation | None]
+    anchor: list[Any]
+    axes: list[manual_axes.MeshAxes] | None
+    tree: PyTree
+    recomputed_updates: PyTree = None
+
+    def match(self, tree: PyTree, what: str) -> list[jax.Array | None]:
+        """Per active leaf the leaf of ``tree``, in the deviation's dtype; else None."""
+        leaves = trees.align(self.flat, tree, what)
+        matched: list[jax.Array | None] = []
+        for path, leaf, deviation in zip(self.flat.paths, leaves, self.deviations, strict=True):
+            if deviation is None:
+                matched.append(None)
+                continue
+            if trees.is_missing(leaf):
+                raise ValueError(
+                    f"{what} is {leaf!r} at {trees.shown(path)}, where the update is an array. "
+                    f"Pass the whole {what}."
+                )
+            matched.append(trees.as_real(leaf, deviation.delta.dtype, what, path))
+        return matched
+
+    def spread(self, vector: jax.Array) -> list[jax.Array | None]:
+        """A per-layer vector's entries, shaped to broadcast against each array, in its dtype."""
+        return sums.spread_over(self.plan, vector, self.map(lambda d: d.delta))
+
+    def map(self, function: Callable[..., Any], *matched: Sequence[Any]) -> list[Any]:
+        """Per active leaf ``function(deviation, *matched leaves)``, else None."""
+        return [
+            None if deviation is None else function(deviation, *others)
+            for deviation, *others in zip(self.deviations, *matched, strict=True)
+        ]
+
+    def rebuild(self, steps: Sequence[jax.Array | None]) -> PyTree:
+        """The updates with other leaves where there are some, in the dtypes that they came in."""
+        return trees.replace_leaves(
+            self.tree,
+            {
+                path: changed.astype(jnp.result_type(leaf))
+                for path, leaf, changed in zip(self.flat.paths, self.updates, steps, strict=True)
+                if changed is not None
+            },
+        )
+
+    def store(self, tree: PyTree, leaves: Sequence[jax.Array | None]) -> PyTree:
+        """A parameter-shaped tree of the state with new leaves where there are some, in its dtypes.
+
+        Args:
+          tree: what the state holds, made by :func:`zeros_like_layers`.
+          leaves: per leaf of the parameters the new value, or None to keep the old one.
+        """
+        old = trees.align(self.flat, tree, "the state")
+        return trees.replace_leaves(
+            tree,
+            {
+                path: new.astype(held.dtype)
+                for path, new, held in zip(self.flat.paths, leaves, old, strict=True)
+                if new is not None
+            },
+        )
+
+    @property
+    def has_update(self) -> np.ndarray:
+        """Per layer whether one of its arrays has an update in this step."""
+        present = np.zeros(self.plan.vector_size, bool)
+        for deviation, entry in zip(self.deviations, self.plan.arrays, strict=True):
+            if deviation is not None and entry is not None:
+                present[list(entry.numbers)] = True
+        return present
+
+
+@dataclasses.dataclass(frozen=True)
+class StageOptions:
+    """The arguments that all stages with layers and an anchor have in common, checked.
+
+    Attributes:
+      anchor, anchor_dtype, layers, mask, axis_name: as the stages document.
+    """
+
+    anchor: Any = "initial"
+    anchor_dtype: Any = None
+    layers: LayerFn | None = None
+    mask: Any = None
+    axis_name: Any = None
+
+    def __post_init__(self) -> None:
+        """Raises for arguments that are wrong whatever the parameters."""
+        policy.check_anchor(self.anchor, self.anchor_dtype)
+        check_layers(self.layers)
+        manual_axes.check_axis_name(self.axis_name)
+
+    def init(self, params: PyTree) -> tuple[plans.LayerPlan, PyTree]:
+        """The layers of ``params``, and what the state holds of the anchor."""
+        _, plan, selected = plans.planned(params, self.layers, self.mask)
+        return plan, policy.init_anchor(self.anchor, params, selected, self.anchor_dtype)
+
+    def view(
+        self, updates: PyTree, held: PyTree, params: PyTree, extra_args: dict[str, Any]
+    ) -> StageView:
+        """Matches an update's trees by path.
+
+        Args:
+          updates: the incoming updates.
+          held: what the state holds of the anchor.
+          params: the parameters before the step.
+          extra_args: the update's extra arguments.
+
+        Raises:
+          TypeError, ValueError: as the stages document.
+        """
+        trees.require_params(params)
+        flat, plan, _ = plans.planned(params, self.layers, self.mask)
+        leaves = trees.align(flat, updates, "updates")
+        active = [
+            entry is not None and not trees.is_missing(leaf)
+            for entry, leaf in zip(plan.arrays, leaves, strict=True)
+        ]
+        anchor = policy.resolve_anchor(self.anchor, held, extra_args, flat, active)
+        deviations = [
+            deviation_of(path, *arrays) if is_active else None
+            for is_active, path, *arrays in zip(
+                active, flat.paths, leaves, flat.leaves, anchor, strict=True
+            )
+        ]
+        axes = manual_axes.sharded_axes(self.axis_name, flat, plan)
+        recomputed = extra_args.get("recomputed_updates")
+        return StageView(plan, flat, leaves, deviations, anchor, axes, updates, recomputed)
+
+
+def deviation_of(path: trees.Path, update: Any, theta: Any, theta_0: Any) -> Deviation:
+    """One array's Δ and u, in the dtype to compute in."""
+    dtype = plans.compute_dtype(theta, update)
+    delta = delta_of(path, theta, theta_0, dtype)
+    return Deviation(delta, trees.as_real(update, dtype, "updates", path))
+
+
+def delta_of(path: trees.Path, theta: Any, theta_0: Any, dtype: Any) -> jax.Array:
+    """θ - θ₀; the anchor is fetched if it lives in host memory."""
+    return jnp.asarray(theta, dtype) - trees.as_real(
+        policy.on_device(theta_0), dtype, "anchor", path
+    )
+
+
+def applied(theta: Any, update: Any) -> Any:
+    """θ + u in the parameter's dtype; θ where the update cannot be added (``float0``)."""
+    if jnp.result_type(update) == jax.dtypes.float0:
+        return theta
+    return jnp.asarray(theta + update, jnp.result_type(theta))
+
+
+def project_step(d: Deviation, factor: jax.Array) -> jax.Array:
+    """The update that takes the deviation to f Δ̃; where f = 1, u itself."""
+    # f Δ̃ - Δ = u - (1 - f) Δ̃. With a factor near 1 and a small step the first is the difference of
+    # nearly equal numbers; with a factor near 0 the second is.
+    projected = jnp.where(
+        factor < 0.5, factor * d.tentative - d.delta, d.step - (1 - factor) * d.tentative
+    )
+    outside = sums.predicate_like(factor < 1, d.step)
+    return jnp.where(outside, projected, d.step)
+
+
+def zeros_like_layers(params: PyTree, plan: plans.LayerPlan, dtype: Any = None) -> PyTree:
+    """Zeros like the parameters that are layers, MaskedNode for the others, placed as they are.
+
+    Args:
+      params: as given to ``init``: arrays, tracers, ``ShapeDtypeStruct`` leaves (answered in
+        kind), or Optax's placeholder (answered with itself).
+      plan: their layers.
+      dtype: of the zeros; None for each parameter's own.
+    """
+    flat = trees.flatten(params)
+    if not flat.leaves:
+        return params
+    kept = flat.only(entry is not None for entry in plan.arrays)
+    return kept.unflatten(
+        leaf if trees.is_missing(leaf) else _zeros_like(leaf, dtype) for leaf in kept.leaves
+    )
+
+
+def _zeros_like(leaf: Any, dtype: Any) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=leaf.sharding)
+    return placement.with_sharding_of(jnp.zeros_like(leaf, dtype=dtype), leaf)
+
+
+def check_vector(field: str, vector: jax.Array, plan: plans.LayerPlan) -> None:
+    """Raises for a state made for another number of layers than the parameters have.
+
+    Raises:
+      ValueError: naming the field and both counts.
+    """
+    if np.shape(vector) != (plan.vector_size,):
+        raise ValueError(
+            f"The state's {field} has shape {np.shape(vector)}, but the parameters have "
+            f"{len(plan.names)} layers under the mask. The state was made for other parameters, or "
+            "with other layers= or mask=; call init again, or restore the matching checkpoint."
+        )

@@ -1,0 +1,240 @@
+"""Sums over each layer, under any sharding, and what is made of them per layer.
+
+The methods compare inner products and norms of whole layers. Elementwise products are summed array
+by array, with sums over axes: an explicit-sharding mesh refuses ``vdot`` and flattening reshapes.
+What there is one of per layer is joined into one vector.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_spd.core import one_pass
+from optax_spd.layers.plans import ArrayLayers, LayerPlan
+from optax_spd.sharding.manual_axes import MeshAxes
+
+Products = Sequence[tuple[jax.Array, ...] | None]
+"""Per leaf of the parameters elementwise products; None for a leaf that is not summed."""
+
+# XLA merges the all-reduces of up to this many sums into one. Beyond that, each array's products
+# are stacked and summed at once. The stack costs memory where XLA does not fuse it.
+MERGED_OPERANDS = 256
+
+
+def layer_sums(
+    plan: LayerPlan,
+    products: Products,
+    count: int,
+    axes: Sequence[MeshAxes] | None = None,
+) -> tuple[jax.Array, ...]:
+    """Sums elementwise products over each layer.
+
+    Args:
+      plan: the layers.
+      products: per leaf of the tree ``count`` arrays of the leaf's shape, or None for a leaf that
+        is not a layer or has no update in this step.
+      count: how many quantities are summed.
+      axes: per leaf the mesh axes that ``shard_map`` or ``pmap`` split it over, from
+        :func:`optax_spd.sharding.manual_axes.sharded_axes`; None where no axis is mapped.
+
+    Returns:
+      ``count`` vectors of shape (``plan.vector_size``,) and dtype ``plan.dtype``, zero for a layer
+      without products. A sum over several devices takes one ``psum`` in all.
+    """
+    return tuple(joined(plan, block_sums(plan, products, count, axes), count))
+
+
+def block_sums(
+    plan: LayerPlan,
+    products: Products,
+    count: int,
+    axes: Sequence[MeshAxes] | None = None,
+) -> dict[int, jax.Array]:
+    """The sums of :func:`layer_sums`, apart for each block of layers that are decided together.
+
+    A block is the layers of one array, or of a group of arrays. Where no axis is split by hand its
+    sums depend on its own arrays only.
+
+    Args:
+      plan: the layers.
+      products: as for :func:`layer_sums`.
+      count: as for :func:`layer_sums`.
+      axes: as for :func:`layer_sums`.
+
+    Returns:
+      By the index of a block's first layer its sums, shape (``count``, layers in the block).
+    """
+    blocks: dict[int, jax.Array] = {}
+    all_axes = tuple(sorted({name for mesh_axes in axes or () for name in mesh_axes}))
+    for index, block in _array_sums(plan, products).items():
+        entry = plan.arrays[index]
+        assert entry is not None
+        if axes is not None:
+            block = counted_once(block, axes[index], all_axes)
+        blocks[entry.start] = blocks[entry.start] + block if entry.start in blocks else block
+    if all_axes:
+        table = jax.lax.psum(joined(plan, blocks, count), all_axes)
+        blocks = {
+            start: jax.lax.slice_in_dim(table, start, start + block.shape[1], axis=1)
+            for start, block in blocks.items()
+        }
+    return blocks
+
+
+def _array_sums(plan: LayerPlan, products: Products) -> dict[int, jax.Array]:
+    """Per leaf with products its sums: shape (number of products, layers in the array)."""
+    found = {
+        index: (entry, terms)
+        for index, (entry, terms) in enumerate(zip(plan.arrays, products, strict=True))
+        if entry is not None and terms is not None
+    }
+    stack = needs_stacking(products)
+
+    def plain() -> dict[int, jax.Array]:
+        return {
+            index: replicated(jnp.stack(sums_over(terms, _summed_axes(entry, terms), stack=stack)))
+            for index, (entry, terms) in found.items()
+        }
+
+    def in_one_pass() -> dict[int, jax.Array]:
+        return {
+            index: one_pass.sums(terms, entry.stacked_axes)
+            for index, (entry, terms) in found.items()
+        }
+
+    if one_pass.is_single_cpu_program(products):
+        sums = jax.lax.platform_dependent(cpu=in_one_pass, default=plain)
+    else:
+        sums = plain()
+    return {
+        index: sums[index].reshape(-1, entry.count).astype(plan.dtype)
+        for index, (entry, _) in found.items()
+    }
+
+
+def _summed_axes(entry: ArrayLayers, terms: tuple[jax.Array, ...]) -> tuple[int, ...]:
+    return tuple(a for a in range(terms[0].ndim) if a not in entry.stacked_axes)
+
+
+def needs_stacking(products: Products) -> bool:
+    """Whether sums over several devices, taken one by one, would need several all-reduces."""
+    operands = sum(len(terms or ()) for terms in products)
+    return operands > MERGED_OPERANDS and jax.device_count() > 1
+
+
+def sums_over(
+    terms: tuple[jax.Array, ...], axes: tuple[int, ...], *, stack: bool, keepdims: bool = False
+) -> list[jax.Array]:
+    """The sums of arrays of one shape; stacked first, so that they are one operand, or each alone.
+
+    Args:
+      terms: the arrays.
+      axes: what to sum over.
+      stack: whether to stack them first (:func:`needs_stacking`).
+      keepdims: as in ``jnp.sum``.
+    """
+    if not stack:
+        return [jnp.sum(term, axis=axes, keepdims=keepdims) for term in terms]
+    return list(jnp.sum(jnp.stack(terms), tuple(axis + 1 for axis in axes), keepdims=keepdims))
+
+
+def replicated(array: jax.Array) -> jax.Array:
+    """The same numbers on every device, where an explicit-sharding mesh splits the array.
+
+    Such a mesh refuses to join arrays that are split differently.
+    """
+    sharding = jax.typeof(array).sharding
+    if all(part is None for part in sharding.spec):
+        return array
+    everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    result: jax.Array = jax.sharding.reshard(array, everywhere)
+    return result
+
+
+def counted_once(block: jax.Array, axes: MeshAxes, all_axes: tuple[str, ...]) -> jax.Array:
+    """Zeroes all copies of a replicated contribution but one, so that one psum counts it once.
+
+    Args:
+      block: a device's contribution.
+      axes: the mesh axes along which contributions differ.
+      all_axes: the mesh axes that the psum is over.
+    """
+    for name in all_axes:
+        if name not in axes:
+            block = jnp.where(jax.lax.axis_index(name) == 0, block, jnp.zeros_like(block))
+    return block
+
+
+def joined(plan: LayerPlan, blocks: Mapping[int, jax.Array], count: int) -> jax.Array:
+    """All blocks in the order of the layers, shape (count, plan.vector_size); 0 where none is."""
+    sizes = {entry.start: entry.count for entry in plan.arrays if entry is not None}
+    columns = [
+        blocks.get(start, jnp.zeros((count, sizes[start]), plan.dtype)) for start in sorted(sizes)
+    ]
+    if not columns:
+        return jnp.zeros((count, plan.vector_size), plan.dtype)
+    return jnp.concatenate(columns, axis=1)
+
+
+def norm_of(square: jax.Array) -> jax.Array:
+    """The square root of a sum of squares; 0 where rounding made it negative.
+
+    Its derivative is 0 at 0. That of a bare ``sqrt`` is infinite there, and would turn gradients
+    taken through an update (meta-learning) into NaN.
+    """
+    gone = square <= 0
+    return jnp.where(gone, 0, jnp.sqrt(jnp.where(gone, 1, square)))
+
+
+def per_layer(name: str, value: Any, plan: LayerPlan) -> jax.Array:
+    """An argument that is a scalar or holds one number per layer, as a per-layer vector.
+
+    Raises:
+      ValueError: another shape.
+    """
+    array = jnp.asarray(value)
+    if array.ndim == 0:
+        return jnp.full(plan.vector_size, array, plan.dtype)
+    if array.shape != (len(plan.names),):
+        raise ValueError(
+            f"{name} must be a scalar or hold one value for each of the {len(plan.names)} layers "
+            f"(see layer_names), got shape {array.shape}."
+        )
+    return array.astype(plan.dtype) if plan.names else jnp.zeros(plan.vector_size, plan.dtype)
+
+
+def spread(entry: ArrayLayers, vector: jax.Array, ndim: int) -> jax.Array:
+    """One array's entries of a per-layer vector, shaped to broadcast against the array."""
+    values = jax.lax.slice_in_dim(vector, entry.start, entry.start + entry.count)
+    return spread_block(entry, values, ndim)
+
+
+def spread_block(entry: ArrayLayers, values: jax.Array, ndim: int) -> jax.Array:
+    """One value for each layer of an array, shaped to broadcast against the array."""
+    shape = [1] * ndim
+    for axis, size in zip(entry.stacked_axes, entry.stacked_shape, strict=True):
+        shape[axis] = size
+    return values.reshape(shape)
+
+
+def spread_over(
+    plan: LayerPlan, vector: jax.Array, arrays: Sequence[jax.Array | None]
+) -> list[jax.Array | None]:
+    """Per leaf its entries of a per-layer vector, as :func:`spread` and in the array's dtype."""
+    return [
+        None
+        if entry is None or array is None
+        else spread(entry, vector, array.ndim).astype(array.dtype)
+        for entry, array in zip(plan.arrays, arrays, strict=True)
+    ]
+
+
+def predicate_like(condition: jax.Array, array: jax.Array) -> jax.Array:
+    """A condition that broadcasts against ``array``, in its shape and sharding, to select by.
+
+    An explicit-sharding mesh wants a predicate sharded like what it selects from. One that is
+    spread from a per-layer vector is replicated.
+    """
+    return condition | jnp.zeros_like(array, bool)

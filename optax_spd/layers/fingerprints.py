@@ -1,0 +1,108 @@
+"""A fingerprint of a state's layers, and the check that a state belongs to its parameters.
+
+Per-layer vectors have no names in them. A state restored for another model, or under other
+``layers=`` or ``mask=``, may fit by its shapes and mean other layers. A number in the state tells.
+"""
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_spd.layers import plans
+from optax_spd.layers.spec import LayerFn, check_layers
+
+PyTree = Any
+
+
+def of_plan(plan: plans.LayerPlan) -> jax.Array:
+    """The fingerprint of the layers, an int32 scalar.
+
+    Its upper half is that of the arrays' paths, which an anchor has too (:func:`of_arrays`); its
+    lower half that of the layers' names.
+    """
+    arrays = of_arrays(entry.name for entry in plan.arrays if entry is not None)
+    bits = np.array([_checksum(plan.names), arrays], "<u2")
+    return jnp.asarray(bits.view("<i4")[0], jnp.int32)
+
+
+def of_arrays(names: Iterable[str]) -> int:
+    """The fingerprint of the arrays with these paths, 16 bits."""
+    return _checksum(sorted(names))
+
+
+def arrays_half(fingerprint: Any) -> np.ndarray:
+    """The upper half of fingerprints, which :func:`of_arrays` gives."""
+    return (np.asarray(fingerprint) >> 16) & 0xFFFF
+
+
+def _checksum(names: Iterable[str]) -> int:
+    return zlib.crc32("\n".join(names).encode()) & 0xFFFF
+
+
+def check_state(
+    state: PyTree,
+    params: PyTree,
+    *,
+    layers: LayerFn | None = None,
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+) -> None:
+    """Checks that a state was made for the layers of ``params``; call it after every restore.
+
+    The vectors of a state hold one number per layer and no names. Restored for another model, or
+    for other ``layers=`` or ``mask=``, they can have the right length and belong to other layers.
+    This compares the fingerprint that every such state holds. It runs on the host and waits for the
+    state; do not call it inside ``jit``.
+
+    Args:
+      state: of a whole optimizer, however nested.
+      params: the parameters, as given to ``init`` (arrays or ``ShapeDtypeStruct`` leaves). For a
+        stage inside ``optax.masked`` or ``partition`` give that stage's state, and ``mask``.
+      layers: the stage's ``layers=``.
+      mask: the stage's ``mask=``. Where stages have different ones, check each stage's state.
+
+    Raises:
+      ValueError: a state was made for other layers, or nothing in ``state`` holds values per layer.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_spd
+      >>> params = {"kernel": jnp.ones((2, 2))}
+      >>> state = optax_spd.adam_spd(1e-3).init(params)
+      >>> optax_spd.check_state(state, params)
+    """
+    check_layers(layers)
+    plan = plans.planned(params, layers, mask).plan
+    expected = np.asarray(of_plan(plan))
+    found = list(fingerprinted(state))
+    if not found:
+        raise ValueError(
+            "The state holds no values per layer. Either none of its stages keeps any, or a "
+            "checkpoint was restored without the structure of tx.init(params) and is plain dicts "
+            "and lists: restore it into that structure."
+        )
+    for node in found:
+        # Several equal numbers for a state made under vmap.
+        if np.any(np.asarray(node.layer_fingerprint) != expected):
+            raise ValueError(
+                f"The state {type(node).__name__} was made for other layers than the "
+                f"{len(plan.names)} that params has under the given layers= and mask= "
+                f"({', '.join(map(repr, plan.names[:3]))}, ...). Give check_state the stage's "
+                "layers= and mask=, restore the checkpoint of this model, or call init again."
+            )
+
+
+def fingerprinted(state: PyTree) -> Iterator[Any]:
+    """The states with a fingerprint in a nested state."""
+
+    def has_fingerprint(node: Any) -> bool:
+        return "layer_fingerprint" in getattr(node, "_fields", ())
+
+    for node in jax.tree.leaves(state, is_leaf=has_fingerprint):
+        if has_fingerprint(node):
+            yield node
+            others = [getattr(node, field) for field in node._fields]
+            yield from fingerprinted(others)

@@ -1,0 +1,111 @@
+"""Masks: which parameters a method applies to, by path, by tree or by function."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from optax_spd.layers import checks, trees
+
+PyTree = Any
+
+
+def path_mask(*patterns: str) -> Callable[[PyTree], PyTree]:
+    """A mask by path: True for parameters whose path matches one of the patterns.
+
+    Args:
+      *patterns: regular expressions searched in the "/"-joined path ("encoder/layer_0/kernel").
+
+    Returns:
+      A function from params to a tree of bools of the same structure, for every ``mask=`` here and
+      in Optax (``optax.masked``).
+
+    Raises:
+      TypeError, ValueError: no pattern, or one that is no regular expression. When called: a
+        pattern that matches nothing, with the nearest paths; unless the tree has no array or a
+        ``MaskedNode``, where another mask may have taken what it would match.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_spd
+      >>> optax_spd.path_mask("kernel$")({"bias": jnp.ones(2), "kernel": jnp.ones((2, 2))})
+      {'bias': False, 'kernel': True}
+    """
+    if not patterns:
+        raise ValueError("path_mask needs at least one pattern.")
+    compiled = [checks.compile_pattern(pattern) for pattern in patterns]
+
+    def mask(params: PyTree) -> PyTree:
+        flat = trees.flatten(params)
+        names = [trees.path_name(path) for path in flat.paths]
+        if is_whole(flat):
+            present = [
+                n for n, leaf in zip(names, flat.leaves, strict=True) if not trees.is_missing(leaf)
+            ]
+            for regex in compiled:
+                if not any(regex.search(name) for name in present):
+                    raise ValueError(
+                        f"The pattern {regex.pattern!r} matches no parameter path. The nearest: "
+                        f"{trees.nearest_paths(regex.pattern, flat.paths)}.{_hint(flat)}"
+                    )
+        return flat.unflatten(
+            leaf if trees.is_missing(leaf) else any(regex.search(name) for regex in compiled)
+            for name, leaf in zip(names, flat.leaves, strict=True)
+        )
+
+    return mask
+
+
+def _hint(flat: trees.FlatTree) -> str:
+    if flat.paths != [()]:
+        return ""
+    return (
+        " It was called with a bare array: if this is optax.inject_hyperparams, which takes every "
+        "callable for a schedule, name the mask in its static_args."
+    )
+
+
+def is_whole(flat: trees.FlatTree) -> bool:
+    """Whether the tree has array leaves and no other mask has taken some of them."""
+    masked = any(isinstance(leaf, optax.MaskedNode) for leaf in flat.leaves)
+    return not masked and any(not trees.is_missing(leaf) for leaf in flat.leaves)
+
+
+def resolve_mask(
+    mask: PyTree | Callable[..., Any] | None, params: PyTree, flat: trees.FlatTree
+) -> list[bool] | None:
+    """Per leaf of ``flat`` whether the method applies; None where there is no mask.
+
+    Raises:
+      TypeError: an entry is not a bool.
+      ValueError: the mask does not fit the tree, or selects nothing of a whole tree.
+    """
+    if mask is None:
+        return None
+    if not flat.leaves:
+        return []  # Optax's placeholder for any tree of parameters: no mask fits it
+    tree = mask(params) if is_mask_function(mask) else mask
+    covering = trees.broadcast_prefix(flat, tree, "mask", lambda _: False)
+    selected = []
+    for path, leaf, value in zip(flat.paths, flat.leaves, covering, strict=True):
+        if trees.is_missing(leaf):
+            selected.append(False)
+        elif isinstance(value, bool | np.bool_):
+            selected.append(bool(value))
+        else:
+            raise TypeError(f"mask must hold True or False, got {value!r} at {trees.shown(path)}.")
+    if is_whole(flat) and not any(selected):
+        raise ValueError(
+            "mask is False for every parameter, so the method would never act. The parameter "
+            f"paths: {trees.nearest_paths('', flat.paths, count=5)}."
+        )
+    return selected
+
+
+def is_mask_function(mask: Any) -> bool:
+    """A function, and not a tree of bools that happens to be callable (an Equinox module)."""
+    leaves = jax.tree.leaves(mask)
+    is_tree = bool(leaves) and all(isinstance(leaf, bool | np.bool_) for leaf in leaves)
+    return callable(mask) and not is_tree

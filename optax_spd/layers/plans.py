@@ -1,0 +1,234 @@
+"""Which layers a parameter tree has, and where each stands in the per-layer vectors.
+
+:mod:`optax_spd.layers.spec` says how one array divides into layers; here that is applied to a whole
+tree. A plan is static: made anew at each trace from paths and shapes, never part of a state.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from optax_spd.layers import masks, trees
+from optax_spd.layers.spec import LayerFn, LayerSpec, as_axes, per_array
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayLayers:
+    """Where the layers of one array stand in the per-layer vectors.
+
+    Attributes:
+      name: the array's path.
+      stacked_axes: non-negative, sorted.
+      output_axes: non-negative, sorted; () for an array that is one row.
+      stacked_shape: the sizes of the stacked axes.
+      spatial_axes: non-negative, sorted; None where nobody says.
+      start: index of its first layer.
+    """
+
+    name: str
+    stacked_axes: tuple[int, ...]
+    output_axes: tuple[int, ...]
+    stacked_shape: tuple[int, ...]
+    start: int
+    spatial_axes: tuple[int, ...] | None = None
+
+    @property
+    def count(self) -> int:
+        """The number of layers in the array."""
+        return math.prod(self.stacked_shape)
+
+    @property
+    def numbers(self) -> range:
+        """Its layers' places in the per-layer vectors."""
+        return range(self.start, self.start + self.count)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """The layers of a parameter tree: static, made anew at each trace from paths and shapes.
+
+    Attributes:
+      arrays: per leaf of the tree its layers, or None where the leaf is no layer.
+      names: one per layer.
+      dtype: of the per-layer vectors: the widest parameter dtype, at least float32.
+    """
+
+    arrays: tuple[ArrayLayers | None, ...]
+    names: tuple[str, ...]
+    dtype: Any
+
+    @property
+    def vector_size(self) -> int:
+        """Length of a per-layer vector: one unused entry where there is no layer.
+
+        Orbax cannot save an empty array.
+        """
+        return max(1, len(self.names))
+
+
+class Planned(NamedTuple):
+    """A parameter tree, its layers, and per leaf whether a mask selects it (None: all)."""
+
+    flat: trees.FlatTree
+    plan: LayerPlan
+    selected: list[bool] | None
+
+
+def planned(params: PyTree, layers: LayerFn | None, mask: Any) -> Planned:
+    """The layers of a parameter tree under a mask.
+
+    Raises:
+      TypeError, ValueError: as :func:`plan_layers` and :func:`optax_spd.masks.resolve_mask`.
+    """
+    flat = trees.flatten(params)
+    selected = masks.resolve_mask(mask, params, flat)
+    return Planned(flat, plan_layers(flat, layers, selected), selected)
+
+
+def plan_layers(
+    flat: trees.FlatTree,
+    layers: LayerFn | None = None,
+    selected: list[bool] | None = None,
+) -> LayerPlan:
+    """Finds the layers of a flattened parameter tree.
+
+    Args:
+      flat: the parameters; arrays, ``ShapeDtypeStruct`` leaves or tracers.
+      layers: describes an array, or None for one layer per array.
+      selected: per leaf whether the method applies, or None for all.
+
+    Raises:
+      TypeError: a selected leaf is complex, or ``layers`` returns something else than a spec.
+      ValueError: a spec does not fit its array, or the stacked shapes in a group differ.
+    """
+    describe = layers or per_array
+    arrays: list[ArrayLayers | None] = [None] * len(flat.leaves)
+    names: list[str] = []
+    groups: dict[Hashable, ArrayLayers] = {}
+    # By the strings of the paths: a tree's own order depends on its containers (a list has 2 before
+    # 10, a dict "10" before "2"), and a state may be restored into others.
+    for index in sorted(range(len(flat.paths)), key=flat.paths.__getitem__):
+        path, leaf = flat.paths[index], flat.leaves[index]
+        if (selected is not None and not selected[index]) or not _is_layer(path, leaf):
+            continue
+        name = trees.path_name(path)
+        spec = describe(name, leaf)
+        entry = _place(name, leaf, spec, start=len(names))
+        if spec.group is not None and spec.group in groups:
+            first = groups[spec.group]
+            if entry.stacked_shape != first.stacked_shape:
+                raise ValueError(
+                    f"layers= puts {first.name!r} and {name!r} in the group {spec.group!r}, but "
+                    f"their stacked axes have sizes {first.stacked_shape} and "
+                    f"{entry.stacked_shape}. Stack both alike or give them groups of their own."
+                )
+            arrays[index] = dataclasses.replace(entry, start=first.start)
+            continue
+        if spec.group is not None:
+            groups[spec.group] = entry
+        arrays[index] = entry
+        names.extend(_layer_names(str(name if spec.group is None else spec.group), entry))
+    layered = [x for x, entry in zip(flat.leaves, arrays, strict=True) if entry is not None]
+    return LayerPlan(tuple(arrays), tuple(names), compute_dtype(*layered))
+
+
+def compute_dtype(*arrays: Any) -> Any:
+    """The dtype to reduce arrays in: float64 if one of them is, else float32."""
+    wide = any(jnp.result_type(array) == jnp.float64 for array in arrays)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def _is_layer(path: trees.Path, leaf: Any) -> bool:
+    if trees.is_missing(leaf):
+        return False
+    dtype = jnp.result_type(leaf)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"The parameter {trees.shown(path)} is complex ({dtype}). Wrap the optimizer in "
+            "optax.contrib.split_real_and_imaginary, or leave the parameter out with mask=."
+        )
+    return jnp.issubdtype(dtype, jnp.floating) and math.prod(jnp.shape(leaf)) > 0
+
+
+def _place(name: str, array: Any, spec: LayerSpec, start: int) -> ArrayLayers:
+    if not isinstance(spec, LayerSpec):
+        raise TypeError(f"layers= must return a LayerSpec, got {spec!r} for {name!r}.")
+    shape = jnp.shape(array)
+    stacked_axes = _normalized(name, shape, as_axes(spec.stacked_axes), "stacked")
+    rest = [axis for axis in range(len(shape)) if axis not in stacked_axes]
+    output_axes: tuple[int, ...]
+    if len(rest) <= 1:
+        output_axes = ()
+    elif as_axes(spec.output_axes) == LayerSpec.output_axes:
+        output_axes = (rest[-1],)
+    else:
+        output_axes = _normalized(name, shape, as_axes(spec.output_axes), "output")
+        if set(output_axes) & set(stacked_axes):
+            raise ValueError(
+                f"layers= gives {name!r} of shape {shape} the stacked axes {stacked_axes} and the "
+                f"output axes {output_axes}; an axis cannot be both."
+            )
+    spatial_axes = None
+    if spec.spatial_axes is not None:
+        spatial_axes = _normalized(name, shape, as_axes(spec.spatial_axes), "spatial")
+        if set(spatial_axes) & {*stacked_axes, *output_axes}:
+            raise ValueError(
+                f"layers= gives {name!r} the spatial axes {spatial_axes}, and some of them are "
+                f"stacked ({stacked_axes}) or output axes ({output_axes}) too."
+            )
+    sizes = tuple(shape[a] for a in stacked_axes)
+    return ArrayLayers(name, stacked_axes, output_axes, sizes, start, spatial_axes)
+
+
+def _normalized(
+    name: str, shape: tuple[int, ...], axes: Sequence[int], kind: str
+) -> tuple[int, ...]:
+    for axis in axes:
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(
+                f"layers= names the {kind} axis {axis} of {name!r}, which has shape {shape}. "
+                "Narrow the pattern or mend the axis."
+            )
+    normalized = sorted(axis % len(shape) for axis in axes)
+    if len(set(normalized)) != len(normalized):
+        raise ValueError(f"layers= names a {kind} axis of {name!r} twice: {tuple(axes)}.")
+    return tuple(normalized)
+
+
+def _layer_names(name: str, entry: ArrayLayers) -> list[str]:
+    if not entry.stacked_axes:
+        return [name]
+    return [f"{name}[{','.join(map(str, index))}]" for index in np.ndindex(*entry.stacked_shape)]
+
+
+def layer_names(
+    params: PyTree,
+    layers: LayerFn | None = None,
+    mask: PyTree | Callable[..., Any] | None = None,
+) -> list[str]:
+    """Names the layers, in the order of the state's per-layer vectors.
+
+    Args:
+      params: the parameter tree (arrays or ``ShapeDtypeStruct`` leaves), as given to ``init``.
+      layers: the stage's ``layers=``.
+      mask: the stage's ``mask=``.
+
+    Returns:
+      One name per layer: the array's path or the group's label, "[i]" behind a stacked one.
+
+    Raises:
+      TypeError, ValueError: as the stages do for the same arguments.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_spd
+      >>> optax_spd.layer_names({"dense": {"bias": jnp.ones(2), "kernel": jnp.ones((2, 2))}})
+      ['dense/bias', 'dense/kernel']
+    """
+    return list(planned(params, layers, mask).plan.names)

@@ -1,0 +1,240 @@
+"""Parameter trees as lists of (path, leaf), matched by path whatever their containers.
+
+A parameter travels under many coats: dict, FrozenDict or nnx.State around it, a linen
+``Partitioned`` or an NNX ``Variable`` box on it, ``MaskedNode`` or ``None`` in its place. All of
+them spell the same path, so trees are matched here by path and never by container type.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Path = tuple[str, ...]
+PyTree = Any
+
+
+class FlatTree(NamedTuple):
+    """A tree's paths (boxes' own keys removed), its leaves in the same order, and its treedef."""
+
+    paths: list[Path]
+    leaves: list[Any]
+    treedef: Any
+
+    @property
+    def by_path(self) -> dict[Path, Any]:
+        """The leaves by their paths."""
+        return dict(zip(self.paths, self.leaves, strict=True))
+
+    @property
+    def missing(self) -> set[Path]:
+        """Where a leaf is absent."""
+        return {p for p, leaf in zip(self.paths, self.leaves, strict=True) if is_missing(leaf)}
+
+    def only(self, wanted: Iterable[bool]) -> "FlatTree":
+        """The same, with a gap where ``wanted`` is False."""
+        leaves = [
+            leaf if want or is_missing(leaf) else optax.MaskedNode()
+            for leaf, want in zip(self.leaves, wanted, strict=True)
+        ]
+        return self._replace(leaves=leaves)
+
+    def unflatten(self, leaves: Iterable[Any]) -> PyTree:
+        """The tree with other leaves in the same places."""
+        return jax.tree_util.tree_unflatten(self.treedef, leaves)
+
+
+def is_missing(node: Any) -> bool:
+    """Whether ``node`` stands where a leaf is absent: ``None`` or ``optax.MaskedNode``."""
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
+def path_name(path: Path) -> str:
+    """The keys of a path joined by "/", as patterns and layer names see it."""
+    return "/".join(path)
+
+
+def shown(path: Path) -> str:
+    """A path as error messages show it."""
+    return repr(path_name(path)) if path else "the tree itself"
+
+
+def flatten(tree: PyTree, is_leaf: Callable[[Any], bool] = is_missing) -> FlatTree:
+    """Flattens ``tree``, keeping gaps as leaves."""
+    with_path, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    paths = _without_box_keys([keys for keys, _ in with_path])
+    return FlatTree(paths, [leaf for _, leaf in with_path], treedef)
+
+
+def _without_box_keys(key_paths: list[tuple[Any, ...]]) -> list[Path]:
+    """Names the keys, leaving out those that boxes add.
+
+    A box (linen ``Partitioned``, NNX ``Variable``) is a node with one child, the attribute
+    ``value``. A dict key "value" (Flax attention has one) is not an attribute and stays, and so
+    does a field ``value`` that has sisters.
+    """
+    children: dict[tuple[Any, ...], set[Any]] = {}
+    for keys in key_paths:
+        for depth, key in enumerate(keys):
+            children.setdefault(keys[:depth], set()).add(key)
+
+    def is_box_key(keys: tuple[Any, ...], depth: int) -> bool:
+        key = keys[depth]
+        return (
+            isinstance(key, jax.tree_util.GetAttrKey)
+            and key.name == "value"
+            and len(children[keys[:depth]]) == 1
+        )
+
+    return [
+        tuple(
+            jax.tree_util.keystr((key,), simple=True)
+            for depth, key in enumerate(keys)
+            if not is_box_key(keys, depth)
+        )
+        for keys in key_paths
+    ]
+
+
+def align(
+    reference: FlatTree,
+    tree: PyTree,
+    what: str,
+    reference_name: str = "params",
+    is_leaf: Callable[[Any], bool] = is_missing,
+) -> list[Any]:
+    """The leaves of ``tree`` in the order of ``reference``, matched by path.
+
+    Where ``tree`` has a gap at a path or above it, the gap is returned; where ``reference`` has
+    one, the answer is that gap and whatever ``tree`` holds there is not looked at.
+
+    Args:
+      reference: what decides paths and order.
+      tree: the tree to look the leaves up in, of any container and box types.
+      what: what ``tree`` is, for the message.
+      reference_name: what ``reference`` is, for the message.
+      is_leaf: which nodes of ``tree`` count as leaves.
+
+    Raises:
+      ValueError: a path or a shape differs; names the first path and both shapes.
+    """
+    flat = flatten(tree, is_leaf)
+    found = flat.by_path
+    gaps = {p for p, leaf in found.items() if is_leaf(leaf)}
+    aligned = []
+    for path, leaf in zip(reference.paths, reference.leaves, strict=True):
+        if is_missing(leaf):
+            aligned.append(leaf)
+            continue
+        here = path if path in found else _prefix_in(path, gaps)
+        if here is None:
+            raise ValueError(
+                f"{what} does not match {reference_name}: it has no leaf at {shown(path)}, where "
+                f"{reference_name} has one{_of_shape(leaf)}. Pass a tree with the same paths; the "
+                f"nearest in {what}: {nearest_paths(path, flat.paths)}."
+            )
+        match = found[here]
+        if not is_leaf(match) and jnp.shape(match) != jnp.shape(leaf):
+            raise ValueError(
+                f"{what} does not match {reference_name} at {shown(path)}: {what} has shape "
+                f"{jnp.shape(match)}, {reference_name} has shape {jnp.shape(leaf)}."
+            )
+        aligned.append(match)
+    _refuse_unknown_paths(reference, flat, gaps, what, reference_name)
+    return aligned
+
+
+def _of_shape(leaf: Any) -> str:
+    return f" of shape {jnp.shape(leaf)}" if hasattr(leaf, "shape") else ""
+
+
+def _refuse_unknown_paths(
+    reference: FlatTree, flat: FlatTree, gaps: set[Path], what: str, reference_name: str
+) -> None:
+    known, reference_gaps = set(reference.paths), reference.missing
+    for path in flat.paths:
+        if path in known or path in gaps or _prefix_in(path, reference_gaps) is not None:
+            continue
+        raise ValueError(
+            f"{what} does not match {reference_name}: it has a leaf at {shown(path)}, where "
+            f"{reference_name} has none. The nearest paths in {reference_name}: "
+            f"{nearest_paths(path, reference.paths)}."
+        )
+
+
+def _prefix_in(path: Path, paths: set[Path]) -> Path | None:
+    """The longest prefix of ``path`` (itself included) that is one of ``paths``."""
+    for depth in range(len(path), -1, -1):
+        if path[:depth] in paths:
+            return path[:depth]
+    return None
+
+
+def broadcast_prefix(
+    reference: FlatTree, prefix: PyTree, what: str, is_leaf: Callable[[Any], bool]
+) -> list[Any]:
+    """For each leaf of ``reference`` the leaf of the prefix tree that covers it.
+
+    Raises:
+      ValueError: some path of ``reference`` is not covered, or ``prefix`` has a path that covers
+        nothing.
+    """
+    flat = flatten(prefix, lambda node: is_missing(node) or is_leaf(node))
+    found = flat.by_path
+    entries, used = set(found), set()
+    covering = []
+    for path, leaf in zip(reference.paths, reference.leaves, strict=True):
+        here = _prefix_in(path, entries)
+        if here is not None:
+            used.add(here)
+        elif not is_missing(leaf):
+            raise ValueError(
+                f"{what} has no entry for the parameter {shown(path)}. Give it the structure of "
+                f"params or a prefix of it; its own paths: {nearest_paths(path, flat.paths)}."
+            )
+        covering.append(None if here is None else found[here])
+    gaps = reference.missing
+    for path, leaf in found.items():
+        if path not in used and not is_missing(leaf) and _prefix_in(path, gaps) is None:
+            raise ValueError(
+                f"{what} has an entry at {shown(path)}, where params has nothing. The nearest "
+                f"paths in params: {nearest_paths(path, reference.paths)}."
+            )
+    return covering
+
+
+def replace_leaves(tree: PyTree, changed: dict[Path, Any]) -> PyTree:
+    """``tree`` with the leaves at some paths replaced."""
+    flat = flatten(tree)
+    return flat.unflatten(
+        changed.get(path, leaf) for path, leaf in zip(flat.paths, flat.leaves, strict=True)
+    )
+
+
+def nearest_paths(wanted: Path | str, paths: Iterable[Path], count: int = 3) -> str:
+    """The paths most like ``wanted``, quoted, for an error message."""
+    name = wanted if isinstance(wanted, str) else path_name(wanted)
+    names = list(dict.fromkeys(path_name(p) for p in paths))
+    close = difflib.get_close_matches(name, names, n=count, cutoff=0.3) or names[:count]
+    return ", ".join(repr(n) if n else "the tree itself" for n in close) if close else "none"
+
+
+def require_params(params: PyTree) -> None:
+    """Raises Optax's own error if ``params`` is None."""
+    if params is None:
+        # Optax does not export its message; its decay stage raises it, word for word.
+        optax.add_decayed_weights(0.0).update((), optax.EmptyState(), None)
+        raise ValueError("params is None; this transformation needs the current parameters.")
+
+
+def as_real(leaf: Any, dtype: Any, what: str, path: Path) -> jax.Array:
+    """``leaf`` in a real dtype; never by dropping an imaginary part."""
+    if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+        raise TypeError(
+            f"{what} is complex at {shown(path)}, where the parameter is real. Take its real "
+            "part, or wrap the optimizer in optax.contrib.split_real_and_imaginary."
+        )
+    return jnp.asarray(leaf, dtype)

@@ -1,0 +1,175 @@
+"""Freezing: arrays that do not move, and that cost no optimizer state.
+
+Kumar, Shen, Bubeck, Gunasekar: "How to Fine-Tune Vision Models with SGD", 2022,
+https://arxiv.org/abs/2211.09359. Their finding: AdamW beats SGD in fine-tuning where the first
+layer (the embedding) has gradients far larger than the rest; with that layer frozen, SGD does as
+well or better, at two thirds of AdamW's memory.
+
+Differences from the paper: the embedding layer is found by path (it need not be the first array),
+and any part can be frozen under any optimizer.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from optax_spd.layers import masks, trees
+from optax_spd.sharding import placement
+
+PyTree = Any
+Frozen = str | Sequence[str] | PyTree | Callable[[PyTree], PyTree]
+
+
+def with_frozen(
+    inner: optax.GradientTransformation, frozen: Frozen
+) -> optax.GradientTransformationExtraArgs:
+    """Trains some arrays with ``inner`` and leaves the others where they are, without any state.
+
+    ``optax.selective_transform`` by path. ``inner`` sees ``MaskedNode`` in place of the frozen
+    arrays: it keeps no moments and no anchor for them, and their gradients, NaN or not, reach
+    nothing in it, not even the norm that it clips by. Their updates are zero. So it goes around the
+    whole optimizer, ``optax.MultiSteps`` and :func:`optax_spd.with_anchor` included: what stands
+    outside does see the frozen arrays.
+
+    Args:
+      inner: any transformation, usually a whole optimizer.
+      frozen: True where an array is frozen, as
+
+        - a regular expression, or several, searched in the "/"-joined paths
+          (:func:`optax_spd.path_mask`): what one of them matches is frozen;
+        - a tree of bools, like params or a prefix of it;
+        - a function from params to such a tree.
+
+    Returns:
+      A transformation that passes extra arguments (``grad=``, ``anchor=``, ...) on to ``inner``.
+      Updates keep their structure and dtypes: a frozen array's gradient may be None or MaskedNode
+      (then so is its update). State: ``inner``'s, of the arrays that train. The mask is static:
+      for gradual unfreezing make a new one in each phase.
+
+    Raises:
+      TypeError: ``inner`` is no transformation; ``frozen`` holds something else than bools.
+      ValueError: an invalid pattern (at construction); one that matches no parameter, with the
+        nearest paths, and a ``frozen`` that does not fit params or leaves nothing to train (in
+        ``init``).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import optax
+      >>> import optax_spd
+      >>> params = {"embed": jnp.ones((8, 2)), "head": jnp.ones(2)}
+      >>> tx = optax_spd.with_frozen(optax.adam(1e-3), "^embed")
+      >>> state = tx.init(params)
+      >>> sum(x.nbytes for x in jax.tree.leaves(state))  # two moments of the head, and a count
+      20
+      >>> updates, state = tx.update(params, state, params)
+      >>> float(abs(updates["embed"]).max())
+      0.0
+
+    .. seealso:: :func:`optax_spd.sgd_freeze_embed`, :func:`optax_spd.layerwise_lr_decay`
+    """
+    if isinstance(inner, optax.MultiSteps):
+        inner = inner.gradient_transformation()
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(
+            f"with_frozen takes a gradient transformation, got {inner!r}. A factory must be "
+            "called: optax.adam(1e-3), not optax.adam."
+        )
+    select = _selection(frozen)
+
+    def init(params: PyTree) -> Any:
+        mask = _mask_of(params, select)
+        _check_something_trains(params, mask)
+        tx = optax.transforms.selective_transform(inner, freeze_mask=mask)
+        return placement.shard_like_params(tx.init(params), params)
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, Any]:
+        # The mask is of params: a frozen array's gradient may be missing. Without params, a missing
+        # one may be what a pattern matches, as where another mask took it.
+        if params is None:
+            mask = _mask_of(updates, lambda tree: select(_with_masked_missing(tree)))
+        else:
+            mask = _mask_of(params, select)
+        tx = optax.transforms.selective_transform(inner, freeze_mask=mask)
+        if params is not None:
+            _check_state(state, params, mask)
+        new_updates, new_state = tx.update(updates, state, params, **extra_args)
+        return new_updates, new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_state(state: Any, params: PyTree, frozen: PyTree) -> None:
+    """Refuses a state with None for something that trains.
+
+    That is what Orbax restores where a checkpoint was saved with other parameters frozen.
+    """
+    is_frozen = trees.flatten(frozen).by_path
+    trained = {
+        path
+        for path, leaf in trees.flatten(params).by_path.items()
+        if not trees.is_missing(leaf) and not is_frozen.get(path, True)
+    }
+    held = trees.flatten(state)
+    for path, leaf in zip(held.paths, held.leaves, strict=True):
+        if leaf is None and any(path[start:] in trained for start in range(len(path))):
+            raise ValueError(
+                f"The state holds None at {trees.shown(path)}, a parameter that trains. It was "
+                "made, or saved in a checkpoint, with other parameters frozen: call init again."
+            )
+
+
+def _selection(frozen: Frozen) -> Callable[[PyTree], PyTree]:
+    """``frozen=`` in any of its forms as a function from params to a (prefix) tree of bools."""
+    patterns = (frozen,) if isinstance(frozen, str) else frozen
+    if isinstance(patterns, list | tuple | set | frozenset) and any(
+        isinstance(p, str) for p in patterns
+    ):
+        return masks.path_mask(*patterns)
+    if masks.is_mask_function(frozen):
+        return frozen  # type: ignore[return-value]
+    return lambda _: frozen
+
+
+def _with_masked_missing(tree: PyTree) -> PyTree:
+    flat = trees.flatten(tree)
+    return flat.unflatten(
+        optax.MaskedNode() if trees.is_missing(leaf) else leaf for leaf in flat.leaves
+    )
+
+
+def _mask_of(tree: PyTree, select: Callable[[PyTree], PyTree]) -> PyTree:
+    """A tree of bools like ``tree``, whose gaps stay, from a function to one or to a prefix."""
+    flat = trees.flatten(tree)
+    if not flat.leaves:
+        return False  # Optax's placeholder for any tree of parameters, which no mask fits
+    frozen = select(tree)
+    if frozen is False and flat.paths != [()]:
+        raise ValueError(
+            "frozen gives one False for the whole tree, so nothing would be frozen: leave "
+            "with_frozen out, or pass a tree of bools. If this is optax.inject_hyperparams, which "
+            "takes every callable for a schedule, name the argument in its static_args."
+        )
+    covering = trees.broadcast_prefix(flat, frozen, "frozen", lambda _: False)
+    for path, leaf, value in zip(flat.paths, flat.leaves, covering, strict=True):
+        if not trees.is_missing(leaf) and not isinstance(value, bool | np.bool_):
+            raise TypeError(
+                f"frozen must hold True or False, got {value!r} at {trees.shown(path)}."
+            )
+    return flat.unflatten(
+        leaf if trees.is_missing(leaf) else bool(value)
+        for leaf, value in zip(flat.leaves, covering, strict=True)
+    )
+
+
+def _check_something_trains(params: PyTree, mask: PyTree) -> None:
+    flat = trees.flatten(params)
+    if masks.is_whole(flat) and all(jax.tree.leaves(mask)):
+        raise ValueError(
+            "frozen is True for every parameter, so nothing would be trained. The parameter "
+            f"paths: {trees.nearest_paths('', flat.paths, count=5)}."
+        )

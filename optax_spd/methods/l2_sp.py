@@ -1,0 +1,100 @@
+"""L2-SP: weight decay toward the pretrained weights, the same for every layer.
+
+Li, Grandvalet, Davoine: "Explicit Inductive Bias for Transfer Learning with Convolutional
+Networks", ICML 2018, https://arxiv.org/abs/1802.01483. The penalty on pretrained parameters is
+λ/2 ‖θ - θ₀‖², so its gradient is
+
+    λ Δ = λ (θ - θ₀)
+
+Differences from the paper: the paper adds a plain L2 penalty on the new layers; here that is
+``optax.add_decayed_weights`` under the complementary mask (or ``anchor="zero"`` under it).
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_spd.anchors import policy
+from optax_spd.core import stage
+from optax_spd.layers import checks
+
+PyTree = Any
+
+
+@policy.holds_anchor
+class L2SPState(NamedTuple):
+    """State of :func:`l2_sp`.
+
+    Attributes:
+      count: number of updates so far, int32; what a scheduled λ is evaluated at.
+      anchor: θ₀, a tree like params, or ``optax.EmptyState()`` if none is held.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
+    anchor: PyTree
+
+
+def l2_sp(
+    weight_decay: checks.ScalarOrSchedule,
+    *,
+    anchor: Any = "initial",
+    anchor_dtype: Any = None,
+    mask: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Adds :math:`\lambda(\theta - \theta_0)` to the update: weight decay toward the anchor.
+
+    As ``optax.add_decayed_weights`` adds :math:`\lambda\theta`. So it stands where that stands.
+    First in the chain, before ``scale_by_adam``, it is the paper's penalty
+    :math:`\frac{\lambda}{2}\|\theta - \theta_0\|^2`; between ``scale_by_adam`` and the learning
+    rate it is decoupled as in AdamW (:func:`optax_spd.adamw_l2_sp`), and multiplied by the
+    learning rate. After the learning rate its sign would be wrong.
+
+    Args:
+      weight_decay: λ >= 0, or a schedule of it.
+      anchor: θ₀, as for :func:`optax_spd.spd`.
+      anchor_dtype: dtype to store the anchor in; None for its own.
+      mask: as for :func:`optax_spd.spd`: True where the decay applies.
+
+    Returns:
+      A stage whose ``update`` needs ``params``. Updates keep their structure and dtypes.
+
+    Raises:
+      TypeError: a complex parameter (in ``init``), a mask that is not bools.
+      ValueError: ``weight_decay`` negative or not finite, an unknown anchor (at construction); no
+        params, no anchor, trees or shapes that do not match (in ``update``).
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_spd
+      >>> tx = optax.chain(optax_spd.l2_sp(0.5), optax.sgd(1.0))
+      >>> state = tx.init({"bias": jnp.array([1.0])})
+      >>> updates, state = tx.update({"bias": jnp.zeros(1)}, state, {"bias": jnp.array([3.0])})
+      >>> updates
+      {'bias': Array([-1.], dtype=float32)}
+
+    References:
+      Li et al., `Explicit Inductive Bias for Transfer Learning with Convolutional Networks
+      <https://arxiv.org/abs/1802.01483>`_, ICML 2018.
+
+    .. seealso:: :func:`optax_spd.spd`, the selective form
+    """
+    checks.check_scalar("weight_decay", weight_decay)
+    options = stage.StageOptions(anchor, anchor_dtype, mask=mask)
+
+    def init(params: PyTree) -> L2SPState:
+        _, held = options.init(params)
+        return L2SPState(count=jnp.zeros((), jnp.int32), anchor=held)
+
+    def update(
+        updates: PyTree, state: L2SPState, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, L2SPState]:
+        view = options.view(updates, state.anchor, params, extra_args)
+        decay = checks.value_at(weight_decay, state.count, view.plan.dtype)
+        steps = view.map(lambda d: d.step + decay.astype(d.step.dtype) * d.delta)
+        count = optax.safe_increment(state.count)
+        return view.rebuild(steps), L2SPState(count, state.anchor)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,1 @@
+"""TempBalance: learning rates of layers, balanced by the spectra of their weights."""

@@ -1,0 +1,223 @@
+"""Which layers take the learning-rate factors of which: by module, or by block."""
+
+import re
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_spd.layers import plans, trees
+from optax_spd.methods.temp_balance import weights
+
+INDEX = re.compile(r"\[[\d,]+\]$")  # behind the name of a stacked layer
+
+Follows = Callable[[str], str]
+"""From the path of an array's module to the path of the module whose factor it takes."""
+
+Scales = Callable[[jax.Array, jax.Array], jax.Array]
+"""From exponents, and which of them count, to factors."""
+
+
+class Modules(NamedTuple):
+    """Each layer that counts has a factor of its own, and others follow.
+
+    Attributes:
+      size: length of the per-layer vectors.
+      followers: layers that take a factor, with repetitions.
+      leaders: whose factors they take; the mean, where there are several. A layer that counts is
+        its own leader.
+    """
+
+    size: int
+    followers: np.ndarray
+    leaders: np.ndarray
+
+    @property
+    def scalable(self) -> np.ndarray:
+        """Per layer whether it may have another factor than 1."""
+        marks = np.zeros(self.size, bool)
+        marks[self.followers] = True
+        return marks
+
+    def scales(
+        self, alpha: jax.Array, found: jax.Array, scales: Scales, *, normalize: bool
+    ) -> jax.Array:
+        """The factor of every layer."""
+        s = scales(alpha, found)
+        if normalize:
+            s = s / _mean(s, found)
+        s, has_leader = weights.mean_by(
+            s[self.leaders], found[self.leaders], self.followers, self.size
+        )
+        return jnp.where(has_leader, s, 1)
+
+
+class Blocks(NamedTuple):
+    """All layers of a block have the factor of the mean exponent in it.
+
+    Attributes:
+      block: per layer the number of its block, -1 for one outside of all.
+      number: how many blocks there are.
+    """
+
+    block: np.ndarray
+    number: int
+
+    @property
+    def scalable(self) -> np.ndarray:
+        """Per layer whether it may have another factor than 1."""
+        return self.block >= 0
+
+    def scales(
+        self, alpha: jax.Array, found: jax.Array, scales: Scales, *, normalize: bool
+    ) -> jax.Array:
+        """The factor of every layer."""
+        if not self.number:
+            return jnp.ones_like(alpha)
+        inside = self.scalable
+        mean, has_alpha = weights.mean_by(
+            alpha, found & inside, np.maximum(self.block, 0), self.number
+        )
+        s = jnp.where(inside, scales(mean, has_alpha)[self.block], 1)
+        if normalize:
+            s = jnp.where(inside, s / _mean(s, found), 1)
+        return s
+
+
+def modules(
+    flat: trees.FlatTree, selection: weights.Selection, follows: Follows | None, *, whole: bool
+) -> Modules:
+    """Which layers' factors the arrays without a spectrum of their own take.
+
+    An array without a spectrum of any size follows the weights of its module (what its path names
+    without the last key), or of the module that ``follows`` names; a stacked one index by index.
+    The top of the tree is a module only if it holds one weight: with several, what stands there
+    belongs to none of them.
+
+    Args:
+      flat: the parameters.
+      selection: the weights that count.
+      follows: from an array's module to the module it follows.
+      whole: whether no other mask has taken parameters away.
+
+    Raises:
+      ValueError: a module to follow does not exist, or is stacked in another way.
+    """
+    plan, counted = selection.plan, selection.counted
+    leaders: dict[str, dict[tuple[int, ...], list[int]]] = {}
+    for weight in selection.weights:
+        members = leaders.setdefault(_module(weight.entry.name), {})
+        for layer, place in _places(weight.entry):
+            if counted[layer] and layer not in members.setdefault(place, []):
+                members[place].append(layer)
+    if sum(map(len, leaders.get("", {}).values())) > 1:
+        del leaders[""]
+    known = {_module(trees.path_name(path)) for path in flat.paths}
+    pairs = {(int(layer), int(layer)) for layer in np.flatnonzero(counted)}
+    for index, (entry, leaf) in enumerate(zip(plan.arrays, flat.leaves, strict=True)):
+        if entry is None or weights.as_weight(index, entry, jnp.shape(leaf)) is not None:
+            continue
+        module = _module(entry.name)
+        target = module if follows is None else _target(follows, module, known, whole=whole)
+        members = leaders.get(target, {})
+        for layer, place in _places(entry):
+            if counted[layer] or not members:
+                continue
+            if place not in members:
+                raise ValueError(
+                    f"{entry.name!r} follows the weights of {target!r}, but layers= divides them "
+                    "differently into stacked layers. Describe both alike."
+                )
+            pairs.update((layer, leader) for leader in members[place])
+    ordered = np.array(sorted(pairs), np.int32).reshape(-1, 2)
+    return Modules(plan.vector_size, ordered[:, 0], ordered[:, 1])
+
+
+def _module(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def _places(entry: plans.ArrayLayers) -> list[tuple[int, tuple[int, ...]]]:
+    return list(zip(entry.numbers, np.ndindex(*entry.stacked_shape), strict=True))
+
+
+def _target(follows: Follows, module: str, known: set[str], *, whole: bool) -> str:
+    target = follows(module)
+    if not isinstance(target, str):
+        raise TypeError(f"follows must return the path of a module (str), got {target!r}.")
+    if whole and target not in known:
+        raise ValueError(
+            f"follows sends {module!r} to {target!r}, which holds no parameter. The nearest "
+            f"modules: {trees.nearest_paths(target, [tuple(k.split('/')) for k in known])}."
+        )
+    return target
+
+
+def blocks(plan: plans.LayerPlan, pattern: re.Pattern[str] | None, *, whole: bool) -> Blocks:
+    """Finds the block of each layer.
+
+    Args:
+      plan: the layers.
+      pattern: a block is what it matches in the layer's name - what its groups match, if it has
+        some. None for the numbering that the paths have.
+      whole: whether no other mask has taken parameters away.
+
+    Raises:
+      ValueError: no layer of a whole tree is in a block.
+    """
+    labels = _numbered(plan.names) if pattern is None else [_match(pattern, n) for n in plan.names]
+    if whole and plan.names and not any(labels):
+        wanted = "numbered keys" if pattern is None else f"what block={pattern.pattern!r} matches"
+        raise ValueError(
+            f"No layer is in a block: {wanted} was looked for in "
+            f"{trees.nearest_paths('', [(name,) for name in plan.names], count=5)}. Give block= a "
+            'pattern that matches there, or use unit="layer".'
+        )
+    numbers: dict[Hashable, int] = {}
+    found = [-1 if x is None else numbers.setdefault(x, len(numbers)) for x in labels]
+    found += [-1] * (plan.vector_size - len(found))
+    return Blocks(np.array(found, np.int32), len(numbers))
+
+
+def _match(pattern: re.Pattern[str], name: str) -> Hashable | None:
+    match = pattern.search(name)
+    return None if match is None else match.groups() or match.group()
+
+
+def _numbered(names: Sequence[str]) -> list[Hashable | None]:
+    """Each name up to the first key whose number tells it from its siblings, and its index.
+
+    A number that has no other beside it ("ResNet50_0", "wav2vec2") counts nothing.
+    """
+    siblings: dict[tuple[str, str], set[str]] = {}
+    for name in names:
+        for above, stem, number in _numbered_keys(name):
+            siblings.setdefault((above, stem), set()).add(number)
+
+    def label(name: str) -> Hashable | None:
+        index = INDEX.search(name)
+        for above, stem, number in _numbered_keys(name):
+            if len(siblings[above, stem]) > 1:
+                return above, stem, number, index and index.group()
+        return index and index.group()
+
+    return [label(name) for name in names]
+
+
+def _numbered_keys(name: str) -> list[tuple[str, str, str]]:
+    """The keys above the last that end in a number: (path above, key without it, number)."""
+    keys = INDEX.sub("", name).split("/")
+    found = []
+    for depth, key in enumerate(keys[:-1]):
+        stem = key.rstrip("0123456789")
+        if stem != key:
+            found.append(("/".join(keys[:depth]), stem, key[len(stem) :]))
+    return found
+
+
+def _mean(values: jax.Array, counted: jax.Array) -> jax.Array:
+    """The mean of the values that count; 1 if it is 0, or there is none."""
+    mean = jnp.sum(jnp.where(counted, values, 0)) / jnp.maximum(jnp.sum(counted), 1)
+    return jnp.where(mean > 0, mean, 1)

@@ -1,0 +1,1 @@
+"""Functions of two checkpoints, for after training."""

@@ -1,0 +1,138 @@
+"""TPGM after training: radii for a pair of checkpoints.
+
+Tian et al., CVPR 2023; the equations are in :mod:`optax_spd.methods.tpgm`. This is the paper's use
+of TPGM on ImageNet: one bi-level loop on the finished weights. The differences from the authors'
+code that :mod:`optax_spd.methods.tpgm` lists hold here as far as they concern the loop.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_spd.core import balls, bilevel
+from optax_spd.layers import plans
+from optax_spd.layers.spec import LayerFn
+from optax_spd.posthoc.project import displacement, matched_anchor, plan_of
+
+PyTree = Any
+
+
+class FittedRadii(NamedTuple):
+    """Outcome of :func:`fit_radii`.
+
+    Attributes:
+      params: the projected parameters, a tree like params.
+      radii: γ, one entry per layer in ``layer_names`` order.
+      losses: the validation loss of each inner step, before that step's change of the radii.
+    """
+
+    params: PyTree
+    radii: jax.Array
+    losses: jax.Array
+
+
+def fit_radii(
+    params: PyTree,
+    anchor: PyTree,
+    validation_fn: bilevel.ValidationFn,
+    validation_batches: PyTree,
+    *,
+    radius_optimizer: optax.GradientTransformation | None = None,
+    norm: str = "mars",
+    layers: LayerFn | None = None,
+    mask: Any = None,
+) -> FittedRadii:
+    r"""Learns per-layer radii after training and projects the parameters onto them.
+
+    Minimises the validation loss of :func:`optax_spd.project` (params, anchor, γ) over γ, with one
+    step of ``radius_optimizer`` per validation batch. γ starts at half of each layer's smallest
+    row norm. Works on any pair of checkpoints, whatever trained them, in the time of a few hundred
+    validation steps.
+
+    Args:
+      params: the fine-tuned parameters θ; they may be sharded.
+      anchor: the pretrained parameters θ₀; matched by path.
+      validation_fn: (params, batch) -> scalar loss, in evaluation mode. Compiled code is reused in
+        later calls with the *same* function and optimizer objects: make both once, outside of
+        loops. It also keeps them alive, with whatever they close over.
+      validation_batches: a tree of arrays with a leading axis, one entry per inner step. All of
+        them are on the device at once.
+      radius_optimizer: of the radii, as for :func:`optax_spd.tpgm`. Adam's rate times the number
+        of batches bounds how far a radius can move, in units of the norm.
+      norm: "mars" (each output unit by its own absolute row sum) or "l2".
+      layers: what a layer is, and which axes count its output units (:func:`optax_spd.outputs`).
+      mask: True where to project; the other parameters stay as they are.
+
+    Returns:
+      A named tuple (params, radii, losses). The projected parameters keep structure and
+      dtypes; the radii have shape (layers,), the losses (inner steps,).
+
+    Raises:
+      TypeError: a complex parameter, a ``validation_fn`` that is no function or has no hash.
+      ValueError: an unknown norm, trees or shapes that do not match, batches without a common
+        leading axis, a ``validation_fn`` that does not return a scalar.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_spd
+      >>> fitted = optax_spd.fit_radii(
+      ...     {"bias": jnp.array([3.0, 4.0])}, {"bias": jnp.zeros(2)},
+      ...     lambda params, batch: jnp.sum((params["bias"] - batch) ** 2), jnp.ones((10, 2)),
+      ...     radius_optimizer=optax.sgd(0.1), norm="l2")
+      >>> print(f"{fitted.radii[0]:.2f}, loss {fitted.losses[0]:.2f} -> {fitted.losses[-1]:.2f}")
+      1.52, loss 1.25 -> 0.06
+
+    References:
+      Tian et al., `Trainable Projected Gradient Method for Robust Fine-tuning
+      <https://arxiv.org/abs/2303.10720>`_, CVPR 2023.
+
+    .. seealso:: :func:`optax_spd.tpgm`, :func:`optax_spd.project`, :func:`optax_spd.wise_ft`
+    """
+    optimizer = bilevel.checked_optimizer(radius_optimizer)
+    balls.check_norm(norm)
+    bilevel.check_validation(validation_fn, validation_batches)
+    try:
+        hash(validation_fn)
+    except TypeError as error:
+        raise TypeError(
+            f"validation_fn must be hashable, since compiled code is kept by it, got "
+            f"{validation_fn!r}. Wrap it in a function: def loss(params, batch): ..."
+        ) from error
+    plan = plan_of(params, layers, mask)
+    pretrained = matched_anchor(params, anchor, plan)
+    fitted: FittedRadii = _fit(
+        params, pretrained, validation_batches, validation_fn, optimizer, norm, plan
+    )
+    return fitted
+
+
+@functools.partial(jax.jit, static_argnames=("validation_fn", "optimizer", "norm", "plan"))
+def _fit(
+    params: PyTree,
+    pretrained: list[Any],
+    batches: PyTree,
+    validation_fn: bilevel.ValidationFn,
+    optimizer: optax.GradientTransformation,
+    norm: str,
+    plan: plans.LayerPlan,
+) -> FittedRadii:
+    displaced = displacement(params, pretrained, plan)
+    (norms,) = balls.ball_norms(norm, plan, None, displaced.deltas)
+    active = jnp.isfinite(norms.largest)
+    constraint = bilevel.Constraint(plan, displaced.deltas, norms, active, None)
+
+    def loss_fn(projected: bilevel.Leaves, batch: PyTree) -> jax.Array:
+        return bilevel.scalar_loss(validation_fn, displaced.filled(projected), batch)
+
+    zeros = jnp.zeros(plan.vector_size, plan.dtype)
+    start, _ = constraint.started(zeros, jnp.zeros(plan.vector_size, bool))
+    learned = bilevel.learn_radii(
+        constraint, loss_fn, displaced.projected, batches, optimizer, start, optimizer.init(zeros)
+    )
+    projected = displaced.projected(constraint.factors(learned.radii))
+    radii = learned.radii[: len(plan.names)]
+    return FittedRadii(displaced.filled(projected), radii, learned.losses)

@@ -1,0 +1,164 @@
+"""Projection onto balls around a pretrained checkpoint, and what it shares with ``fit_radii``.
+
+Gouk, Hospedales, Pontil: "Distance-Based Regularisation of Deep Networks for Fine-Tuning", ICLR
+2021, https://arxiv.org/abs/2002.08253; Tian et al., CVPR 2023, https://arxiv.org/abs/2303.10720:
+
+    θ' = θ₀ + min(1, γ/n) (θ - θ₀)
+
+with n as in :mod:`optax_spd.core.balls`. Difference from the authors' code: a row with n <= γ is
+left as it is, to the bit, where theirs shrinks it if n + 1e-8 > γ; so projecting twice is
+projecting once.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_spd.anchors import policy
+from optax_spd.core import balls, sums
+from optax_spd.layers import plans, trees
+from optax_spd.layers.spec import LayerFn, check_layers
+
+PyTree = Any
+
+
+def project(
+    params: PyTree,
+    anchor: PyTree,
+    radii: jax.typing.ArrayLike,
+    *,
+    norm: Literal["mars", "l2"] = "mars",
+    layers: LayerFn | None = None,
+    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+) -> PyTree:
+    r"""Projects each layer onto the ball of its radius around the anchor.
+
+    .. math::
+
+        \theta' = \theta_0 + \min\left(1, \frac{\gamma}{n}\right) (\theta - \theta_0)
+
+    where n is the Euclidean norm of the layer's deviation ("l2"), or of each output unit the sum
+    of its absolute deviations ("mars": every output unit has its own n, all share the layer's
+    radius). May be jitted and differentiated; works on sharded parameters.
+
+    Args:
+      params: θ.
+      anchor: θ₀; matched by path.
+      radii: γ >= 0: a scalar, or one per layer in :func:`optax_spd.layer_names` order (what
+        ``tpgm_radii``, ``ftp_radii`` and :func:`optax_spd.fit_radii` hold). 0 gives the anchor,
+        infinity leaves the layer alone.
+      norm: "mars" or "l2".
+      layers: what a layer is and which axes count its output units, see :func:`optax_spd.outputs`.
+      mask: True where to project, as for :func:`optax_spd.spd`; the rest is returned as it is.
+
+    Returns:
+      A tree like ``params``, with its dtypes. A row that is inside its ball comes back bit by bit;
+      one outside lands on its surface (within 1e-8 and rounding). Leaves that are no layers
+      (integers, empty, None), and layers that are not finite, are those of ``params``.
+
+    Raises:
+      TypeError: a complex parameter.
+      ValueError: an unknown norm; ``radii`` negative, NaN or of another shape; trees or shapes
+        that do not match.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_spd
+      >>> params, anchor = {"bias": jnp.array([3.0, 4.0])}, {"bias": jnp.zeros(2)}
+      >>> optax_spd.project(params, anchor, 2.5, norm="l2")
+      {'bias': Array([1.5, 2. ], dtype=float32)}
+
+    References:
+      Tian et al., `Trainable Projected Gradient Method for Robust Fine-tuning
+      <https://arxiv.org/abs/2303.10720>`_, CVPR 2023; Gouk et al., `Distance-Based Regularisation
+      of Deep Networks for Fine-Tuning <https://arxiv.org/abs/2002.08253>`_, ICLR 2021.
+    """
+    balls.check_norm(norm)
+    balls.check_radii(radii)
+    plan = plan_of(params, layers, mask)
+    pretrained = matched_anchor(params, anchor, plan)
+    displaced = displacement(params, pretrained, plan)
+    vector = sums.per_layer("radii", radii, plan)
+    (norms,) = balls.ball_norms(norm, plan, None, displaced.deltas)
+    multipliers = balls.factors(plan, vector, norms, jnp.isfinite(norms.largest), exact=True)
+    return displaced.filled(displaced.projected(multipliers))
+
+
+class Displacement(NamedTuple):
+    """Two checkpoints as lists of leaves, in the order of the parameters.
+
+    Attributes:
+      flat: the parameters, with gaps.
+      anchors: per layer's leaf θ₀ in at least float32, else None.
+      deltas: per layer's leaf Δ = θ - θ₀, else None.
+    """
+
+    flat: trees.FlatTree
+    anchors: list[jax.Array | None]
+    deltas: list[jax.Array | None]
+
+    def projected(self, multipliers: Sequence[jax.Array | None]) -> list[jax.Array | None]:
+        """Per layer's leaf θ₀ + f Δ in the parameter's dtype; θ itself where f = 1."""
+        return [
+            None
+            if theta_0 is None or delta is None or f is None
+            else jnp.where(
+                sums.predicate_like(f < 1, delta),
+                (theta_0 + f * delta).astype(jnp.result_type(theta)),
+                theta,
+            )
+            for theta, theta_0, delta, f in zip(
+                self.flat.leaves, self.anchors, self.deltas, multipliers, strict=True
+            )
+        ]
+
+    def filled(self, leaves: Sequence[jax.Array | None]) -> PyTree:
+        """The parameter tree with other values in its layers."""
+        return self.flat.unflatten(
+            theta if leaf is None else leaf
+            for theta, leaf in zip(self.flat.leaves, leaves, strict=True)
+        )
+
+
+def plan_of(params: PyTree, layers: LayerFn | None, mask: Any) -> plans.LayerPlan:
+    """The layers of a parameter tree under a mask."""
+    check_layers(layers)
+    return plans.planned(params, layers, mask).plan
+
+
+def matched_anchor(params: PyTree, anchor: PyTree, plan: plans.LayerPlan) -> list[Any]:
+    """Per leaf the anchor's array where there is a layer, else None.
+
+    Raises:
+      ValueError: the trees do not match there.
+    """
+    wanted = trees.flatten(params).only(entry is not None for entry in plan.arrays)
+    leaves = policy.match_anchor(wanted, anchor)
+    return [
+        None if entry is None else leaf for entry, leaf in zip(plan.arrays, leaves, strict=True)
+    ]
+
+
+def displacement(params: PyTree, pretrained: Sequence[Any], plan: plans.LayerPlan) -> Displacement:
+    """How far a checkpoint is from the anchor's leaves, as :func:`matched_anchor` gives them.
+
+    Raises:
+      TypeError: the anchor is complex.
+    """
+    flat = trees.flatten(params)
+    anchors_found: list[jax.Array | None] = []
+    deltas: list[jax.Array | None] = []
+    for path, entry, theta, theta_0 in zip(
+        flat.paths, plan.arrays, flat.leaves, pretrained, strict=True
+    ):
+        if entry is None:
+            anchors_found.append(None)
+            deltas.append(None)
+            continue
+        dtype = plans.compute_dtype(theta, theta_0)
+        pretrained_leaf = trees.as_real(policy.on_device(theta_0), dtype, "anchor", path)
+        anchors_found.append(pretrained_leaf)
+        deltas.append(jnp.asarray(theta, dtype) - pretrained_leaf)
+    return Displacement(flat, anchors_found, deltas)

@@ -1,0 +1,83 @@
+"""WiSE-FT: interpolation between the pretrained and the fine-tuned weights.
+
+Wortsman et al.: "Robust fine-tuning of zero-shot models", CVPR 2022,
+https://arxiv.org/abs/2109.01903:
+
+    θ_α = (1 - α) θ₀ + α θ
+
+Difference from the paper: α may be given per layer.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optax_spd.anchors import policy
+from optax_spd.core import sums
+from optax_spd.layers import checks, plans, trees
+from optax_spd.layers.spec import LayerFn, check_layers
+
+PyTree = Any
+
+
+def wise_ft(
+    params: PyTree,
+    anchor: PyTree,
+    alpha: jax.typing.ArrayLike,
+    *,
+    layers: LayerFn | None = None,
+) -> PyTree:
+    r"""Interpolates in weight space: :math:`(1-\alpha)\,\theta_0 + \alpha\,\theta`.
+
+    Works after training, on any pair of checkpoints; cheap enough to try many α on validation
+    data. It may be jitted.
+
+    Args:
+      params: the fine-tuned parameters θ.
+      anchor: the pretrained parameters θ₀; matched by path.
+      alpha: 0 gives the anchor and 1 the fine-tuned parameters, exactly; a scalar, or one per
+        layer in :func:`optax_spd.layer_names` order. Values outside [0, 1] extrapolate.
+      layers: what a layer is, if ``alpha`` is given per layer.
+
+    Returns:
+      A tree like ``params``, with its dtypes. Leaves that are no layers (integers, empty, None)
+      are those of ``params``.
+
+    Raises:
+      TypeError: a complex parameter.
+      ValueError: ``alpha`` is not finite or has another shape; trees or shapes that do not match.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax_spd
+      >>> optax_spd.wise_ft({"bias": jnp.ones(2)}, {"bias": jnp.zeros(2)}, alpha=0.25)
+      {'bias': Array([0.25, 0.25], dtype=float32)}
+
+    References:
+      Wortsman et al., `Robust fine-tuning of zero-shot models
+      <https://arxiv.org/abs/2109.01903>`_, CVPR 2022.
+    """
+    flat = trees.flatten(params)
+    check_layers(layers)
+    plan = plans.plan_layers(flat, layers)
+    checks.check_finite("alpha", alpha)
+    vector = sums.per_layer("alpha", alpha, plan)
+    blended = [
+        theta
+        if entry is None
+        else _blend(theta, theta_0, sums.spread(entry, vector, jnp.ndim(theta)))
+        for theta, theta_0, entry in zip(
+            flat.leaves, policy.match_anchor(flat, anchor), plan.arrays, strict=True
+        )
+    ]
+    return flat.unflatten(blended)
+
+
+def _blend(theta: Any, theta_0: Any, alpha: jax.Array) -> jax.Array:
+    dtype = plans.compute_dtype(theta, theta_0)
+    alpha = alpha.astype(dtype)
+    mixed = (1 - alpha) * jnp.asarray(policy.on_device(theta_0), dtype) + alpha * jnp.asarray(
+        theta, dtype
+    )
+    return mixed.astype(jnp.result_type(theta))

@@ -1,0 +1,110 @@
+"""What ``axis_name=`` says: how ``shard_map`` or ``pmap`` split the arrays by hand."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from optax_spd.layers import trees
+from optax_spd.layers.plans import ArrayLayers, LayerPlan
+
+# The mesh axes an array is split over by hand, each with the array axis it splits; None stands
+# for an axis that a bare name does not tell.
+MeshAxes = Mapping[str, int | None]
+
+
+def check_axis_name(axis_name: Any) -> None:
+    """Refuses, when a stage is built, an ``axis_name=`` that is no name and no tree of specs."""
+    if axis_name is None or is_names(axis_name):
+        return
+    leaves = jax.tree.leaves(axis_name, is_leaf=_is_spec)
+    if not leaves or not all(_is_spec(leaf) for leaf in leaves):
+        raise ValueError(
+            "axis_name must be a mesh axis name, a tuple of them, or a tree of PartitionSpecs "
+            f"(the in_specs of shard_map), got {axis_name!r}."
+        )
+
+
+def sharded_axes(axis_name: Any, flat: trees.FlatTree, plan: LayerPlan) -> list[MeshAxes] | None:
+    """Per leaf the mesh axes it is split over by hand, and which of its axes each splits.
+
+    Args:
+      axis_name: a name or a tuple of names, over which every array is split; or PartitionSpecs,
+        as given to ``shard_map``, each array being split over the axes its spec names; or None.
+      flat: the parameters.
+      plan: their layers.
+
+    Raises:
+      ValueError: the specs do not fit the parameters, or split a stacked axis.
+    """
+    if axis_name is None:
+        return None
+    if is_names(axis_name):
+        names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+        return [dict.fromkeys(names) for _ in flat.leaves]
+    specs = trees.broadcast_prefix(flat, axis_name, "axis_name", _is_spec)
+    return [
+        {} if entry is None else _axes_of_spec(spec, entry)
+        for spec, entry in zip(specs, plan.arrays, strict=True)
+    ]
+
+
+def _axes_of_spec(spec: Any, entry: ArrayLayers) -> MeshAxes:
+    if not _is_spec(spec):
+        raise ValueError(
+            f"axis_name holds {spec!r} for {entry.name!r}; give it a PartitionSpec, empty if "
+            "every device has the whole array."
+        )
+    axes: dict[str, int | None] = {}
+    for axis, part in enumerate(spec):
+        parts = () if part is None else (part,) if isinstance(part, str) else tuple(part)
+        if parts and axis in entry.stacked_axes:
+            raise ValueError(
+                f"axis_name= splits {entry.name!r} over {parts} along axis {axis}, which layers= "
+                "calls stacked. Under shard_map each device would hold other layers; split another "
+                "axis, or use jit with NamedSharding."
+            )
+        axes.update(dict.fromkeys(parts, axis))
+    return axes
+
+
+def varying_axes(array: jax.Array) -> frozenset[str]:
+    """The mesh axes along which a checked ``shard_map`` knows the array to differ.
+
+    Empty under ``pmap``, and in a ``shard_map`` with ``check_vma=False``.
+    """
+    kind = jax.typeof(array)
+    current = getattr(kind, "manual_axis_type", None)  # older JAX: vma, without the wrapping
+    varying: frozenset[str] = kind.vma if current is None else current.varying
+    return varying
+
+
+def is_names(axis_name: Any) -> bool:
+    """Whether ``axis_name=`` is a bare name or several, that do not say which arrays they split."""
+    return isinstance(axis_name, str) or (
+        isinstance(axis_name, tuple)
+        and len(axis_name) > 0
+        and all(isinstance(name, str) for name in axis_name)
+    )
+
+
+def require_specs(axis_name: Any, reason: str, otherwise: str = "") -> None:
+    """Raises for bare names where it matters which of an array's axes they split.
+
+    Args:
+      axis_name: the stage's argument.
+      reason: why it matters, for the message.
+      otherwise: what else the user can do, for the message.
+
+    Raises:
+      ValueError: as said.
+    """
+    if is_names(axis_name):
+        raise ValueError(
+            f"{reason}, and axis_name={axis_name!r} does not tell which of them are split. Give "
+            f"axis_name the PartitionSpecs (the in_specs of shard_map){otherwise}."
+        )
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, jax.sharding.PartitionSpec)

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import pathlib
-import subprocess
 import sys
 from typing import Any
 
@@ -37,11 +36,6 @@ def test_without_pytorch_one_line_says_what_to_install(monkeypatch: pytest.Monke
         against_pytorch.main(["--scale", "small"])
 
 
-def test_the_process_for_pytorch_has_no_jax() -> None:
-    code = "import sys, benchmarks.one_optimizer; sys.exit('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
-
-
 def test_the_process_for_jax_times_the_steps_asked_for(
     tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -49,25 +43,20 @@ def test_the_process_for_jax_times_the_steps_asked_for(
     arguments = ["--learning-rate=1e-6", "--steps=3", "--warm-up=1"]
     found = against_pytorch.run_child(JAX_SPD, tmp_path, 1, *arguments)
     assert (found["version"], found["device"], found["fired"]) == (jax.__version__, "cpu", 0.5)
-    assert len(found["seconds"]) == 3
-    assert min(found["seconds"]) > 0
+    assert [seconds > 0 for seconds in found["seconds"]] == [True] * 3
     with pytest.raises(SystemExit, match=r"'optax\.adamw' ended with 2; its words are above"):
         against_pytorch.run_child(JAX_ADAMW, tmp_path, 1, "--steps=many")
     assert "invalid int value: 'many'" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("name", [JAX_SPD, JAX_ADAMW])
-def test_jax_steps_on_the_multiples_of_the_gradients(name: str, tmp_path: pathlib.Path) -> None:
+def test_jax_steps_on_the_multiples_of_the_gradients(tmp_path: pathlib.Path) -> None:
     against_pytorch.save_trees(tmp_path, TINY)
-    anchor, params, grads = (
-        one_optimizer.load_arrays(tmp_path, which)
-        for which in (one_optimizer.ANCHOR, one_optimizer.PARAMS, one_optimizer.GRADS)
-    )
-    factors = (1.0, -0.5)
-    after = one_optimizer.stepped(RUNS[name](name, tmp_path, 1e-3), grads, factors)
-    tx = optax_spd.adam_spd(1e-3) if name == JAX_SPD else optax.adamw(1e-3)
+    names = (one_optimizer.ANCHOR, one_optimizer.PARAMS, one_optimizer.GRADS)
+    anchor, params, grads = (one_optimizer.load_arrays(tmp_path, name) for name in names)
+    after = one_optimizer.stepped(RUNS[JAX_SPD](JAX_SPD, tmp_path, 1e-3), grads, (1.0, -0.5))
+    tx = optax_spd.adam_spd(1e-3)
     state, update = tx.init(anchor), jax.jit(tx.update)
-    for factor in factors:
+    for factor in (1.0, -0.5):
         scaled = [jnp.asarray(grad * np.float32(factor)) for grad in grads]
         updates, state = update(scaled, state, params)
         params = optax.apply_updates(params, updates)
@@ -101,18 +90,11 @@ def test_differences_are_found_and_refused() -> None:
     same = against_pytorch.compared(JAX_SPD, TORCH_SPD, before, after)
     assert same["largest_difference"] == 0
     assert same["largest_move"] == pytest.approx(0.2)
-    against_pytorch.refuse_differences([same])
     for wrong in (1e-4, np.nan):
         after[TORCH_SPD] = after[JAX_SPD] + np.array([0, 0, wrong], np.float32)
         other = against_pytorch.compared(JAX_SPD, TORCH_SPD, before, after)
         with pytest.raises(SystemExit, match="adam_spd and AdamSPD in plain PyTorch differ by"):
             against_pytorch.refuse_differences([same, other])
-
-
-@pytest.mark.parametrize("steps", [3, 300])
-def test_steps_go_a_third_of_the_way_to_the_anchor(steps: int) -> None:
-    way = steps * against_pytorch.learning_rate(steps)  # each of Adam's steps here is the rate
-    assert way == pytest.approx(vit.OFFSET / 3)
 
 
 if importlib.util.find_spec("torch") is not None:

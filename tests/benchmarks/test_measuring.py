@@ -5,7 +5,6 @@ from types import ModuleType, SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from jax_support import host_memory_works
@@ -23,17 +22,10 @@ def test_spreads_and_ratios() -> None:
     assert set(measuring.ratio([3, 30], [2, 20]).values()) == {1.5}
 
 
-@pytest.mark.parametrize(
-    ("tunables", "expected"),
-    [
-        ("", False),
-        ("glibc.malloc.check=3", False),
-        ("glibc.malloc.check=3:glibc.malloc.hugetlb=1", True),
-        ("glibc.malloc.hugetlb=0", False),
-    ],
-)
-def test_whether_huge_pages_are_set(tunables: str, expected: bool) -> None:
-    assert reporting.huge_pages(tunables) is expected
+def test_whether_huge_pages_are_set() -> None:
+    assert reporting.huge_pages("glibc.malloc.check=3:glibc.malloc.hugetlb=1")
+    for other in ("", "glibc.malloc.check=3", "glibc.malloc.hugetlb=0"):
+        assert not reporting.huge_pages(other)
 
 
 def test_bytes_are_split_by_memory_and_a_buffer_held_twice_counts_once() -> None:
@@ -58,23 +50,19 @@ def test_steps_donate_parameters_and_state() -> None:
     assert all(leaf.is_deleted() for leaf in given)
 
 
-@pytest.mark.parametrize(
-    ("device", "host", "misplaced"),
-    [((100, 50, 48, 7), (0, 0, 0, 0), 20), ((80, 30, 28, 7), (20, 20, 20, 0), 0)],
-    ids=["counted_as_the_devices", "counted_as_the_hosts"],
-)
-def test_arguments_in_host_memory_are_not_the_devices(
-    device: tuple[int, ...], host: tuple[int, ...], misplaced: int
-) -> None:
-    names = ("argument", "output", "alias", "temp")
-    found = {f"{n}_size_in_bytes": size for n, size in zip(names, device, strict=True)}
-    found |= {f"host_{n}_size_in_bytes": size for n, size in zip(names, host, strict=True)}
-    compiled = SimpleNamespace(memory_analysis=lambda: SimpleNamespace(**found))
+@pytest.mark.parametrize("misplaced", [20, 0])
+def test_arguments_in_host_memory_are_not_the_devices(misplaced: int) -> None:
+    """XLA may count the 20 bytes of a host anchor, which is donated, as the device's."""
+    right = 20 - misplaced
+    sizes = {"argument": (80, right), "output": (30, right), "alias": (28, right), "temp": (7, 0)}
+    account = {}
+    for name, (device, host) in sizes.items():
+        account[f"{name}_size_in_bytes"] = device + (0 if name == "temp" else misplaced)
+        account[f"host_{name}_size_in_bytes"] = host
+    compiled = SimpleNamespace(memory_analysis=lambda: SimpleNamespace(**account))
     step = memory.step_memory(compiled, host_bytes=20)
-    assert step is not None
-    assert step["peak"] == 80 + 2 + 7
-    assert step["host_peak"] == 20
-    assert step["misplaced"] == misplaced
+    found = (step["peak"], step["host_peak"], step["misplaced"])
+    assert found == (80 + 2 + 7, 20, misplaced)
     assert (memory.host_memory_missing() is None) == host_memory_works()
 
 
@@ -83,15 +71,6 @@ def test_the_default_tree_is_vit_b16() -> None:
     assert len(shapes) == 152
     # 86,567,656: what the literature gives as 86 M, with the head for 1000 classes.
     assert sum(math.prod(shape) for shape in shapes) == 86_567_656
-
-
-def test_the_vit_trains() -> None:
-    scale = vit.SCALES["small"]
-    params, _, _ = vit.make_trees(scale, fire=0)
-    images = jax.random.normal(jax.random.key(0), (3, *vit.image_shape(scale)))
-    value, grads = jax.jit(jax.value_and_grad(vit.loss), static_argnums=2)(params, images, scale)
-    np.testing.assert_allclose(value, np.log(scale.classes), atol=0.1)  # of small random weights
-    assert all(jax.tree.leaves(jax.tree.map(lambda g: bool(jnp.any(g != 0)), grads)))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from types import ModuleType
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
 
 from benchmarks import (
@@ -26,7 +25,7 @@ from examples.demo import minilm
 
 Run = Callable[..., dict[str, Any]]
 # Counts and per-layer vectors are bytes too, of trees as small as these.
-SMALL = 0.06
+SMALL = 0.1
 # Bytes a parameter of the state beside Adam's 8: the anchor, and FTP's last deviation.
 STATE = {"adamw": 8, "adam_ftp": 16, "chain(adam, ftp)": 16}
 
@@ -71,6 +70,12 @@ def test_step_time_compares_all_recipes_and_chains(run: Run) -> None:
             assert optimizer[f"{key}_seconds"] > 0
             assert optimizer[f"{key}_cpu_seconds"] > 0
     assert found["adamw"]["time_ratio"]["median"] == 1
+    rows = {x[:36].strip(): x[36:].split() for x in step_time.table(result).splitlines()}
+    spd, ftp = "1.14-1.71", "1.43-2.14"  # 8/7-12/7, 10/7-15/7
+    assert rows["ratio by bytes that must move"] == ["1.00", *[spd] * 4, ftp, ftp, "1.14"]
+    assert rows["must move [bytes/parameter]"][:2] == ["28", "32-48"]
+    rate = 28 * result["tree"]["parameters"] / found["adamw"]["step_seconds"]["median"] / 1e9
+    assert rows["that is [GB/s]"][0] == f"{rate:.1f}"
     # Adam's count; and the stage's count with a ratio for each layer.
     assert found["adamw"]["state_bytes_other"] == 4
     assert found["adam_spd"]["state_bytes_other"] == 8 + 4 * arrays
@@ -85,37 +90,10 @@ def test_spd_fires_in_the_share_of_layers_asked_for(run: Run, fire: int) -> None
     assert result["optimizers"]["adam_spd"]["share_of_parameters_in_them"] == fire
 
 
-def test_the_table_of_step_time_computes_ratios_and_rates() -> None:
-    spread = {"lower_quartile": 0.001, "median": 0.002, "upper_quartile": 0.004}
-    optimizer = {
-        "step_seconds": spread,
-        "time_ratio": {key: 1000 * value for key, value in spread.items()},
-        **dict.fromkeys(("trace_seconds", "trace_cpu_seconds"), 0.5),
-        **dict.fromkeys(("compile_seconds", "compile_cpu_seconds"), 1.5),
-        "state_bytes_per_parameter": 12.0,
-        "state_bytes_other": 8,
-        "temporary_bytes": 2_500_000,
-        "share_of_layers_fired": 0.5,
-        "share_of_parameters_in_them": None,
-    }
-    result = {
-        "environment": step_time.reporting.environment(),
-        "settings": {"scale": "small", "samples": 1, "steps": 1},
-        "tree": {"arrays": 2, "parameters": 10**6},
-        "optimizers": {"adamw": optimizer, "adam_ftp": optimizer},
-    }
-    text = step_time.table(result)
-    rows = {line[:36].strip(): line[36:].split() for line in text.splitlines()}
-    assert rows["step, quartiles [ms]"] == ["1.00-4.00"] * 2
-    assert rows["ratio to adamw, median"] == ["2.00"] * 2
-    assert rows["ratio by bytes that must move"] == ["1.00", "1.43-2.14"]  # 10/7 and 15/7
-    assert rows["must move [bytes/parameter]"] == ["28", "40-60"]
-    assert rows["that is [GB/s]"] == ["14.0", "20.0-30.0"]  # 28 MB in 2 ms
-    assert rows["temporaries of the step [MB]"] == ["2.5"] * 2
-
-
 def test_scaling_measures_its_sweeps_and_draws_them(run: Run, tmp_path: pathlib.Path) -> None:
     picture = tmp_path / "result.png"
+    assert len(scaling.shapes_of((300, 3_000_000))) == 300
+    assert set(scaling.shapes_of((300, 3_000_000)).values()) == {(100, 100)}
     result = run(scaling, "--quick", "--samples", "2", "--plot", str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     for name, sizes in scaling.QUICK_SWEEPS.items():
@@ -129,16 +107,9 @@ def test_scaling_measures_its_sweeps_and_draws_them(run: Run, tmp_path: pathlib.
             assert point["ready_cpu_ratio"]["median"] == pytest.approx(cpu[1] / cpu[0])
 
 
-@pytest.mark.parametrize("size", sum(scaling.SWEEPS.values(), []))
-def test_scaling_makes_as_many_arrays_and_parameters_as_asked_for(size: scaling.Size) -> None:
-    shapes = scaling.shapes_of(size)
-    assert len(shapes) == size[0]
-    assert sum(map(np.prod, shapes.values())) == pytest.approx(size[1], rel=0.01)
-
-
 def test_memory_counts_the_bytes_of_training(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    # With a block: layerwise_lr_decay refuses a tree without.
-    monkeypatch.setitem(vit.SCALES, "small", dataclasses.replace(vit.SCALES["small"], depth=1))
+    # It refuses a tree without blocks.
+    monkeypatch.delitem(memory.OPTIMIZERS, "adamw + layerwise_lr_decay")
     result = run(memory, "--scale", "small")
     counted, frozen = result["bytes_per_parameter"], result["frozen"]
     assert [*counted] == [name for name in memory.OPTIMIZERS if name not in result["left_out"]]
@@ -183,18 +154,6 @@ def test_radii_compares_training_steps(run: Run) -> None:
     result = run(radii, "--batch", "2", "--length", "8", "--samples", "2")
     assert [*result["optimizers"]] == [radii.PLAIN, radii.FTP, radii.TPGM, radii.SELDOM]
     assert result["ratio_to_plain"][radii.PLAIN]["median"] == 1
-
-
-def test_tpgm_learns_as_often_as_its_name_says() -> None:
-    params, batch = radii.make_params(), radii.make_batch(2, 8, seed=1)
-    validation = jax.tree.map(lambda x: x[None], batch)
-    tx = radii.make_optimizers()[radii.SELDOM]
-    step = jax.jit(radii.training_step(tx, validates=True))
-    state, counts = tx.init(params), []
-    for _ in range(3):
-        params, state = step(params, state, batch, validation)
-        counts.append(int(state[1].radius_state[0].count))
-    assert counts == [1, 1, 1]
 
 
 def test_overhead_is_a_share_of_a_training_step(run: Run) -> None:

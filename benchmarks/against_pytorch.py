@@ -150,12 +150,7 @@ def summarize(rounds: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str
     return {
         name: {
             "step_seconds": measuring.spread([s for r in rounds for s in r[name]["seconds"]]),
-            "ratio": measuring.spread(
-                [
-                    ours / theirs
-                    for ours, theirs in zip(medians(name), medians(TORCH_SPD), strict=True)
-                ]
-            ),
+            "ratio": measuring.ratio(medians(name), medians(TORCH_SPD)),
             "fired": rounds[-1][name]["fired"],
         }
         for name in rounds[0]

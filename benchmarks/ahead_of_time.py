@@ -18,7 +18,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,21 +28,24 @@ import optax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import optax_spd
 from benchmarks import hlo_bytes, measuring, memory, reporting, vit
 
 Tree = Any
 
-CHAIN = "chain(adam, spd)"
-OPTIMIZERS: dict[str, Callable[[], Any]] = {
-    memory.BASELINE: memory.OPTIMIZERS[memory.BASELINE],
-    "adam_spd": memory.OPTIMIZERS["adam_spd"],
-    "adam_spd, bfloat16 anchor": memory.OPTIMIZERS["adam_spd, bfloat16 anchor"],
-    memory.HOST: memory.OPTIMIZERS[memory.HOST],
-    memory.ZERO: memory.OPTIMIZERS[memory.ZERO],
-    CHAIN: lambda: optax_spd.chain(optax.adam(memory.LEARNING_RATE), optax_spd.spd()),
-    "adam_tpgm": memory.OPTIMIZERS["adam_tpgm"],
-    "adam_ftp": memory.OPTIMIZERS["adam_ftp"],
+OPTIMIZERS = {
+    name: memory.OPTIMIZERS[name]
+    for name in (
+        memory.BASELINE,
+        "adam_spd",
+        "chain(adam, spd)",
+        "adam_spd, bfloat16 anchor",
+        memory.HOST,
+        memory.ZERO,
+        "adam_tpgm",
+        "chain(adam, tpgm)",
+        "adam_ftp",
+        "chain(adam, ftp)",
+    )
 }
 
 # What brings the compiler.

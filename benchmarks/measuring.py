@@ -11,9 +11,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import optax_spd
+
 Tree = Any
 
 WARMUP_STEPS = 2
+
+BASELINE = "adamw"
+# What is compared with it, given a learning rate: each recipe, then the same chain written by hand.
+RECIPES: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "adam_spd": optax_spd.adam_spd,
+    "chain(adam, spd)": lambda rate: optax_spd.chain(optax.adam(rate), optax_spd.spd()),
+    "adam_tpgm": optax_spd.adam_tpgm,
+    "chain(adam, tpgm)": lambda rate: optax_spd.chain(optax.adam(rate), optax_spd.tpgm()),
+    "adam_ftp": optax_spd.adam_ftp,
+    "chain(adam, ftp)": lambda rate: optax_spd.chain(optax.adam(rate), optax_spd.ftp()),
+    "adamw_l2_sp": optax_spd.adamw_l2_sp,
+}
 
 # JAX leaves it without annotations.
 wait_for: Callable[[Tree], Tree] = jax.block_until_ready
@@ -31,8 +45,10 @@ class Candidate:
       params: its own copy of the parameters.
       state: its state.
       step: the compiled step.
-      trace_seconds: of each compilation, the part in Python.
+      trace_seconds: of each compilation, the part in Python (tracing and lowering).
       compile_seconds: of each compilation, the part in XLA.
+      trace_cpu_seconds: CPU time of the part in Python.
+      compile_cpu_seconds: CPU time of the part in XLA, all threads together.
       step_seconds: per sample, the time of one step.
       fired: per sample, the shares of layers and of parameters where SPD fired.
     """
@@ -44,6 +60,8 @@ class Candidate:
     step: Any = None
     trace_seconds: list[float] = dataclasses.field(default_factory=list)
     compile_seconds: list[float] = dataclasses.field(default_factory=list)
+    trace_cpu_seconds: list[float] = dataclasses.field(default_factory=list)
+    compile_cpu_seconds: list[float] = dataclasses.field(default_factory=list)
     step_seconds: list[float] = dataclasses.field(default_factory=list)
     fired: list[tuple[float, float]] = dataclasses.field(default_factory=list)
 
@@ -79,13 +97,15 @@ def compile_step(candidate: Candidate, *arguments: Tree) -> None:
     def step(params: Tree, state: Tree, *arguments: Tree) -> tuple[Tree, Tree]:
         return candidate.function(params, state, *arguments)
 
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     jitted = jax.jit(step, donate_argnums=(0, 1))
     lowered = jitted.lower(candidate.params, candidate.state, *arguments)
-    traced = time.perf_counter()
+    traced, traced_cpu = time.perf_counter(), time.process_time()
     candidate.step = lowered.compile()
     candidate.trace_seconds.append(traced - start)
     candidate.compile_seconds.append(time.perf_counter() - traced)
+    candidate.trace_cpu_seconds.append(traced_cpu - start_cpu)
+    candidate.compile_cpu_seconds.append(time.process_time() - traced_cpu)
 
 
 def take_steps(candidate: Candidate, steps: int, *arguments: Tree) -> float:
@@ -123,7 +143,7 @@ def measure(
     for candidate in candidates:
         take_steps(candidate, warm_up, *arguments)
     for sample in range(samples):
-        # Turn about, so that neither always finds the caches as the other left them.
+        # In alternating order, so that none always finds the caches as the same other left them.
         for candidate in candidates if sample % 2 == 0 else reversed(candidates):
             candidate.step_seconds.append(take_steps(candidate, steps, *arguments))
             shares = fired_shares(candidate)
@@ -160,6 +180,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"lower_quartile": low, "median": middle, "upper_quartile": high}
 
 
+def ratio(times: Sequence[float], base: Sequence[float]) -> dict[str, float]:
+    """Spread of the ratios to another candidate's times.
+
+    Each pair was measured in the same round, so whatever slows down both cancels.
+    """
+    return spread([one / other for one, other in zip(times, base, strict=True)])
+
+
 def summary(candidate: Candidate) -> dict[str, Any]:
     """All that was measured of one candidate, as JSON values."""
     parameters = sum(leaf.size for leaf in jax.tree.leaves(candidate.params))
@@ -170,6 +198,8 @@ def summary(candidate: Candidate) -> dict[str, Any]:
         "step_seconds": spread(candidate.step_seconds),
         "trace_seconds": statistics.median(candidate.trace_seconds),
         "compile_seconds": statistics.median(candidate.compile_seconds),
+        "trace_cpu_seconds": statistics.median(candidate.trace_cpu_seconds),
+        "compile_cpu_seconds": statistics.median(candidate.compile_cpu_seconds),
         "state_bytes_per_parameter": like_params / parameters,
         "state_bytes_other": other,
         # Not every backend tells.

@@ -12,6 +12,7 @@ not. No model runs, and TPGM gets no validation batch, so these peaks are the op
 """
 
 import argparse
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,7 +27,11 @@ Tree = Any
 
 LEARNING_RATE = 1e-3
 EMBEDDING = optax_spd.path_mask(*optax_spd.DEFAULT_EMBEDDING_PATTERNS)
-BASELINE, HOST, ZERO = "adamw", "adam_spd, anchor in host memory", 'adam_spd, anchor "zero"'
+BASELINE, HOST, ZERO = (
+    measuring.BASELINE,
+    "adam_spd, anchor in host memory",
+    'adam_spd, anchor "zero"',
+)
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
     BASELINE: lambda: optax.adamw(LEARNING_RATE),
     "sgd_freeze_embed": lambda: optax_spd.sgd_freeze_embed(LEARNING_RATE),
@@ -40,14 +45,14 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "adamw + layerwise_lr_decay": lambda: optax.chain(
         optax.adamw(LEARNING_RATE), optax_spd.layerwise_lr_decay(0.75, r"block_(\d+)")
     ),
-    "adam_spd": lambda: optax_spd.adam_spd(LEARNING_RATE),
+    **{
+        name: functools.partial(recipe, LEARNING_RATE) for name, recipe in measuring.RECIPES.items()
+    },
     "adam_spd, bfloat16 anchor": lambda: optax_spd.adam_spd(
         LEARNING_RATE, anchor_dtype=jnp.bfloat16
     ),
     HOST: lambda: optax_spd.adam_spd(LEARNING_RATE),
     ZERO: lambda: optax_spd.adam_spd(LEARNING_RATE, anchor="zero"),
-    "adam_tpgm": lambda: optax_spd.adam_tpgm(LEARNING_RATE),
-    "adam_ftp": lambda: optax_spd.adam_ftp(LEARNING_RATE),
 }
 
 

@@ -84,8 +84,7 @@ def table(result: dict[str, Any]) -> str:
             f"{1e3 * s['median']:.0f} ({reporting.quartiles(s, 1e3, digits=0)})"
             for s in (result["step_seconds"][name], result["update_seconds"][name])
         ]
-        size = result["temporary_bytes"][name]
-        memory = "unknown" if size is None else f"{size / 1e6:.0f}"
+        memory = reporting.megabytes(result["temporary_bytes"][name], digits=0)
         lines.append(f"{name:<12}{cells[0]:>22}{cells[1]:>26}{memory:>20}")
     added, share = result["added_seconds"], result["share"]
     lines += [

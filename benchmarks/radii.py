@@ -99,19 +99,16 @@ def compare(*, batch: int, length: int, samples: int) -> dict[str, Any]:
         compilations=1,
     )
     seconds = {name: c.step_seconds for name, c in candidates.items()}
-
-    def ratio(one: str, other: str) -> dict[str, float]:
-        # Of samples taken one after the other: what slows both cancels.
-        return measuring.spread([b / a for a, b in zip(seconds[one], seconds[other], strict=True)])
-
     return {
         "environment": before,
         "settings": {"batch": batch, "length": length, "samples": samples, "steps": EVERY},
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "optimizers": {name: measuring.summary(c) for name, c in candidates.items()},
-        "ratio_to_plain": {name: ratio(PLAIN, name) for name in candidates},
-        "ftp_to_tpgm": ratio(TPGM, FTP),
-        "seldom_to_each": ratio(TPGM, SELDOM),
+        "ratio_to_plain": {
+            name: measuring.ratio(times, seconds[PLAIN]) for name, times in seconds.items()
+        },
+        "ftp_to_tpgm": measuring.ratio(seconds[FTP], seconds[TPGM]),
+        "seldom_to_each": measuring.ratio(seconds[SELDOM], seconds[TPGM]),
     }
 
 
@@ -132,7 +129,6 @@ def table(result: dict[str, Any]) -> str:
     ]
     for name, measured in result["optimizers"].items():
         step, ratio = measured["step_seconds"], result["ratio_to_plain"][name]
-        temporaries = measured["temporary_bytes"]
         lines.append(
             row(
                 name,
@@ -140,7 +136,7 @@ def table(result: dict[str, Any]) -> str:
                 reporting.quartiles(step, 1e3, digits=0),
                 f"{ratio['median']:.2f}",
                 reporting.quartiles(ratio),
-                "unknown" if temporaries is None else f"{temporaries / 1e6:.0f}",
+                reporting.megabytes(measured["temporary_bytes"], digits=0),
             )
         )
     return "\n".join(

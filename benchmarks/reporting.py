@@ -29,7 +29,14 @@ def environment() -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         **{name: importlib.metadata.version(name) for name in PACKAGES[:-1]},
         "optax_spd": optax_spd.__version__,
+        "huge_pages": huge_pages(os.environ.get("GLIBC_TUNABLES", "")),
     }
+
+
+def huge_pages(tunables: str) -> bool:
+    """Whether GLIBC_TUNABLES, "name=value:name=value", makes malloc use huge pages."""
+    values = dict(each.partition("=")[::2] for each in tunables.split(":"))
+    return values.get("glibc.malloc.hugetlb", "0") != "0"
 
 
 def header(env: dict[str, Any]) -> list[str]:
@@ -38,6 +45,7 @@ def header(env: dict[str, Any]) -> list[str]:
         f"device    {env['device']}: {env['cpu']}, {env['cores']} cores, load average before the "
         f"run {env['load_average']:.1f}",
         f"versions  {', '.join(f'{name} {env[name]}' for name in PACKAGES)}",
+        f"memory    huge pages {'set' if env['huge_pages'] else 'not set'} by GLIBC_TUNABLES",
     ]
 
 
@@ -45,6 +53,11 @@ def quartiles(values: dict[str, float], scale: float = 1.0, digits: int = 2) -> 
     """The middle half of a spread, as text."""
     low, high = (scale * values[key] for key in ("lower_quartile", "upper_quartile"))
     return f"{low:.{digits}f}-{high:.{digits}f}"
+
+
+def megabytes(size: int | None, digits: int = 1) -> str:
+    """A number of bytes, where the backend tells it."""
+    return "unknown" if size is None else f"{size / 1e6:.{digits}f}"
 
 
 def run(

@@ -1,15 +1,27 @@
 """What a recipe's step costs beside ``optax.adamw``'s: ``python -m benchmarks.step_time``.
 
-Both optimizers step on a tree with the shapes of a ViT, in one process and in turn, so that
-whatever else the machine does falls on both; parameters and state are donated, as in training.
-Only the optimizer is timed: the gradients are made once and are arguments of the step.
+All optimizers step on a tree with the shapes of a ViT, in one process and in turn, so that
+whatever else the machine does affects all of them; parameters and state are donated, as in
+training. Only the optimizer is timed: the gradients are made once and are arguments of the step.
 
 An update of data larger than the caches takes the time of moving it. In float32 AdamW reads a
 parameter, its gradient and two moments and writes all but the gradient: 7 numbers, 28 bytes a
-parameter. SPD reads the anchor as well, and knows a layer's ratio only when all of the layer was
-read, so a second pass reads parameter, anchor and step (or moments) again before the parameter is
-written: 12 numbers, or 8 where the second pass finds the layer in a cache. At the limit of memory
-its step therefore takes 12/7 = 1.71 (8/7 = 1.14) of AdamW's time. L2-SP needs one pass: 8/7.
+parameter. The other methods also read the anchor. What they must move, in numbers a parameter:
+
+- L2-SP needs one pass: 8.
+- SPD knows a layer's ratio only when all of the layer was read. The first pass reads parameter,
+  gradient, both moments and anchor and writes the moments: 7. The second pass reads parameter,
+  anchor and the two new moments (or writes and reads the step: as many), and writes the parameter:
+  5. Together 12. If the second pass finds the layer in a cache, its 4 reads are free: 8.
+- TPGM, without validation data, has the same two passes. It knows the radius only when all row
+  norms are known: 12, or 8.
+- FTP also reads the last deviation in the first pass: 8. Its second pass also writes the new
+  deviation. It reads the last one again, because a layer with numbers that are not finite keeps
+  it: 7. Together 15. If the second pass finds the layer in a cache, its 5 reads are free: 10.
+
+At the limit of memory a step therefore takes 12/7 = 1.71 (8/7 = 1.14 from a cache) of AdamW's time
+with SPD or TPGM, 15/7 = 2.14 (10/7 = 1.43) with FTP, and 8/7 with L2-SP. A chain written by hand
+has to move as much as its recipe.
 """
 
 import argparse
@@ -20,29 +32,42 @@ import jax
 import jax.numpy as jnp
 import optax
 
-import optax_spd
 from benchmarks import measuring, reporting, vit
+from benchmarks.measuring import BASELINE, RECIPES
 
 # Small beside the parameters' distance from the anchor, so that the same layers fire all along.
 LEARNING_RATE = 1e-6
 
-BASELINE = "adamw"
-RECIPES: dict[str, Callable[..., Any]] = {
-    "adam_spd": optax_spd.adam_spd,
-    "adamw_l2_sp": optax_spd.adamw_l2_sp,
+ALL = "all"
+# Numbers moved per parameter and step, by the argument above: where a second pass goes to memory,
+# and where it does not.
+NUMBERS_MOVED = {
+    BASELINE: (7, 7),
+    "adam_spd": (12, 8),
+    "chain(adam, spd)": (12, 8),
+    "adam_tpgm": (12, 8),
+    "chain(adam, tpgm)": (12, 8),
+    "adam_ftp": (15, 10),
+    "chain(adam, ftp)": (15, 10),
+    "adamw_l2_sp": (8, 8),
 }
-# Numbers moved per parameter and step: where a second pass goes to memory, and where it does not.
-NUMBERS_MOVED = {BASELINE: (7, 7), "adam_spd": (12, 8), "adamw_l2_sp": (8, 8)}
 FLOAT32_BYTES = 4
 
 
 def compare(
-    *, recipe: str, scale: str, fire: float, samples: int, steps: int, compilations: int
+    *,
+    recipe: Sequence[str],
+    scale: str,
+    fire: float,
+    samples: int,
+    steps: int,
+    compilations: int,
 ) -> dict[str, Any]:
-    """Measures a recipe and the baseline; everything the table shows, as JSON values."""
+    """Measures the baseline and the recipes; everything the table shows, as JSON values."""
     before = reporting.environment()
+    names = [name for name in RECIPES if name in recipe or ALL in recipe]
     anchor, params, grads = vit.make_trees(vit.SCALES[scale], fire)
-    makers = {BASELINE: optax.adamw, recipe: RECIPES[recipe]}
+    makers = {BASELINE: optax.adamw} | {name: RECIPES[name] for name in names}
     candidates = {
         name: measuring.make_candidate(make(LEARNING_RATE), anchor, params)
         for name, make in makers.items()
@@ -54,15 +79,12 @@ def compare(
         steps=steps,
         compilations=compilations,
     )
-    base, other = (c.step_seconds for c in candidates.values())
-    uncached, cached = (
-        b / a for a, b in zip(NUMBERS_MOVED[BASELINE], NUMBERS_MOVED[recipe], strict=True)
-    )
+    base = candidates[BASELINE].step_seconds
     sizes = [array.size for array in jax.tree.leaves(params)]
     return {
         "environment": before,
         "settings": {
-            "recipe": recipe,
+            "recipe": names,
             "scale": scale,
             "fire": fire,
             "samples": samples,
@@ -70,61 +92,72 @@ def compare(
             "compilations": compilations,
         },
         "tree": {"arrays": len(sizes), "parameters": sum(sizes)},
-        "optimizers": {name: measuring.summary(c) for name, c in candidates.items()},
-        # Of samples taken one after the other: what slows both cancels.
-        "time_ratio": measuring.spread([b / a for a, b in zip(base, other, strict=True)]),
-        "limit_ratio": {"second_pass_from_memory": uncached, "second_pass_from_cache": cached},
+        "optimizers": {
+            name: measuring.summary(candidate)
+            | {"time_ratio": measuring.ratio(candidate.step_seconds, base)}
+            for name, candidate in candidates.items()
+        },
     }
+
+
+def moved(name: str) -> list[int]:
+    """Numbers that a step must move per parameter, fewest first."""
+    return sorted({*NUMBERS_MOVED[name]})
 
 
 def table(result: dict[str, Any]) -> str:
     """The result as plain text."""
-    env, settings, tree = result["environment"], result["settings"], result["tree"]
+    settings, tree = result["settings"], result["tree"]
     optimizers: dict[str, dict[str, Any]] = result["optimizers"]
-    limit, ratio = result["limit_ratio"], result["time_ratio"]
+    (least,) = moved(BASELINE)
 
-    def row(label: str, *cells: str) -> str:
-        return f"{label:<36}" + "".join(f"{cell:>18}" for cell in cells)
+    def row(label: str, show: Callable[[str], str]) -> str:
+        return f"{label:<36}" + "".join(f"{show(name):>19}" for name in optimizers)
 
-    def measured(label: str, show: Callable[[dict[str, Any]], str]) -> str:
-        return row(label, *map(show, optimizers.values()))
+    def measured(label: str, key: str, show: Callable[[Any], str]) -> str:
+        return row(label, lambda name: show(optimizers[name][key]))
 
-    def percent(key: str) -> Callable[[dict[str, Any]], str]:
-        return lambda o: "-" if o[key] is None else f"{o[key]:.1%}"
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1%}"
 
-    def megabytes(size: int | None) -> str:
-        return "unknown" if size is None else f"{size / 1e6:.1f}"
+    def seconds(value: float) -> str:
+        return f"{value:.2f}"
 
-    def moved(name: str) -> list[int]:
-        return sorted({FLOAT32_BYTES * numbers for numbers in NUMBERS_MOVED[name]})
+    def bounds(values: list[float], digits: int) -> str:
+        return "-".join(f"{value:.{digits}f}" for value in values)
 
-    def rates(name: str) -> str:
+    def rates(name: str) -> list[float]:
         step = optimizers[name]["step_seconds"]["median"]
-        return "-".join(f"{b * tree['parameters'] / step / 1e9:.1f}" for b in moved(name))
+        return [FLOAT32_BYTES * n * tree["parameters"] / step / 1e9 for n in moved(name)]
 
     lines = [
-        *reporting.header(env),
+        *reporting.header(result["environment"]),
         f"tree      {settings['scale']}: {tree['arrays']} arrays, {tree['parameters']:,} "
         "parameters, float32",
         f"samples   {settings['samples']} of each in turn, {settings['steps']} step(s) per sample",
         "",
-        row("", *optimizers),
-        measured("step, median [ms]", lambda o: f"{1e3 * o['step_seconds']['median']:.2f}"),
-        measured("step, quartiles [ms]", lambda o: reporting.quartiles(o["step_seconds"], 1e3)),
-        row("to move [bytes/parameter]", *("-".join(map(str, moved(n))) for n in optimizers)),
-        row("that is [GB/s]", *map(rates, optimizers)),
-        measured("tracing, median [s]", lambda o: f"{o['trace_seconds']:.2f}"),
-        measured("compilation, median [s]", lambda o: f"{o['compile_seconds']:.2f}"),
-        measured("state [bytes/parameter]", lambda o: f"{o['state_bytes_per_parameter']:.3f}"),
-        measured("state, counts and vectors [bytes]", lambda o: f"{o['state_bytes_other']}"),
-        measured("temporaries of the step [MB]", lambda o: megabytes(o["temporary_bytes"])),
-        measured("layers that fired", percent("share_of_layers_fired")),
-        measured("parameters in them", percent("share_of_parameters_in_them")),
+        row("", str),
+        measured("step, median [ms]", "step_seconds", lambda x: f"{1e3 * x['median']:.2f}"),
+        measured("step, quartiles [ms]", "step_seconds", lambda x: reporting.quartiles(x, 1e3)),
+        measured(f"ratio to {BASELINE}, median", "time_ratio", lambda x: f"{x['median']:.2f}"),
+        measured(f"ratio to {BASELINE}, quartiles", "time_ratio", reporting.quartiles),
+        row("ratio by bytes that must move", lambda n: bounds([x / least for x in moved(n)], 2)),
+        row(
+            "must move [bytes/parameter]",
+            lambda n: bounds([FLOAT32_BYTES * x for x in moved(n)], 0),
+        ),
+        row("that is [GB/s]", lambda n: bounds(rates(n), 1)),
+        measured("tracing, median [s]", "trace_seconds", seconds),
+        measured("tracing, CPU time [s]", "trace_cpu_seconds", seconds),
+        measured("compilation, median [s]", "compile_seconds", seconds),
+        measured("compilation, CPU time [s]", "compile_cpu_seconds", seconds),
+        measured("state [bytes/parameter]", "state_bytes_per_parameter", lambda x: f"{x:.3f}"),
+        measured("state, counts and vectors [bytes]", "state_bytes_other", str),
+        measured("temporaries of the step [MB]", "temporary_bytes", reporting.megabytes),
+        measured("layers that fired", "share_of_layers_fired", percent),
+        measured("parameters in them", "share_of_parameters_in_them", percent),
         "",
-        f"{settings['recipe']} takes {ratio['median']:.2f} (quartiles "
-        f"{reporting.quartiles(ratio)}) of {BASELINE}'s time; by bytes moved alone "
-        f"{limit['second_pass_from_memory']:.2f} "
-        f"({limit['second_pass_from_cache']:.2f} if a second pass hits a cache).",
+        "Where two numbers must move, the smaller is for a second pass that hits a cache.",
     ]
     return "\n".join(line.rstrip() for line in lines)
 
@@ -143,7 +176,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.step_time", description=__doc__.splitlines()[0]
     )
     add = parser.add_argument
-    add("--recipe", choices=RECIPES, default="adam_spd", help="what to compare with adamw")
+    add(
+        "--recipe",
+        nargs="+",
+        choices=[*RECIPES, ALL],
+        default=["adam_spd"],
+        help=f"what to compare with {BASELINE}, in one process",
+    )
     add("--scale", choices=vit.SCALES, default="vit-b16", help="size of the parameter tree")
     add(
         "--fire",

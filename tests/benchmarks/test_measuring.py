@@ -1,0 +1,94 @@
+"""What the benchmarks share: spreads, bytes of buffers, trees, steps, and their command lines."""
+
+import math
+from types import ModuleType, SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax_support import host_memory_works
+
+import optax_spd
+from benchmarks import against_pytorch, measuring, memory, radii, reporting, scaling, step_time, vit
+
+TINY = vit.Scale(8, 16, 0, 2, 5, 3)
+
+
+def test_spreads_and_ratios() -> None:
+    expected = {"lower_quartile": 2, "median": 3, "upper_quartile": 4}
+    assert measuring.spread([5, 1, 4, 2, 3]) == expected
+    # A slow round slows both, and the ratio is the same.
+    assert set(measuring.ratio([3, 30], [2, 20]).values()) == {1.5}
+
+
+def test_whether_huge_pages_are_set() -> None:
+    assert reporting.huge_pages("glibc.malloc.check=3:glibc.malloc.hugetlb=1")
+    for other in ("", "glibc.malloc.check=3", "glibc.malloc.hugetlb=0"):
+        assert not reporting.huge_pages(other)
+
+
+def test_bytes_are_split_by_memory_and_a_buffer_held_twice_counts_once() -> None:
+    on_host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    tree = {"device": jnp.ones(3), "host": jax.device_put(jnp.ones(5), on_host)}
+    assert measuring.bytes_by_memory(tree) == (12, 20)
+    params = {"kernel": jnp.ones((4, 4))}
+    candidate = measuring.make_candidate(optax.adam(1e-3), params, params)
+    adam, rest = candidate.state
+    assert measuring.state_bytes(candidate) == (2 * 4 * 16, 4)
+    candidate.state = (adam._replace(nu=adam.mu), rest)
+    assert measuring.state_bytes(candidate) == (4 * 16, 4)
+
+
+def test_steps_donate_parameters_and_state() -> None:
+    anchor, params, grads = vit.make_trees(TINY, 0.5)
+    candidate = measuring.make_candidate(optax_spd.adam_spd(1e-3), anchor, params)
+    given = jax.tree.leaves((candidate.params, candidate.state[0]))
+    grads = jax.tree.map(jnp.array, grads)
+    measuring.compile_step(candidate, grads)
+    measuring.take_steps(candidate, 1, grads)
+    assert all(leaf.is_deleted() for leaf in given)
+
+
+@pytest.mark.parametrize("misplaced", [20, 0])
+def test_arguments_in_host_memory_are_not_the_devices(misplaced: int) -> None:
+    """XLA may count the 20 bytes of a host anchor, which is donated, as the device's."""
+    right = 20 - misplaced
+    sizes = {"argument": (80, right), "output": (30, right), "alias": (28, right), "temp": (7, 0)}
+    account = {}
+    for name, (device, host) in sizes.items():
+        account[f"{name}_size_in_bytes"] = device + (0 if name == "temp" else misplaced)
+        account[f"host_{name}_size_in_bytes"] = host
+    compiled = SimpleNamespace(memory_analysis=lambda: SimpleNamespace(**account))
+    step = memory.step_memory(compiled, host_bytes=20)
+    found = (step["peak"], step["host_peak"], step["misplaced"])
+    assert found == (80 + 2 + 7, 20, misplaced)
+    assert (memory.host_memory_missing() is None) == host_memory_works()
+
+
+def test_the_default_tree_is_vit_b16() -> None:
+    shapes = jax.tree.leaves(vit.vit_shapes(vit.SCALES["vit-b16"]), is_leaf=vit.is_shape)
+    assert len(shapes) == 152
+    # 86,567,656: what the literature gives as 86 M, with the head for 1000 classes.
+    assert sum(math.prod(shape) for shape in shapes) == 86_567_656
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "arguments", "message"),
+    [
+        (step_time, ["--fire", "1.5"], "a share lies between 0 and 1, got 1.5"),
+        (step_time, ["--samples", "0"], "at least 1 is needed, got 0"),
+        (step_time, ["--recipe", "adam_spd", "sgd"], "adamw_l2_sp"),
+        (step_time, ["--json", "no/such/folder/x.json"], "there is no folder 'no/such/folder'"),
+        (scaling, ["--plot", "no/such/folder/x.png"], "there is no folder 'no/such/folder'"),
+        (radii, ["--plot", "x.png"], "unrecognized arguments: --plot"),
+        (against_pytorch, ["--threads", "100000"], "got 100000"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_before_anything_runs(
+    benchmark: ModuleType, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        benchmark.main(arguments)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err

@@ -141,16 +141,30 @@ def _l2_norms(plan: plans.LayerPlan, square: jax.Array, arrays: Leaves) -> BallN
     return BallNorms(spread_over(plan, vector, arrays), vector, vector)
 
 
-def ball_factor(radius: jax.Array, norm: jax.Array) -> jax.Array:
+def ball_factor(
+    radius: jax.Array, norm: jax.Array, active: jax.Array | bool = True, *, exact: bool = False
+) -> jax.Array:
     """What the deviation is multiplied by: clip(γ / (n + 1e-8), 0, 1), as the authors write it.
 
     Its derivative is 0 wherever it is clipped, also at the ends, where ``jnp.clip``'s is 1/2.
+
+    Args:
+      radius: γ.
+      norm: n.
+      active: where False, the factor is 1.
+      exact: whether it is 1 exactly where n <= γ. Otherwise the 1e-8 in the denominator shrinks a
+        row whose norm is within 1e-8 of the radius by as much, as in the authors' code.
     """
     length = norm + EPS
-    below = radius / length < 1
-    inside = (radius > 0) & below
-    # The inner select keeps an infinite radius out of the derivative, where it would make NaN.
-    return jnp.where(inside, jnp.where(inside, radius, 0) / length, ~below)
+    beyond = active & (radius / length < 1)
+    if exact:
+        beyond = beyond & (norm > radius)
+    inside = beyond & (radius > 0)
+    # The select keeps an infinite radius out of the derivative, where it would make NaN. The
+    # division comes last because XLA on CPU does not repeat one in the kernel that uses its result:
+    # that kernel would read a place of the vector of radii, and could be shared by no other array.
+    otherwise = (~beyond).astype(length.dtype)
+    return jnp.where(inside, radius, otherwise) / jnp.where(inside, length, 1)
 
 
 def check_radii(radii: Any) -> None:
@@ -181,8 +195,7 @@ def factors(
       radii: a per-layer vector.
       norms: the layers' norms.
       active: per layer whether to project it; the others get 1.
-      exact: whether rows inside their ball get 1 exactly. Otherwise the 1e-8 in the denominator
-        draws one that is within 1e-8 of the surface in by as much, as in the authors' code.
+      exact: as for :func:`ball_factor`.
     """
     result: list[jax.Array | None] = []
     for entry, rows in zip(plan.arrays, norms.rows, strict=True):
@@ -190,8 +203,5 @@ def factors(
             result.append(None)
             continue
         radius = spread(entry, radii, rows.ndim).astype(rows.dtype)
-        factor = ball_factor(radius, rows)
-        if exact:
-            factor = jnp.where(rows <= radius, 1, factor)
-        result.append(jnp.where(spread(entry, active, rows.ndim), factor, 1))
+        result.append(ball_factor(radius, rows, spread(entry, active, rows.ndim), exact=exact))
     return result

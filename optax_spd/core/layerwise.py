@@ -10,8 +10,9 @@ keeping what is not finite in its own layer.
 """
 
 import functools
+import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -102,8 +103,8 @@ def layerwise(
       measure: (deviation, gradient) -> ``sums`` arrays of the deviation's shape, elementwise. The
         deviation has the attributes ``delta`` (Δ = θ - θ₀), ``step`` (u) and ``tentative`` (Δ + u).
       decide: (\*sums, \*memory, \*\*hyperparameters) -> :class:`Decision`, elementwise. It is
-        called with vectors of all layers, and with those of one array or group. It must guard
-        against 0/0; layers whose sums are not finite keep u whatever it decides.
+        called with vectors of all layers, and with the sums of one array or group. It must guard
+        against 0/0. A layer whose sums are not finite keeps u, and records what sums of 0 give.
       act: (deviation, \*coefficients) -> the new update, elementwise.
       sums: how many arrays ``measure`` returns.
       state: a NamedTuple class for the state, with the fields ``count``, ``anchor``,
@@ -160,6 +161,9 @@ def layerwise(
     _check_arguments(level, initial, sums, axis_name)
     if state is not None:
         policy.holds_anchor(state)
+
+    # Arrays of one shape share a trace.
+    measure, decide, act = jax.jit(measure), jax.jit(decide), jax.jit(act)
 
     def values_at(count: jax.Array, plan: LayerPlan) -> dict[str, jax.Array]:
         return {key: checks.value_at(value, count, plan.dtype) for key, value in scheduled.items()}
@@ -245,19 +249,20 @@ def _decide_layers(
     XLA compiles a kernel for every place of a vector that is read.
     """
     plan = view.plan
-    blocks = block_sums(plan, products, count, view.axes)
+    blocks = block_sums(plan, products, view.axes)
     table = joined(plan, blocks, count)
-    decision = decide(*table, *memory.values())
-    finite = jnp.isfinite(table).all(axis=0)
+    finite = _all_finite(table)
+    decision = decide(*jnp.where(finite, table, 0), *memory.values())
     new = decision.memory or {}
     kept = {
         key: _remembered(old, new[key], finite & view.has_update) for key, old in memory.items()
     }
     own: dict[int, Decision] = {}
     for start, block in blocks.items():
-        held = [jax.lax.slice_in_dim(m, start, start + block.shape[1]) for m in memory.values()]
+        shape = block.shape[1:]
+        held = [m[start : start + math.prod(shape)].reshape(shape) for m in memory.values()]
         block_decision = decide(*block, *held)
-        usable = block_decision.changes & jnp.isfinite(block).all(axis=0)
+        usable = block_decision.changes & _all_finite(block)
         own[start] = block_decision._replace(changes=usable)
     leaves = {}
     for i, (entry, d) in enumerate(zip(plan.arrays, view.deviations, strict=True)):
@@ -284,8 +289,7 @@ def _decide_rows(
             records.append(None)
             continue
         decision = decide(*sums_of_rows)
-        finite = functools.reduce(operator.and_, map(jnp.isfinite, sums_of_rows))
-        leaves[i] = decision.changes & finite, decision.coefficients
+        leaves[i] = decision.changes & _all_finite(sums_of_rows), decision.coefficients
         names = tuple(decision.record)
         terms = (*decision.record.values(), jnp.ones_like(decision.changes))
         records.append(tuple(term.astype(plan.dtype) for term in terms))
@@ -303,6 +307,10 @@ def _acted(
     """``act`` where the decision says so; u elsewhere, by a select that lets no NaN through."""
     new = act(d, *(c.astype(d.step.dtype) for c in coefficients))
     return jnp.where(predicate_like(changes, d.step), new, d.step)
+
+
+def _all_finite(vectors: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(operator.and_, map(jnp.isfinite, vectors))
 
 
 def _remembered(old: jax.Array, new: jax.Array, usable: jax.Array) -> jax.Array:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
 from optax_spd.core import sums
 from optax_spd.layers.plans import LayerPlan
@@ -88,7 +87,7 @@ def row_sums(
     early = None
     if of_rows and whole:
         early = totals({i: sums.counted_once(of_rows(*rows[i]), split[i], over) for i in whole})
-    placed, early = _summed_between_devices((placed, early), over)
+    placed, early = sums.summed_between_devices((placed, early), over)
 
     known = rows | placed
     own = rows | {i: tuple(_from_place(x, units[i]) for x in placed[i]) for i in partial}
@@ -124,12 +123,6 @@ def _from_place(rows: jax.Array, units: tuple[str, ...]) -> jax.Array:
     place = jax.lax.axis_index(units)
     own: jax.Array = jax.lax.dynamic_index_in_dim(rows, place, -1, keepdims=False)
     return own
-
-
-def _summed_between_devices(tree: PyTree, over: tuple[str, ...]) -> PyTree:
-    """The sum of all devices' trees, by one psum of one vector."""
-    vector, unravel = ravel_pytree(tree)
-    return unravel(jax.lax.psum(vector, over)) if vector.size else tree
 
 
 def layer_extremes(

@@ -10,11 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
 from optax_spd.core import one_pass
 from optax_spd.layers.plans import ArrayLayers, LayerPlan
 from optax_spd.sharding.manual_axes import MeshAxes
 
+PyTree = Any
 Products = Sequence[tuple[jax.Array, ...] | None]
 """Per leaf of the parameters elementwise products; None for a leaf that is not summed."""
 
@@ -43,13 +45,12 @@ def layer_sums(
       ``count`` vectors of shape (``plan.vector_size``,) and dtype ``plan.dtype``, zero for a layer
       without products. A sum over several devices takes one ``psum`` in all.
     """
-    return tuple(joined(plan, block_sums(plan, products, count, axes), count))
+    return tuple(joined(plan, block_sums(plan, products, axes), count))
 
 
 def block_sums(
     plan: LayerPlan,
     products: Products,
-    count: int,
     axes: Sequence[MeshAxes] | None = None,
 ) -> dict[int, jax.Array]:
     """The sums of :func:`layer_sums`, apart for each block of layers that are decided together.
@@ -60,31 +61,26 @@ def block_sums(
     Args:
       plan: the layers.
       products: as for :func:`layer_sums`.
-      count: as for :func:`layer_sums`.
       axes: as for :func:`layer_sums`.
 
     Returns:
-      By the index of a block's first layer its sums, shape (``count``, layers in the block).
+      By the index of a block's first layer its sums, shape (number of sums, sizes of the stacked
+      axes). So the sums of an array that is one layer are scalars.
     """
     blocks: dict[int, jax.Array] = {}
     all_axes = tuple(sorted({name for mesh_axes in axes or () for name in mesh_axes}))
-    for index, block in _array_sums(plan, products).items():
+    for index, sums in _array_sums(plan, products).items():
         entry = plan.arrays[index]
         assert entry is not None
+        block = sums.astype(plan.dtype)
         if axes is not None:
             block = counted_once(block, axes[index], all_axes)
         blocks[entry.start] = blocks[entry.start] + block if entry.start in blocks else block
-    if all_axes:
-        table = jax.lax.psum(joined(plan, blocks, count), all_axes)
-        blocks = {
-            start: jax.lax.slice_in_dim(table, start, start + block.shape[1], axis=1)
-            for start, block in blocks.items()
-        }
-    return blocks
+    return summed_between_devices(blocks, all_axes) if all_axes else blocks
 
 
 def _array_sums(plan: LayerPlan, products: Products) -> dict[int, jax.Array]:
-    """Per leaf with products its sums: shape (number of products, layers in the array)."""
+    """Per leaf with products their sums: shape (number of sums, sizes of the stacked axes)."""
     found = {
         index: (entry, terms)
         for index, (entry, terms) in enumerate(zip(plan.arrays, products, strict=True))
@@ -105,13 +101,9 @@ def _array_sums(plan: LayerPlan, products: Products) -> dict[int, jax.Array]:
         }
 
     if one_pass.is_single_cpu_program(products):
-        sums = jax.lax.platform_dependent(cpu=in_one_pass, default=plain)
-    else:
-        sums = plain()
-    return {
-        index: sums[index].reshape(-1, entry.count).astype(plan.dtype)
-        for index, (entry, _) in found.items()
-    }
+        sums: dict[int, jax.Array] = jax.lax.platform_dependent(cpu=in_one_pass, default=plain)
+        return sums
+    return plain()
 
 
 def _summed_axes(entry: ArrayLayers, terms: tuple[jax.Array, ...]) -> tuple[int, ...]:
@@ -167,11 +159,20 @@ def counted_once(block: jax.Array, axes: MeshAxes, all_axes: tuple[str, ...]) ->
     return block
 
 
+def summed_between_devices(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
+    """The sum of all devices' trees of arrays, by one psum of one vector."""
+    vector, unravel = ravel_pytree(tree)
+    return unravel(jax.lax.psum(vector, axes)) if vector.size else tree
+
+
 def joined(plan: LayerPlan, blocks: Mapping[int, jax.Array], count: int) -> jax.Array:
     """All blocks in the order of the layers, shape (count, plan.vector_size); 0 where none is."""
     sizes = {entry.start: entry.count for entry in plan.arrays if entry is not None}
     columns = [
-        blocks.get(start, jnp.zeros((count, sizes[start]), plan.dtype)) for start in sorted(sizes)
+        blocks[start].reshape(count, size)
+        if start in blocks
+        else jnp.zeros((count, size), plan.dtype)
+        for start, size in sorted(sizes.items())
     ]
     if not columns:
         return jnp.zeros((count, plan.vector_size), plan.dtype)
@@ -213,6 +214,8 @@ def spread(entry: ArrayLayers, vector: jax.Array, ndim: int) -> jax.Array:
 
 def spread_block(entry: ArrayLayers, values: jax.Array, ndim: int) -> jax.Array:
     """One value for each layer of an array, shaped to broadcast against the array."""
+    if not entry.stacked_axes:
+        return values.reshape(())
     shape = [1] * ndim
     for axis, size in zip(entry.stacked_axes, entry.stacked_shape, strict=True):
         shape[axis] = size
@@ -232,9 +235,13 @@ def spread_over(
 
 
 def predicate_like(condition: jax.Array, array: jax.Array) -> jax.Array:
-    """A condition that broadcasts against ``array``, in its shape and sharding, to select by.
+    """A condition that broadcasts against ``array``, to select by.
 
-    An explicit-sharding mesh wants a predicate sharded like what it selects from. One that is
+    An explicit-sharding mesh wants a predicate sharded like what it selects from, and one that is
     spread from a per-layer vector is replicated.
     """
-    return condition | jnp.zeros_like(array, bool)
+    sharding = jax.typeof(array).sharding
+    if all(part is None for part in sharding.spec):
+        return condition
+    like: jax.Array = jax.sharding.reshard(jnp.broadcast_to(condition, array.shape), sharding)
+    return like

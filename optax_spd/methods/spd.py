@@ -66,15 +66,14 @@ def decay_ratio(alignment: jax.Array, growth: jax.Array, old_square: jax.Array) 
       old_square: ‖Δ‖².
 
     Returns:
-      r in [0, 1]; 0 where c >= 0, where ‖Δ̃‖ = 0, and where c or the ratio is not finite.
+      r in [0, 1]; 0 where c >= 0 and where ‖Δ̃‖ = 0. The driver sees to sums that are not finite.
     """
     # r > 0 needs growth > 0, and then this sum has no cancellation: ‖Δ̃‖² need not be measured.
-    new_norm = norm_of(old_square + growth)
-    old_norm = norm_of(old_square)
-    moved = new_norm > 0
+    new_square = old_square + growth
+    moved = new_square > 0
+    new_norm, old_norm = norm_of(new_square), norm_of(old_square)
     ratio = growth / jnp.where(moved, new_norm * (new_norm + old_norm), 1)
-    fires = (alignment > 0) & moved & jnp.isfinite(alignment) & jnp.isfinite(ratio)
-    return jnp.where(fires, jnp.clip(ratio, 0, 1), 0)
+    return jnp.where((alignment > 0) & moved, jnp.clip(ratio, 0, 1), 0)
 
 
 def measure(d: Deviation, gradient: jax.Array) -> tuple[jax.Array, ...]:

@@ -25,7 +25,6 @@ Parts of TempBalance: ``power_law_alpha``, ``balance_scales``.
 """
 
 from optax_spd.anchors.edit import drop_anchor, set_anchor
-from optax_spd.anchors.policy import WithAnchorState, with_anchor
 from optax_spd.core.layerwise import Decision, LayerwiseState, layerwise
 from optax_spd.layers.embeddings import DEFAULT_EMBEDDING_PATTERNS
 from optax_spd.layers.fingerprints import check_state
@@ -52,7 +51,7 @@ from optax_spd.recipes import (
     sgd_freeze_embed,
     sgd_ftp,
 )
-from optax_spd.wrappers import chain, with_gradient
+from optax_spd.wrappers import WithAnchorState, chain, with_anchor, with_gradient
 
 # Recipes, stages, wrappers, after training, states, layers, parts: as in the text above.
 __all__ = [

@@ -1,16 +1,25 @@
-"""How the raw gradient reaches the stages that need it.
+"""Wrappers that hand the raw gradient, or one shared anchor, to the stages inside.
 
 Optax hands extra information to stages as extra arguments; the raw gradient goes by the name
 ``grad``, as in its line searches. Most training loops pass no extra arguments, hence the wrapper.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import optax
 
+from optax_spd.anchors import policy
 from optax_spd.sharding import placement
 
 PyTree = Any
+
+
+@policy.holds_anchor
+class WithAnchorState(NamedTuple):
+    """State of :func:`with_anchor`: the one copy, and the state of what shares it."""
+
+    anchor: PyTree
+    inner_state: Any
 
 
 def with_gradient(
@@ -83,6 +92,60 @@ def chain(*stages: optax.GradientTransformation) -> optax.GradientTransformation
     for stage in stages:
         _check_stage(stage, "chain")
     return with_gradient(optax.chain(*stages))
+
+
+def with_anchor(
+    inner: optax.GradientTransformation, anchor: Any = "initial", anchor_dtype: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps one anchor for all stages inside that say ``anchor="argument"``.
+
+    Args:
+      inner: a transformation, usually a chain.
+      anchor: "initial", the parameters given to ``init``, or a tree like params. It is copied.
+        In a jitted ``init`` a tree becomes a constant of the program: there use "initial", and
+        :func:`optax_spd.set_anchor` afterwards.
+      anchor_dtype: dtype to store it in; None for its own. bfloat16 loses nothing of a bfloat16
+        checkpoint.
+
+    Returns:
+      A transformation that passes ``anchor=`` on to ``inner``; one that the caller passes wins.
+      Stages inside with an anchor of their own are not affected.
+
+    Raises:
+      TypeError, ValueError: at construction for an unknown policy or dtype; in ``init`` for a tree
+        that does not match params; in ``update`` for a dropped anchor.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import optax_spd
+      >>> tx = optax_spd.with_gradient(optax_spd.with_anchor(optax.chain(
+      ...     optax_spd.l2_sp(0.01, anchor="argument"),
+      ...     optax.adam(1e-3),
+      ...     optax_spd.spd(1.0, anchor="argument"),
+      ... )))
+      >>> params = {"kernel": jnp.ones((2, 2))}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update({"kernel": jnp.ones((2, 2))}, state, params)
+    """
+    policy.check_anchor(anchor, anchor_dtype, policies=("initial",))
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: PyTree) -> WithAnchorState:
+        held = policy.init_anchor(anchor, params, anchor_dtype=anchor_dtype)
+        if not isinstance(anchor, str):
+            held = placement.shard_like_params(held, params)
+        return WithAnchorState(held, inner.init(params))
+
+    def update(
+        updates: PyTree, state: WithAnchorState, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, WithAnchorState]:
+        if extra_args.get("anchor") is None:
+            extra_args["anchor"] = state.anchor
+        updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+        return updates, WithAnchorState(state.anchor, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _check_stage(stage: Any, where: str) -> None:

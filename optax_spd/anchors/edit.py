@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from optax_spd.anchors import policy
-from optax_spd.layers import checks, trees
+from optax_spd.layers import checks, fingerprints, plans, trees
 
 PyTree = Any
 
@@ -42,7 +42,8 @@ def set_anchor(state: PyTree, anchor: PyTree, *, anchor_dtype: Any = None) -> Py
       in a sharded run).
 
     Raises:
-      ValueError: the state holds no anchor, or paths or shapes differ (names the first).
+      ValueError: the state holds no anchor; paths or shapes differ (names the first); the state's
+        per-layer vectors were made for other parameters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -55,17 +56,19 @@ def set_anchor(state: PyTree, anchor: PyTree, *, anchor_dtype: Any = None) -> Py
       {'kernel': Array([1., 1.], dtype=float32)}
     """
     dtype = None if anchor_dtype is None else checks.check_dtype("anchor_dtype", anchor_dtype)
-    return _map_anchors(lambda held: _replaced(held, anchor, dtype), state)
+    return _map_anchors(lambda node: _replaced(node, anchor, dtype), state)
 
 
-def _replaced(held: PyTree, anchor: PyTree, dtype: np.dtype | None) -> PyTree:
-    flat = trees.flatten(held, is_leaf=policy.is_anchor_leaf)
+def _replaced(node: Any, anchor: PyTree, dtype: np.dtype | None) -> PyTree:
+    """The new anchor of one stage's state."""
+    flat = trees.flatten(node.anchor, is_leaf=policy.is_anchor_leaf)
     found = trees.flatten(anchor).by_path
     wanted = [
         _what_belongs(path, leaf, found) for path, leaf in zip(flat.paths, flat.leaves, strict=True)
     ]
     reference = flat._replace(leaves=wanted)
     sources = policy.match_anchor(reference, anchor, "the state's anchor")
+    _check_layers(node, reference)
     return flat.unflatten(
         policy.copied(
             source,
@@ -112,7 +115,8 @@ def drop_anchor(state: PyTree) -> PyTree:
       The state with a leafless marker in place of each anchor array.
 
     Raises:
-      ValueError: the state holds no anchor.
+      ValueError: the state holds no anchor, or its per-layer vectors were made for other
+        parameters.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -124,8 +128,10 @@ def drop_anchor(state: PyTree) -> PyTree:
       True
     """
 
-    def dropped(held: PyTree) -> PyTree:
-        flat = trees.flatten(held, is_leaf=policy.is_anchor_leaf)
+    def dropped(node: Any) -> PyTree:
+        flat = trees.flatten(node.anchor, is_leaf=policy.is_anchor_leaf)
+        if not any(isinstance(leaf, policy.DroppedAnchor) for leaf in flat.leaves):
+            _check_layers(node, flat)
         return flat.unflatten(
             leaf if policy.is_anchor_leaf(leaf) else policy.DroppedAnchor() for leaf in flat.leaves
         )
@@ -133,7 +139,26 @@ def drop_anchor(state: PyTree) -> PyTree:
     return _map_anchors(dropped, state)
 
 
-def _map_anchors(change: Callable[[PyTree], PyTree], state: PyTree) -> PyTree:
+def _check_layers(node: Any, anchor: trees.FlatTree) -> None:
+    """Raises if a state's per-layer vectors were made for other arrays than its anchor has."""
+    fingerprint = getattr(node, "layer_fingerprint", None)
+    is_array = isinstance(fingerprint, jax.Array | np.ndarray)
+    if not is_array or isinstance(fingerprint, jax.core.Tracer):
+        return
+    names = [
+        trees.path_name(path)
+        for path, leaf in zip(anchor.paths, anchor.leaves, strict=True)
+        if not policy.is_anchor_leaf(leaf) and plans.can_be_layer(leaf)
+    ]
+    if np.any(fingerprints.arrays_half(fingerprint) != fingerprints.of_arrays(names)):
+        raise ValueError(
+            f"The state {type(node).__name__} was made for other parameters than its anchor has "
+            f"({len(names)} arrays, such as {', '.join(map(repr, names[:3]))}). Restore the "
+            "checkpoint into tx.init(params) of the model that it was saved from."
+        )
+
+
+def _map_anchors(change: Callable[[Any], PyTree], state: PyTree) -> PyTree:
     count = 0
 
     def walk(node: PyTree) -> PyTree:
@@ -146,7 +171,7 @@ def _map_anchors(change: Callable[[PyTree], PyTree], state: PyTree) -> PyTree:
             for field in node._fields
             if field != "anchor"
         }
-        return node._replace(anchor=change(node.anchor), **others)
+        return node._replace(anchor=change(node), **others)
 
     new_state = jax.tree.map(walk, state, is_leaf=_holds_anchor)
     if count == 0:

@@ -1,7 +1,7 @@
 """Where the anchor θ₀ lives: the weights that every method here measures the distance from.
 
 A stage keeps its own copy ("initial" or a tree), keeps none ("zero"), or is handed one at each
-update ("argument"), by the caller or by :func:`with_anchor`. What a stage keeps is an ordinary
+update ("argument"), by the caller or by ``with_anchor``. What a stage keeps is an ordinary
 parameter-shaped tree in its state, so it is sharded, saved and mapped like Adam's moments.
 """
 
@@ -30,14 +30,6 @@ def holds_anchor(state_class: Any) -> Any:
     """
     state_class.holds_anchor = True
     return state_class
-
-
-@holds_anchor
-class WithAnchorState(NamedTuple):
-    """State of :func:`with_anchor`: the one copy, and the state of what shares it."""
-
-    anchor: PyTree
-    inner_state: Any
 
 
 def check_anchor(anchor: Any, anchor_dtype: Any, policies: tuple[str, ...] = POLICIES) -> None:
@@ -213,57 +205,3 @@ def is_on_host(theta_0: Any) -> bool:
 def on_device(theta_0: Any) -> Any:
     """The anchor array, brought in if it lives in host memory; the held one stays there."""
     return jax.device_put(theta_0, jax.memory.Space.Device) if is_on_host(theta_0) else theta_0
-
-
-def with_anchor(
-    inner: optax.GradientTransformation, anchor: Any = "initial", anchor_dtype: Any = None
-) -> optax.GradientTransformationExtraArgs:
-    """Keeps one anchor for all stages inside that say ``anchor="argument"``.
-
-    Args:
-      inner: a transformation, usually a chain.
-      anchor: "initial", the parameters given to ``init``, or a tree like params. It is copied.
-        In a jitted ``init`` a tree becomes a constant of the program: there use "initial", and
-        :func:`optax_spd.set_anchor` afterwards.
-      anchor_dtype: dtype to store it in; None for its own. bfloat16 loses nothing of a bfloat16
-        checkpoint.
-
-    Returns:
-      A transformation that passes ``anchor=`` on to ``inner``; one that the caller passes wins.
-      Stages inside with an anchor of their own are not affected.
-
-    Raises:
-      TypeError, ValueError: at construction for an unknown policy or dtype; in ``init`` for a tree
-        that does not match params; in ``update`` for a dropped anchor.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> import optax_spd
-      >>> tx = optax_spd.with_gradient(optax_spd.with_anchor(optax.chain(
-      ...     optax_spd.l2_sp(0.01, anchor="argument"),
-      ...     optax.adam(1e-3),
-      ...     optax_spd.spd(1.0, anchor="argument"),
-      ... )))
-      >>> params = {"kernel": jnp.ones((2, 2))}
-      >>> state = tx.init(params)
-      >>> updates, state = tx.update({"kernel": jnp.ones((2, 2))}, state, params)
-    """
-    check_anchor(anchor, anchor_dtype, policies=("initial",))
-    inner = optax.with_extra_args_support(inner)
-
-    def init(params: PyTree) -> WithAnchorState:
-        return WithAnchorState(
-            anchor=init_anchor(anchor, params, anchor_dtype=anchor_dtype),
-            inner_state=inner.init(params),
-        )
-
-    def update(
-        updates: PyTree, state: WithAnchorState, params: PyTree = None, **extra_args: Any
-    ) -> tuple[PyTree, WithAnchorState]:
-        if extra_args.get("anchor") is None:
-            extra_args["anchor"] = state.anchor
-        updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        return updates, WithAnchorState(state.anchor, inner_state)
-
-    return optax.GradientTransformationExtraArgs(init, update)

@@ -152,7 +152,10 @@ class StageOptions:
     def init(self, params: PyTree) -> tuple[plans.LayerPlan, PyTree]:
         """The layers of ``params``, and what the state holds of the anchor."""
         _, plan, selected = plans.planned(params, self.layers, self.mask)
-        return plan, policy.init_anchor(self.anchor, params, selected, self.anchor_dtype)
+        held = policy.init_anchor(self.anchor, params, selected, self.anchor_dtype)
+        if not isinstance(self.anchor, str):
+            held = placement.shard_like_params(held, params)
+        return plan, held
 
     def view(
         self, updates: PyTree, held: PyTree, params: PyTree, extra_args: dict[str, Any]

@@ -89,9 +89,9 @@ def check_state(
         if np.any(np.asarray(node.layer_fingerprint) != expected):
             raise ValueError(
                 f"The state {type(node).__name__} was made for other layers than the "
-                f"{len(plan.names)} that params has under the given layers= and mask= "
-                f"({', '.join(map(repr, plan.names[:3]))}, ...). Give check_state the stage's "
-                "layers= and mask=, restore the checkpoint of this model, or call init again."
+                f"{len(plan.names)} that params has under the given layers= and mask=, such as "
+                f"{', '.join(map(repr, plan.names[:3]))}. Give check_state the stage's layers= and "
+                "mask=, restore the checkpoint of this model, or call init again."
             )
 
 

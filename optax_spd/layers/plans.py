@@ -144,16 +144,22 @@ def compute_dtype(*arrays: Any) -> Any:
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
-def _is_layer(path: trees.Path, leaf: Any) -> bool:
+def can_be_layer(leaf: Any) -> bool:
+    """Whether a leaf is an array of real floating numbers that is not empty."""
     if trees.is_missing(leaf):
         return False
-    dtype = jnp.result_type(leaf)
-    if jnp.issubdtype(dtype, jnp.complexfloating):
+    is_floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    return is_floating and math.prod(jnp.shape(leaf)) > 0
+
+
+def _is_layer(path: trees.Path, leaf: Any) -> bool:
+    dtype = None if trees.is_missing(leaf) else jnp.result_type(leaf)
+    if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(
             f"The parameter {trees.shown(path)} is complex ({dtype}). Wrap the optimizer in "
             "optax.contrib.split_real_and_imaginary, or leave the parameter out with mask=."
         )
-    return jnp.issubdtype(dtype, jnp.floating) and math.prod(jnp.shape(leaf)) > 0
+    return can_be_layer(leaf)
 
 
 def _place(name: str, array: Any, spec: LayerSpec, start: int) -> ArrayLayers:

@@ -1,7 +1,7 @@
-"""Keeping what a state holds on the devices of the parameters it belongs to.
+"""Give optimizer state the sharding of its parameters.
 
 Zeros depend on nothing. In a jitted ``init`` under automatic sharding the partitioner therefore
-puts a whole copy of them on every device; tied to their parameter they are split as it is.
+puts a whole copy of them on every device, unless they are made to depend on their parameter.
 """
 
 from typing import Any
@@ -21,8 +21,8 @@ def with_sharding_of(array: Any, like: Any) -> Any:
     """
     if not all(map(_is_traced_on_device, (array, like))):
         return array
-    # Each element is made to depend on the parameter's, as a copy would. (``shard_alike`` does not
-    # do: zeros of one shape become one constant first, and what is tied to it is all split alike.)
+    # Each element is made to depend on the parameter's, as a copy would. (``shard_alike`` would not
+    # do: XLA merges zeros of one shape into one constant first, and would shard it only one way.)
     always = 0 * jnp.where(jnp.isfinite(like), like, 0) == 0
     return jnp.where(always, array, jnp.zeros_like(array))
 
@@ -38,6 +38,9 @@ def _is_traced_on_device(array: Any) -> bool:
 def shard_like_params(state: PyTree, params: PyTree) -> PyTree:
     """A state whose arrays at a parameter's path and of its shape are sharded as it is.
 
+    Anchors are left alone: a copy of the parameters is sharded like them already. Here XLA would
+    compute an initializer in the same program a second time for it, and round differently.
+
     Args:
       state: of any transformation, as its ``init`` returned it.
       params: what that ``init`` was given.
@@ -51,6 +54,8 @@ def shard_like_params(state: PyTree, params: PyTree) -> PyTree:
     def placed(path: trees.Path, leaf: Any) -> Any:
         for start in range(len(path) + 1):
             like = found.get(path[start:])
+            if start and path[start - 1] == "anchor":
+                return leaf
             if isinstance(like, jax.Array):
                 same = isinstance(leaf, jax.Array) and leaf.shape == like.shape != ()
                 return with_sharding_of(leaf, like) if same else leaf

@@ -1,0 +1,234 @@
+"""The methods of the contract suite: one line for each public stage, wrapper and recipe.
+
+Every test in tests/contract/ runs on every line of ``METHODS``. A new method joins by a new line.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import optax_spd
+
+Maker = Callable[..., optax.GradientTransformationExtraArgs]
+RATE = 0.1
+
+
+class Method(NamedTuple):
+    """How to make one method, and what is special about it.
+
+    Attributes:
+      build: the public function, or a small factory around it.
+      numbers: hyperparameters that may be schedules and may change between steps.
+      fixed: its other arguments.
+      place: puts the method into a complete optimizer.
+      inner: the optimizer without the method.
+      vectors: the fields of its state with one number for each layer.
+      gradient: whether the bare method needs ``grad=``.
+      validates: whether steps pass it ``validation_fn`` and ``validation_batches``.
+      excepted: properties that do not hold for it, each with the reason.
+    """
+
+    build: Maker
+    numbers: Mapping[str, float]
+    fixed: Mapping[str, Any]
+    place: Callable[[Any], Any]
+    inner: Callable[[], Any]
+    vectors: tuple[str, ...] = ()
+    gradient: bool = False
+    validates: bool = False
+    excepted: Mapping[str, str] = {}
+
+    def takes(self, option: str) -> bool:
+        """Whether the method has an argument of this name."""
+        return option in inspect.signature(self.build).parameters
+
+    def stage(self, **options: Any) -> Any:
+        """The bare method, with those of the options that it takes."""
+        taken = {name: value for name, value in options.items() if self.takes(name)}
+        return self.build(**{**self.numbers, **self.fixed, **taken})
+
+    def optimizer(self, **options: Any) -> Any:
+        """A complete optimizer that needs no extra arguments but validation data."""
+        return self.place(self.stage(**options))
+
+    @property
+    def is_stage(self) -> bool:
+        """Whether it stands in a chain."""
+        return self.place is not alone
+
+    @property
+    def has_anchor(self) -> bool:
+        """Whether its state holds an anchor."""
+        return self.takes("anchor")
+
+
+def alone(tx: Any) -> Any:
+    return tx
+
+
+def after_adam(stage: Any) -> Any:
+    return optax_spd.chain(optax.adam(RATE), stage)
+
+
+def before_adam(stage: Any) -> Any:
+    return optax_spd.chain(stage, optax.adam(RATE))
+
+
+def adam() -> Any:
+    return optax.adam(RATE)
+
+
+def sgd() -> Any:
+    return optax.sgd(RATE, momentum=0.9)
+
+
+def shared_anchor(
+    l2_sp_decay: Any = 0.1,
+    spd_decay: Any = 1.0,
+    anchor: Any = "initial",
+    anchor_dtype: Any = None,
+    layers: Any = None,
+) -> Any:
+    """Two stages that share one anchor."""
+    stages = optax.chain(
+        optax_spd.l2_sp(l2_sp_decay, anchor="argument"),
+        optax.adam(RATE),
+        optax_spd.spd(spd_decay, anchor="argument", layers=layers),
+    )
+    return optax_spd.with_gradient(optax_spd.with_anchor(stages, anchor, anchor_dtype))
+
+
+def frozen_embedding(weight_decay: Any = 1.0, anchor: Any = "initial", layers: Any = None) -> Any:
+    """A recipe of which one array is frozen."""
+    recipe = optax_spd.adam_spd(RATE, weight_decay=weight_decay, anchor=anchor, layers=layers)
+    return optax_spd.with_frozen(recipe, "^embed")
+
+
+SPD, FTP, TPGM = ("spd_ratio",), ("ftp_radii",), ("tpgm_radii",)
+FTP_NUMBERS = {"k": 0.5, "radius_learning_rate": 0.1}
+BALANCE = {"min_scale": 0.5, "max_scale": 1.5}
+# The number of a block, stacked (blocks/kernel[1]) or not (blocks/1/kernel).
+DEPTH = r"blocks\D*(\d+)"
+
+# Methods that see several layers at once cannot leave the others alone when one is NaN.
+NORMALIZES = {"isolation": "the scales of all layers are relative to each other"}
+LEARNS = optax.sgd(0.05)
+
+METHODS: dict[str, Method] = {
+    "spd": Method(optax_spd.spd, {"weight_decay": 1.0}, {}, after_adam, adam, SPD, gradient=True),
+    "ftp": Method(optax_spd.ftp, FTP_NUMBERS, {"norm": "l2"}, after_adam, adam, FTP, gradient=True),
+    "tpgm": Method(optax_spd.tpgm, {}, {"radii": 0.2}, after_adam, adam),
+    "tpgm, learned": Method(
+        optax_spd.tpgm,
+        {},
+        {"radius_optimizer": LEARNS, "every": 2, "norm": "l2"},
+        after_adam,
+        adam,
+        TPGM,
+        validates=True,
+    ),
+    "l2_sp": Method(optax_spd.l2_sp, {"weight_decay": 0.3}, {}, before_adam, adam),
+    "temp_balance": Method(
+        optax_spd.temp_balance,
+        BALANCE,
+        {"every": 2, "min_eigenvalues": 2},
+        after_adam,
+        adam,
+        ("temp_balance_alpha", "temp_balance_scale"),
+        excepted=NORMALIZES,
+    ),
+    "layerwise_lr_decay": Method(
+        optax_spd.layerwise_lr_decay,
+        {"decay": 0.5, "min_scale": 0.2},
+        {"depth": DEPTH},
+        after_adam,
+        adam,
+        ("layer_decay_scale",),
+    ),
+    "with_anchor": Method(
+        shared_anchor, {"l2_sp_decay": 0.1, "spd_decay": 1.0}, {}, alone, adam, SPD
+    ),
+    "with_frozen": Method(frozen_embedding, {"weight_decay": 1.0}, {}, alone, adam, SPD),
+    "adam_spd": Method(
+        optax_spd.adam_spd, {"learning_rate": RATE, "weight_decay": 1.0}, {}, alone, adam, SPD
+    ),
+    "adamw_l2_sp": Method(
+        optax_spd.adamw_l2_sp, {"learning_rate": RATE, "weight_decay": 0.5}, {}, alone, adam
+    ),
+    "adam_ftp": Method(
+        optax_spd.adam_ftp,
+        {"learning_rate": RATE, "weight_decay": 0.1} | FTP_NUMBERS,
+        {"state_dtype": jnp.bfloat16},
+        alone,
+        adam,
+        FTP,
+    ),
+    "sgd_ftp": Method(
+        optax_spd.sgd_ftp,
+        {"learning_rate": RATE} | FTP_NUMBERS,
+        {"momentum": 0.9, "nesterov": True},
+        alone,
+        sgd,
+        FTP,
+    ),
+    "adam_tpgm": Method(
+        optax_spd.adam_tpgm,
+        {"learning_rate": RATE},
+        {"radius_optimizer": LEARNS},
+        alone,
+        adam,
+        TPGM,
+        validates=True,
+    ),
+    "sgd_freeze_embed": Method(optax_spd.sgd_freeze_embed, {"learning_rate": RATE}, {}, alone, sgd),
+}
+
+
+def every_method(
+    property_name: str = "", where: Callable[[Method], bool] = lambda method: True
+) -> pytest.MarkDecorator:
+    """Runs a test on every method that the property is said to hold for.
+
+    Args:
+      property_name: methods that except this property are left out.
+      where: which methods the property concerns at all.
+    """
+    names = [n for n, m in METHODS.items() if where(m) and property_name not in m.excepted]
+    return pytest.mark.parametrize("name", names)
+
+
+def public_makers() -> set[str]:
+    """The public functions that return a gradient transformation."""
+    made = (optax.GradientTransformation, optax.GradientTransformationExtraArgs)
+    public = {name: getattr(optax_spd, name) for name in optax_spd.__all__}
+    return {
+        name
+        for name, function in public.items()
+        if inspect.isfunction(function) and inspect.signature(function).return_annotation in made
+    }
+
+
+@functools.cache
+def optimizer(name: str) -> Any:
+    """The complete optimizer of a line, made once for all tests, for the model below."""
+    return METHODS[name].optimizer(layers=optax_spd.stacked("^blocks/"))
+
+
+def half_distance(params: Any, batch: Any) -> jax.Array:
+    """A validation loss: half the squared distance to the batch."""
+    parts = jax.tree.map(lambda x, y: jnp.sum((x - y) ** 2) / 2, params, batch)
+    return jnp.stack(jax.tree.leaves(parts)).sum()
+
+
+def validation(name: str, grads: Any, params: Any) -> dict[str, Any]:
+    """The extra arguments of a step."""
+    if not METHODS[name].validates:
+        return {}
+    batches = jax.tree.map(lambda x, g: jnp.stack([x - g, x + g / 2]), params, grads)
+    return {"validation_fn": half_distance, "validation_batches": batches}

@@ -31,6 +31,7 @@ class Method(NamedTuple):
       vectors: the fields of its state with one number for each layer.
       gradient: whether the bare method needs ``grad=``.
       validates: whether steps pass it ``validation_fn`` and ``validation_batches``.
+      mask: which arrays its layers are, if not all.
       excepted: properties that do not hold for it, each with the reason.
     """
 
@@ -42,6 +43,7 @@ class Method(NamedTuple):
     vectors: tuple[str, ...] = ()
     gradient: bool = False
     validates: bool = False
+    mask: Any = None
     excepted: Mapping[str, str] = {}
 
     def takes(self, option: str) -> bool:
@@ -61,6 +63,11 @@ class Method(NamedTuple):
     def is_stage(self) -> bool:
         """Whether it stands in a chain."""
         return self.place is not alone
+
+    @property
+    def is_wrapper(self) -> bool:
+        """Whether the line's factory is written for the table, around a public wrapper."""
+        return self.build.__module__ == __name__
 
     @property
     def has_anchor(self) -> bool:
@@ -113,11 +120,23 @@ def frozen_embedding(weight_decay: Any = 1.0, anchor: Any = "initial", layers: A
 SPD, FTP, TPGM = ("spd_ratio",), ("ftp_radii",), ("tpgm_radii",)
 FTP_NUMBERS = {"k": 0.5, "radius_learning_rate": 0.1}
 BALANCE = {"min_scale": 0.5, "max_scale": 1.5}
+
+
+def not_embedding(params: Any) -> Any:
+    """A mask; a path_mask would refuse parts of the tree that a pattern does not match."""
+    return jax.tree.map_with_path(lambda path, _: "embed" not in jax.tree_util.keystr(path), params)
+
+
 # The number of a block, stacked (blocks/kernel[1]) or not (blocks/1/kernel).
 DEPTH = r"blocks\D*(\d+)"
 
-# Methods that see several layers at once cannot leave the others alone when one is NaN.
+# A NaN in one layer does reach the others here.
 NORMALIZES = {"isolation": "the scales of all layers are relative to each other"}
+LEARNED = {
+    "isolation": "all radii are learned from one validation loss, which is NaN then",
+    "half precision": "the validation loss is computed in the parameters' dtype",
+}
+NEEDS_LAYERS = {"no layers": "a depth that matches no layer is an error"}
 LEARNS = optax.sgd(0.05)
 
 METHODS: dict[str, Method] = {
@@ -132,6 +151,7 @@ METHODS: dict[str, Method] = {
         adam,
         TPGM,
         validates=True,
+        excepted=LEARNED,
     ),
     "l2_sp": Method(optax_spd.l2_sp, {"weight_decay": 0.3}, {}, before_adam, adam),
     "temp_balance": Method(
@@ -140,7 +160,7 @@ METHODS: dict[str, Method] = {
         {"every": 2, "min_eigenvalues": 2},
         after_adam,
         adam,
-        ("temp_balance_alpha", "temp_balance_scale"),
+        ("temp_balance_scale", "temp_balance_alpha"),
         excepted=NORMALIZES,
     ),
     "layerwise_lr_decay": Method(
@@ -150,13 +170,25 @@ METHODS: dict[str, Method] = {
         after_adam,
         adam,
         ("layer_decay_scale",),
+        excepted=NEEDS_LAYERS,
     ),
     "with_anchor": Method(
         shared_anchor, {"l2_sp_decay": 0.1, "spd_decay": 1.0}, {}, alone, adam, SPD
     ),
-    "with_frozen": Method(frozen_embedding, {"weight_decay": 1.0}, {}, alone, adam, SPD),
+    "with_frozen": Method(
+        frozen_embedding, {"weight_decay": 1.0}, {}, alone, adam, SPD, mask=not_embedding
+    ),
     "adam_spd": Method(
         optax_spd.adam_spd, {"learning_rate": RATE, "weight_decay": 1.0}, {}, alone, adam, SPD
+    ),
+    "adam_spd, masked": Method(
+        optax_spd.adam_spd,
+        {"learning_rate": RATE, "weight_decay": 1.0},
+        {"anchor_dtype": jnp.bfloat16, "mask": not_embedding},
+        alone,
+        adam,
+        SPD,
+        mask=not_embedding,
     ),
     "adamw_l2_sp": Method(
         optax_spd.adamw_l2_sp, {"learning_rate": RATE, "weight_decay": 0.5}, {}, alone, adam
@@ -185,6 +217,7 @@ METHODS: dict[str, Method] = {
         adam,
         TPGM,
         validates=True,
+        excepted=LEARNED,
     ),
     "sgd_freeze_embed": Method(optax_spd.sgd_freeze_embed, {"learning_rate": RATE}, {}, alone, sgd),
 }
@@ -226,9 +259,9 @@ def half_distance(params: Any, batch: Any) -> jax.Array:
     return jnp.stack(jax.tree.leaves(parts)).sum()
 
 
-def validation(name: str, grads: Any, params: Any) -> dict[str, Any]:
+def validation(name: str, params: Any) -> dict[str, Any]:
     """The extra arguments of a step."""
     if not METHODS[name].validates:
         return {}
-    batches = jax.tree.map(lambda x, g: jnp.stack([x - g, x + g / 2]), params, grads)
+    batches = jax.tree.map(lambda x: jnp.stack([2 * x, -x / 2]), params)
     return {"validation_fn": half_distance, "validation_batches": batches}

@@ -56,10 +56,9 @@ def on_device(tree: Any) -> Any:
 
 
 def vectors(name: str, state: Any) -> dict[str, Any]:
-    """What a method decided for each layer."""
-    return {
-        field: optax.tree.get_all_with_path(state, field)[0][1] for field in METHODS[name].vectors
-    }
+    """What a method decided for each layer; of several of its kind, one after the other."""
+    found = {field: optax.tree.get_all_with_path(state, field) for field in METHODS[name].vectors}
+    return {field: jnp.concatenate([v for _, v in held]) for field, held in found.items()}
 
 
 Step = Callable[[Any, Any, Any], Any]
@@ -69,7 +68,7 @@ def step_of(name: str, tx: Any) -> Step:
     """A training step: parameters, state and gradients to parameters and state."""
 
     def step(params: Any, state: Any, grads: Any) -> Any:
-        extra = contract_methods.validation(name, grads, params)
+        extra = contract_methods.validation(name, params)
         updates, state = tx.update(grads, state, params, **extra)
         return optax.apply_updates(params, updates), state
 

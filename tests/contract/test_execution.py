@@ -24,7 +24,9 @@ from contract_runs import (
     types,
 )
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jax_support import primitives
+from jax_support import host_memory_works, primitives
+
+import optax_spd
 
 
 def test_every_public_stage_wrapper_and_recipe_has_a_line() -> None:
@@ -161,3 +163,31 @@ def assert_placed(tx: Any, state: Any, shardings: Any) -> None:
         is_leaf=is_gap,
     )
     assert all(jax.tree.leaves(placed)), placed
+
+
+if host_memory_works():  # on CPU, from JAX 0.10.2 on
+
+    @every_method(where=lambda method: method.has_anchor)
+    def test_an_anchor_in_host_memory_stays_there(name: str) -> None:
+        """It is brought in array by array in every step, and given back where it was."""
+        mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+        tx = contract_methods.optimizer(name)
+        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS)
+        on_host = jax.tree.map(lambda s: s.with_memory_kind("pinned_host"), shardings)
+        params = jax.device_put(PRETRAINED, shardings)
+        dtype = METHODS[name].fixed.get("anchor_dtype")
+        anchor = jax.device_put(
+            jax.tree.map(lambda x: x.astype(dtype or x.dtype), PRETRAINED), on_host
+        )
+        state = optax_spd.set_anchor(tx.init(params), anchor)
+        kinds = lambda tree: [x.sharding.memory_kind for x in jax.tree.leaves(tree)]
+        before, step = kinds(state), jax.jit(step_of(name, tx), donate_argnums=(0, 1))
+        held = [tree for _, tree in optax.tree.get_all_with_path(state, "anchor") if tree]
+        assert set(kinds(held)) == {"pinned_host"}
+        jaxpr = step.trace(params, state, at(GRADS, 0)).jaxpr
+        stages = 2 if name == "with_anchor" else 1
+        assert list(primitives(jaxpr)).count("device_put") == stages * len(kinds(held))
+        with jax.set_mesh(mesh):
+            found = run(name, step, params, state)
+        assert kinds(found[1]) == before
+        assert_close((found[0], found[2]), (reference(name)[0], reference(name)[2]), rtol=1e-4)

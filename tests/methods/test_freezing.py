@@ -8,9 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from flax.core import freeze
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import optax_spd
 
@@ -302,98 +300,6 @@ def test_tpgm_with_validation_data_stands_behind_it() -> None:
     inside = optax_spd.with_frozen(optax.chain(optax.adam(0.1), optax_spd.tpgm()), "embed")
     with pytest.raises(ValueError, match="validation_fn"):
         inside.update(params, inside.init(params), params, **validation)
-
-
-# Clients -----------------------------------------------------------------------------------------
-
-
-class Net(nnx.Module):
-    def __init__(self) -> None:
-        self.embed = nnx.Embed(4, 2, rngs=nnx.Rngs(0))
-        self.head = nnx.Linear(2, 2, rngs=nnx.Rngs(1))
-
-
-def test_an_nnx_optimizer() -> None:
-    net = Net()
-    before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(net)))
-    optimizer = nnx.Optimizer(net, optax_spd.sgd_freeze_embed(0.1), wrt=nnx.Param)
-    optimizer.update(net, jax.tree.map(jnp.ones_like, nnx.state(net, nnx.Param)))
-    after = nnx.to_pure_dict(nnx.state(net))
-    assert_equal(after["embed"], before["embed"])
-    np.testing.assert_allclose(after["head"]["kernel"], before["head"]["kernel"] - 0.1, rtol=1e-5)
-    held = [x for x in jax.tree.leaves(optimizer.opt_state) if jnp.size(x) > 1]
-    assert sum(x.nbytes for x in held) == 4 * (4 + 2)
-
-
-def test_an_equinox_model() -> None:
-    layer = eqx.nn.MLP(2, 2, 3, 1, key=jax.random.key(0))
-    params = eqx.filter(layer, eqx.is_inexact_array)
-    tx = optax_spd.with_frozen(optax.adam(0.1), "layers/0")
-    grads = jax.tree.map(jnp.ones_like, params)
-    grads = eqx.tree_at(lambda g: g.layers[0].weight, grads, None)  # as eqx.partition leaves it
-    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
-    new = eqx.apply_updates(layer, updates)
-    assert_equal(new.layers[0].weight, layer.layers[0].weight)
-    assert_equal(new.layers[0].bias, layer.layers[0].bias)
-    np.testing.assert_allclose(new.layers[1].bias, layer.layers[1].bias - 0.1, rtol=1e-5)
-
-
-def test_inside_masked_and_partition_and_multi_steps() -> None:
-    params = model()
-    frozen = optax_spd.with_frozen(optax.sgd(1.0), "scale")
-    # Another mask may have taken what the pattern would match.
-    labels = {"embed": "a", "head": "b"}
-    tx = optax.partition({"a": frozen, "b": frozen}, labels)
-    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
-    assert not np.any(updates["embed"]["scale"])
-    np.testing.assert_array_equal(updates["head"]["bias"], -params["head"]["bias"])
-    steps = optax.MultiSteps(optax_spd.with_frozen(optax_spd.adam_spd(0.1), "embed"), 2)
-    state = steps.init(params)
-    for _ in range(2):
-        updates, state = jax.jit(steps.update)(params, state, params)
-    assert not np.any(updates["embed"]["embedding"])
-    assert np.all(updates["head"]["bias"] != 0)
-
-
-def test_tree_map_params_and_abstract_shapes() -> None:
-    params = model()
-    of_arrays = lambda params: {"embed": params["embed"]["scale"].ndim == 1, "head": False}
-    tx = optax_spd.with_frozen(optax_spd.adam_spd(0.1), of_arrays)  # no function of a placeholder
-    state = tx.init(params)
-    ones = optax.tree_map_params(tx, jnp.ones_like, state)
-    assert_equal(optax.tree.get(ones, "anchor")["head"]["bias"], np.ones(3))
-    assert jax.tree.structure(jax.eval_shape(tx.init, params)) == jax.tree.structure(state)
-
-
-def test_one_trace_for_all_steps() -> None:
-    params, traces = model(), []
-    tx = optax.inject_hyperparams(optax_spd.sgd_freeze_embed, static_args=("embedding",))(
-        learning_rate=0.1, momentum=0.9, embedding=optax_spd.path_mask("embed")
-    )
-
-    @jax.jit
-    def update(state: Any) -> Any:
-        traces.append(1)
-        return tx.update(params, state, params)
-
-    state = tx.init(params)
-    for rate in (0.1, 0.2):
-        state.hyperparams["learning_rate"] = jnp.float32(rate)
-        updates, state = update(state)
-    np.testing.assert_allclose(updates["head"]["bias"], -0.2 * 1.9 * params["head"]["bias"], 1e-5)
-    assert not np.any(updates["embed"]["scale"])
-    assert len(traces) == 1
-
-
-def test_on_an_explicit_mesh() -> None:
-    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Explicit,))
-    params = {"embed": jnp.ones((4, 2)), "head": jnp.ones((4, 2))}
-    tx = optax_spd.with_frozen(optax.adam(0.1), "embed")
-    with jax.set_mesh(mesh):
-        placed = jax.device_put(params, NamedSharding(mesh, P("x", None)))
-        updates, _ = jax.jit(tx.update)(placed, tx.init(placed), placed)
-    assert updates["embed"].sharding == updates["head"].sharding == placed["embed"].sharding
-    assert not np.any(updates["embed"])
 
 
 # sgd_freeze_embed --------------------------------------------------------------------------------

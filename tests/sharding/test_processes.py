@@ -2,7 +2,6 @@
 
 import os
 import pathlib
-import re
 import socket
 import subprocess
 import sys
@@ -15,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import processes_worker as worker
-import pytest
 from jax.sharding import AxisType, SingleDeviceSharding
 
 SECONDS = worker.SECONDS + 10
@@ -78,40 +76,6 @@ def run_together(
                 for process, code, log in zip(processes, codes, logs, strict=True)
             )
         )
-
-
-def python(code: str) -> list[str]:
-    return [sys.executable, "-S", "-c", code]
-
-
-def assert_ended(message: str, count: int) -> None:
-    pids = re.findall(r"process (\d+)", message)
-    assert len(pids) == count
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(pid), 0)
-
-
-WAITS = "import pathlib, sys, time; print('it waits', flush=True); {}; time.sleep(100)"
-
-
-def test_a_failure_is_shown_and_ends_the_others(tmp_path: pathlib.Path) -> None:
-    ready = str(tmp_path / "ready")
-    waits = python(WAITS.format(f"pathlib.Path({ready!r}).touch()"))
-    fails = python(
-        f"import pathlib, time\nwhile not pathlib.Path({ready!r}).exists(): time.sleep(0.01)\n"
-        "raise RuntimeError('it went wrong')"
-    )
-    shown = r"(?s)ended from here:\nit waits\n.*returned 1:.*RuntimeError: it went wrong"
-    with pytest.raises(AssertionError, match=shown) as caught:
-        run_together([waits, fails], tmp_path)
-    assert_ended(str(caught.value), 2)
-
-
-def test_what_takes_too_long_is_ended(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(AssertionError, match="ended from here") as caught:
-        run_together([python(WAITS.format("0"))] * 2, tmp_path, seconds=0)
-    assert_ended(str(caught.value), 2)
 
 
 # What they compute --------------------------------------------------------------------------------

@@ -1,13 +1,12 @@
-"""Orbax beyond one device: other meshes, saving in the background, and what a mix-up says.
+"""Orbax beyond one device: other meshes, and saving while training goes on.
 
-That a resumed run is bit-identical, for every stage and recipe, is in test_restore.py; saving from
+That a resumed run is bit-identical for every method is in tests/contract; saving from
 several processes is in test_processes.py.
 """
 
 import contextlib
 import functools
 import pathlib
-import re
 from typing import Any
 
 import jax
@@ -16,7 +15,6 @@ import numpy as np
 import optax
 import oracles
 import orbax.checkpoint as ocp
-import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P, SingleDeviceSharding
 from jax_support import host_memory_works
 
@@ -205,21 +203,6 @@ if host_memory_works():
 # In the background --------------------------------------------------------------------------------
 
 
-def test_saved_in_the_background_is_the_state_at_that_time(tmp_path: pathlib.Path) -> None:
-    name, place = "adam_spd", OneDevice()
-    *run, pull = begin(name, place)
-    run = train(name, *run, pull, 0, STOP)
-    saved = copies(run)
-    with ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        checkpointer.save(tmp_path / "run", args=ocp.args.StandardSave(run))
-        end = train(name, *run, pull, STOP, STEPS)
-        checkpointer.wait_until_finished()
-        wanted = ocp.args.StandardRestore(target(name, place))
-        found = checkpointer.restore(tmp_path / "run", args=wanted)
-    assert_same_to_the_bit(found, saved)
-    assert_same_to_the_bit(train(name, *found, pull, STOP, STEPS), end)
-
-
 def test_a_manager_keeps_states_without_their_anchor(tmp_path: pathlib.Path) -> None:
     """The weights to stay near come from their own checkpoint, straight to where the run is."""
     name, place = "adam_ftp", PLACES["4x2"]()
@@ -248,94 +231,3 @@ def test_a_manager_keeps_states_without_their_anchor(tmp_path: pathlib.Path) -> 
 
 def composite(make: Any, parts: dict[str, Any]) -> Any:
     return ocp.args.Composite(**{key: make(part) for key, part in parts.items()})
-
-
-# The wrong checkpoint -----------------------------------------------------------------------------
-
-ADAM = optax.adam(0.1)
-BALANCE = optax_spd.temp_balance(min_eigenvalues=8)
-# What was saved, what is asked for, and what the error must name.
-OTHER_FIELDS: dict[str, Any] = {
-    "SPD for TPGM": (
-        optax_spd.adam_spd(0.1),
-        optax_spd.adam_tpgm(0.1),
-        ("spd_ratio", "tpgm_radii", "radius_state"),
-    ),
-    "TempBalance for L2-SP": (
-        optax.chain(BALANCE, ADAM),
-        optax.chain(optax_spd.l2_sp(0.1), ADAM),
-        ("temp_balance_scale", "anchor"),
-    ),
-    "another optimizer of the radii": (
-        optax_spd.adam_tpgm(0.1),
-        optax_spd.adam_tpgm(0.1, radius_optimizer=optax.sgd(0.1, momentum=0.9)),
-        ("radius_state", "nu", "trace"),
-    ),
-    "no anchor for one": (
-        optax_spd.adam_spd(0.1, anchor="zero"),
-        optax_spd.adam_spd(0.1),
-        ("anchor",),
-    ),
-    # Of chains of another length Orbax tells just that: the stages of adam_spd and adam_ftp.
-    "SPD for FTP": (optax_spd.adam_spd(0.1), optax_spd.adam_ftp(0.1), ("2)", "4)")),
-}
-
-
-def here(tree: Any) -> Any:
-    where = SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: x.update(sharding=where), tree)
-
-
-@pytest.mark.parametrize("mixed_up", OTHER_FIELDS)
-def test_other_fields_are_named(mixed_up: str, tmp_path: pathlib.Path) -> None:
-    saved, wanted, named = OTHER_FIELDS[mixed_up]
-    save(tmp_path / "run", saved.init(PRETRAINED))
-    with pytest.raises(ValueError, match="do not match") as caught:
-        restore(tmp_path / "run", here(jax.eval_shape(wanted.init, PRETRAINED)))
-    for name in named:
-        assert name in str(caught.value)
-
-
-def test_an_array_more_is_named(tmp_path: pathlib.Path) -> None:
-    tx = optax_spd.adam_spd(0.1)
-    deeper = PRETRAINED | {"more": PRETRAINED["bias"]}
-    for saved, wanted in ((PRETRAINED, deeper), (deeper, PRETRAINED)):
-        path = tmp_path / str(len(saved))
-        save(path, tx.init(saved))
-        with pytest.raises(ValueError, match=r"mu\.more(?s:.*)anchor\.more"):
-            restore(path, here(jax.eval_shape(tx.init, wanted)))
-
-
-MAKERS: dict[str, Any] = {
-    "spd_ratio": optax_spd.adam_spd,
-    "ftp_radii": optax_spd.adam_ftp,
-    "tpgm_radii": optax_spd.adam_tpgm,
-    "temp_balance_scale": lambda _, layers: optax_spd.temp_balance(layers=layers),
-    "layer_decay_scale": lambda _, layers: optax_spd.layerwise_lr_decay(
-        0.5, lambda name: len(name), layers=layers
-    ),
-}
-
-
-@pytest.mark.parametrize("field", MAKERS)
-def test_another_number_of_layers_is_an_error(field: str, tmp_path: pathlib.Path) -> None:
-    """Told no shapes, Orbax restores what is there; the update compares it with the parameters."""
-    apart, stacked = (MAKERS[field](0.1, layers=layers) for layers in (None, STACKED))
-    save(tmp_path / "run", apart.init(PRETRAINED))
-    structure = jax.tree.map(lambda _: 0, stacked.init(PRETRAINED))
-    where = ocp.ArrayRestoreArgs(sharding=SingleDeviceSharding(jax.devices()[0]))
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        found = checkpointer.restore(
-            tmp_path / "run", structure, restore_args=jax.tree.map(lambda _: where, structure)
-        )
-    message = f"The state's {field} has shape (3,), but the parameters have 4 layers under the mask"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        jax.eval_shape(stacked.update, PULL, found, PRETRAINED)
-    jax.eval_shape(apart.update, PULL, found, PRETRAINED)
-
-
-def test_orbax_compares_shapes_if_told(tmp_path: pathlib.Path) -> None:
-    """It names both, though not the array: a look at the checkpoint's metadata tells."""
-    save(tmp_path / "run", {"spd_ratio": jnp.zeros(3)})
-    with pytest.raises(ValueError, match=r"shape: \(4,\).*shape: \(3,\)"):
-        restore(tmp_path / "run", here({"spd_ratio": jax.ShapeDtypeStruct((4,), jnp.float32)}))

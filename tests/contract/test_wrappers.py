@@ -19,11 +19,12 @@ from contract_runs import (
     PRETRAINED,
     STEPS,
     STOP,
+    Module,
     arrays,
     assert_close,
     assert_same_bits,
-    at,
     on_device,
+    program,
     reference,
     scan,
     step_of,
@@ -165,6 +166,27 @@ def test_a_mask_of_its_own_does_what_masked_does(name: str) -> None:
     assert_close(trained(name, own), trained(name, around))
 
 
+@pytest.mark.parametrize("masks_extra_args", [False, True])
+@every_method(where=lambda method: method.gradient)
+def test_a_stage_for_a_part_gets_the_gradient_whole_or_masked(
+    name: str, masks_extra_args: bool
+) -> None:
+    """From the wrapper around it, or from a caller who passes all of it."""
+    method, options = METHODS[name], {"mask_compatible_extra_args": masks_extra_args}
+    stage = method.stage(layers=LAYERS)
+    expected = trained(name, method.optimizer(layers=LAYERS, mask=MASK))
+    parts = optax.partition({"a": stage, "b": optax.identity()}, LABELS, **options)
+    assert_close(trained(name, method.place(parts)), expected)
+    masked = optax.masked(stage, optax_spd.path_mask("^blocks", "^embed"), **options)
+    assert_close(trained(name, method.place(masked)), expected)
+    if not masks_extra_args:
+        bare = optax.chain(method.inner(), masked)
+        called = optax.GradientTransformation(
+            bare.init, lambda grads, state, params: bare.update(grads, state, params, grad=grads)
+        )
+        assert_close(trained(name, called), expected)
+
+
 # States inside wrappers ---------------------------------------------------------------------------
 
 WRAPPERS: dict[str, Callable[[str], Any]] = {
@@ -238,13 +260,6 @@ class Net(eqx.Module):
     head: Layer
 
 
-class Module(nnx.Module):
-    def __init__(self, arrays: dict[str, Any]) -> None:
-        for name, value in arrays.items():
-            inner = Module(value) if isinstance(value, dict) else nnx.Param(jnp.asarray(value))
-            setattr(self, name, inner)
-
-
 def partitioned(tree: Any) -> Any:
     return jax.tree.map(lambda x: nn.Partitioned(jnp.asarray(x), (None,) * np.ndim(x)), tree)
 
@@ -259,19 +274,6 @@ CONTAINERS: dict[str, Callable[[Any], Any]] = {
     "nnx.State": lambda tree: nnx.state(Module(tree), nnx.Param),
     "Equinox": equinox,
 }
-
-
-@functools.cache
-def program(name: str, container: Callable[[Any], Any] = dict) -> str:
-    """What init and a step compute, whatever the containers: leaves are numbered in order."""
-    tx, params = contract_methods.optimizer(name), container(PRETRAINED)
-
-    def step(params: Any, grads: Any) -> Any:
-        end, state = step_of(name, tx)(params, tx.init(params), grads)
-        assert jax.tree.structure(end) == jax.tree.structure(params)
-        return end, vectors(name, state)
-
-    return str(jax.make_jaxpr(step)(params, container(at(GRADS, 0))))
 
 
 @pytest.mark.parametrize("container", CONTAINERS)

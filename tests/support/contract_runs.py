@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from contract_methods import METHODS
+from flax import nnx
 
 SHAPES = {
     "blocks": {"bias": (2, 4), "kernel": (2, 8, 4)},
@@ -46,6 +47,15 @@ def gradients() -> Any:
 GRADS = gradients()
 
 
+class Module(nnx.Module):
+    """The model's parameters under their names."""
+
+    def __init__(self, arrays: dict[str, Any]) -> None:
+        for name, value in arrays.items():
+            inner = Module(value) if isinstance(value, dict) else nnx.Param(jnp.asarray(value))
+            setattr(self, name, inner)
+
+
 def at(tree: Any, step: int) -> Any:
     return jax.tree.map(lambda x: x[step], tree)
 
@@ -58,7 +68,9 @@ def on_device(tree: Any) -> Any:
 def vectors(name: str, state: Any) -> dict[str, Any]:
     """What a method decided for each layer; of several of its kind, one after the other."""
     found = {field: optax.tree.get_all_with_path(state, field) for field in METHODS[name].vectors}
-    return {field: jnp.concatenate([v for _, v in held]) for field, held in found.items()}
+    # NNX keeps each in a variable.
+    leaves = lambda held: [leaf for _, vector in held for leaf in jax.tree.leaves(vector)]
+    return {field: jnp.concatenate(leaves(held)) for field, held in found.items()}
 
 
 Step = Callable[[Any, Any, Any], Any]
@@ -114,6 +126,19 @@ def scan(
 
     (params, state), seen = jax.lax.scan(body, (params, state), grads)
     return params, state, seen
+
+
+@functools.cache
+def program(name: str, container: Callable[[Any], Any] = dict) -> str:
+    """What init and a step compute, whatever the containers: leaves are numbered in order."""
+    tx, params = contract_methods.optimizer(name), container(PRETRAINED)
+
+    def step(params: Any, grads: Any) -> Any:
+        end, state = step_of(name, tx)(params, tx.init(params), grads)
+        assert jax.tree.structure(end) == jax.tree.structure(params)
+        return end, vectors(name, state)
+
+    return str(jax.make_jaxpr(step)(params, container(at(GRADS, 0))))
 
 
 def assert_close(found: Any, expected: Any, rtol: float = 2e-5, atol: float = 2e-6) -> None:

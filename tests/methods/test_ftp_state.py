@@ -264,54 +264,7 @@ def test_bytes_a_parameter(dtype: Any, options: dict[str, Any], expected: int) -
     assert sizes[0] - 1000 * expected == 4 + 4 * 4  # a counter; radius, steps and two moments
 
 
-def test_masked_arrays_cost_nothing() -> None:
-    params = model()
-    whole, part = (
-        state_bytes(optax_spd.ftp(mask=mask), params)
-        for mask in (None, optax_spd.path_mask("dense"))
-    )
-    assert whole - part == 8 * 32 + 4 * 4  # the head's anchor and C, and one layer's numbers
-    state = optax_spd.ftp(mask=optax_spd.path_mask("dense")).init(params)
-    assert state.ftp_deviation["head"] == state.anchor["head"] == optax.MaskedNode()
-    assert state.ftp_radii.shape == (2,)
-
-
 # The anchor --------------------------------------------------------------------------------------
-
-SMALL = {"head": model()["head"]}
-PRETRAINED = jax.tree.map(lambda x: 0.5 * x, SMALL)
-
-
-def quick(stage_options: dict[str, Any], wrap: Any = lambda tx: tx, **extra: Any) -> Any:
-    """Three steps of SGD with FTP."""
-    tx = optax_spd.with_gradient(
-        wrap(optax.chain(optax.sgd(0.1), optax_spd.ftp(radius_learning_rate=1.0, **stage_options)))
-    )
-    params, state = SMALL, tx.init(SMALL)
-    update = jax.jit(functools.partial(tx.update, **extra))
-    for _ in range(3):
-        updates, state = update(SMALL, state, params)
-        params = optax.apply_updates(params, updates)
-    return params, state
-
-
-def test_the_anchor_policies_agree_where_they_mean_the_same() -> None:
-    expected, _ = quick({"anchor": PRETRAINED})
-    shared = lambda tx: optax_spd.with_anchor(tx, PRETRAINED)
-    found = [
-        quick({"anchor": "argument"}, anchor=PRETRAINED),
-        quick({"anchor": "argument"}, shared),
-        quick({"anchor": "initial"}),
-    ]
-    for params, _ in found[:2]:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, expected)
-    assert not np.allclose(found[2][0]["head"], expected["head"], atol=1e-2)
-    zeros = jax.tree.map(np.zeros_like, SMALL)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-        quick({"anchor": "zero"})[0],
-        quick({"anchor": zeros})[0],
-    )
 
 
 def test_a_half_precision_anchor_is_what_the_ball_is_around() -> None:

@@ -155,10 +155,3 @@ def test_an_anchor_in_bfloat16_is_exact_for_a_bfloat16_checkpoint() -> None:
     updates, _ = narrow.update(params, state, params)
     expected, _ = full.update(params, full.init(params), params)
     jax.tree.map(np.testing.assert_array_equal, updates, expected)
-
-
-def test_zero_decay_adds_nothing() -> None:
-    params, anchor, _ = trees_of()
-    tx = optax_spd.l2_sp(0.0, anchor=anchor)
-    updates, _ = tx.update(params, tx.init(params), params)
-    jax.tree.map(np.testing.assert_array_equal, updates, params)

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,45 +19,28 @@ SECONDS = worker.SECONDS + 10
 STEPS = len(worker.SIGNS)
 
 
-# Starting processes, and ending them --------------------------------------------------------------
-
-
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def environment() -> dict[str, str]:
-    """This process's, with the modules that it finds, and no proxy in the way of loopback."""
+def run_together(commands: list[list[str]], folder: pathlib.Path) -> None:
+    """Runs commands side by side; when one fails, or time is up, all of them are ended."""
     kept = {name: x for name, x in os.environ.items() if not name.lower().endswith("_proxy")}
-    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-
-
-def run_together(
-    commands: Sequence[Sequence[str]], folder: pathlib.Path, seconds: float = SECONDS
-) -> None:
-    """Runs commands side by side; when one fails, or time is up, all of them are ended.
-
-    Raises:
-      AssertionError: with the end of what each of them wrote.
-    """
+    environment = kept | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     logs = [folder / f"log_{i}.txt" for i in range(len(commands))]
     processes: list[subprocess.Popen[bytes]] = []
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + SECONDS
     try:
         for command, log in zip(commands, logs, strict=True):
             with log.open("wb") as written:
                 processes.append(
                     subprocess.Popen(
-                        command,
-                        stdin=subprocess.DEVNULL,
-                        stdout=written,
-                        stderr=subprocess.STDOUT,
-                        env=environment(),
+                        command, stdout=written, stderr=subprocess.STDOUT, env=environment
                     )
                 )
-        codes = [process.poll() for process in processes]
+        codes: list[int | None] = [None]
         while None in codes and not any(codes) and time.monotonic() < deadline:
             time.sleep(0.05)
             codes = [process.poll() for process in processes]
@@ -66,19 +48,8 @@ def run_together(
         for process in processes:
             process.kill()
             process.wait()
-    if any(code != 0 for code in codes):
-        raise AssertionError(
-            "Not every process came to its end."
-            + "".join(
-                f"\n--- process {process.pid}, "
-                f"{'ended from here' if code is None else f'returned {code}'}:\n"
-                f"{log.read_text(errors='replace')[-4000:]}"
-                for process, code, log in zip(processes, codes, logs, strict=True)
-            )
-        )
-
-
-# What they compute --------------------------------------------------------------------------------
+    told = "\n---\n".join(log.read_text(errors="replace")[-4000:] for log in logs)
+    assert codes == [0] * len(codes), told
 
 
 def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:

@@ -26,9 +26,9 @@ class Method(NamedTuple):
       build: the public function, or a small factory around it.
       numbers: hyperparameters that may be schedules and may change between steps.
       fixed: its other arguments.
-      place: puts the method into a complete optimizer.
-      inner: the optimizer without the method.
       vectors: the fields of its state with one number for each layer.
+      place: puts a stage into a complete optimizer.
+      inner: the optimizer without the method.
       gradient: whether the bare method needs ``grad=``.
       validates: whether steps pass it ``validation_fn`` and ``validation_batches``.
       mask: which arrays its layers are, if not all.
@@ -37,10 +37,10 @@ class Method(NamedTuple):
 
     build: Maker
     numbers: Mapping[str, float]
-    fixed: Mapping[str, Any]
-    place: Callable[[Any], Any]
-    inner: Callable[[], Any]
+    fixed: Mapping[str, Any] = {}
     vectors: tuple[str, ...] = ()
+    place: Callable[[Any], Any] = lambda tx: tx
+    inner: Callable[[], Any] = lambda: optax.adam(RATE)
     gradient: bool = False
     validates: bool = False
     mask: Any = None
@@ -62,7 +62,7 @@ class Method(NamedTuple):
     @property
     def is_stage(self) -> bool:
         """Whether it stands in a chain."""
-        return self.place is not alone
+        return self.place in (after_adam, before_adam)
 
     @property
     def is_wrapper(self) -> bool:
@@ -75,20 +75,12 @@ class Method(NamedTuple):
         return self.takes("anchor")
 
 
-def alone(tx: Any) -> Any:
-    return tx
-
-
 def after_adam(stage: Any) -> Any:
     return optax_spd.chain(optax.adam(RATE), stage)
 
 
 def before_adam(stage: Any) -> Any:
     return optax_spd.chain(stage, optax.adam(RATE))
-
-
-def adam() -> Any:
-    return optax.adam(RATE)
 
 
 def sgd() -> Any:
@@ -117,11 +109,6 @@ def frozen_embedding(weight_decay: Any = 1.0, anchor: Any = "initial", layers: A
     return optax_spd.with_frozen(recipe, "^embed")
 
 
-SPD, FTP, TPGM = ("spd_ratio",), ("ftp_radii",), ("tpgm_radii",)
-FTP_NUMBERS = {"k": 0.5, "radius_learning_rate": 0.1}
-BALANCE = {"min_scale": 0.5, "max_scale": 1.5}
-
-
 def not_embedding(params: Any) -> Any:
     """A mask; a path_mask would refuse parts of the tree that a pattern does not match."""
     return jax.tree.map_with_path(lambda path, _: "embed" not in jax.tree_util.keystr(path), params)
@@ -130,97 +117,53 @@ def not_embedding(params: Any) -> Any:
 # The number of a block, stacked (blocks/kernel[1]) or not (blocks/1/kernel).
 DEPTH = r"blocks\D*(\d+)"
 
-# A NaN in one layer does reach the others here.
 NORMALIZES = {"isolation": "the scales of all layers are relative to each other"}
+NEEDS_LAYERS = {"no layers": "a depth that matches no layer is an error"}
 LEARNED = {
     "isolation": "all radii are learned from one validation loss, which is NaN then",
     "half precision": "the validation loss is computed in the parameters' dtype",
 }
-NEEDS_LAYERS = {"no layers": "a depth that matches no layer is an error"}
-LEARNS = optax.sgd(0.05)
 
+SPD, FTP, TPGM = ("spd_ratio",), ("ftp_radii",), ("tpgm_radii",)
+BALANCE, DEPTHS = ("temp_balance_scale", "temp_balance_alpha"), ("layer_decay_scale",)
+DECAY, K = {"weight_decay": 1.0}, {"k": 0.5, "radius_learning_rate": 0.1}
+LR, SCALES = {"learning_rate": RATE}, {"min_scale": 0.5, "max_scale": 1.5}
+LEARNS = {"radius_optimizer": optax.sgd(0.05)}
+MASKED = {"anchor_dtype": jnp.bfloat16, "mask": not_embedding}
+VALIDATES = {"validates": True, "excepted": LEARNED}
+
+# fmt: off
 METHODS: dict[str, Method] = {
-    "spd": Method(optax_spd.spd, {"weight_decay": 1.0}, {}, after_adam, adam, SPD, gradient=True),
-    "ftp": Method(optax_spd.ftp, FTP_NUMBERS, {"norm": "l2"}, after_adam, adam, FTP, gradient=True),
-    "tpgm": Method(optax_spd.tpgm, {}, {"radii": 0.2}, after_adam, adam),
+    "spd": Method(optax_spd.spd, DECAY, {}, SPD, after_adam, gradient=True),
+    "ftp": Method(optax_spd.ftp, K, {"norm": "l2"}, FTP, after_adam, gradient=True),
+    "tpgm": Method(optax_spd.tpgm, {}, {"radii": 0.2}, (), after_adam),
     "tpgm, learned": Method(
-        optax_spd.tpgm,
-        {},
-        {"radius_optimizer": LEARNS, "every": 2, "norm": "l2"},
-        after_adam,
-        adam,
-        TPGM,
-        validates=True,
-        excepted=LEARNED,
+        optax_spd.tpgm, {}, LEARNS | {"every": 2, "norm": "l2"}, TPGM, after_adam, **VALIDATES
     ),
-    "l2_sp": Method(optax_spd.l2_sp, {"weight_decay": 0.3}, {}, before_adam, adam),
+    "l2_sp": Method(optax_spd.l2_sp, {"weight_decay": 0.3}, place=before_adam),
     "temp_balance": Method(
-        optax_spd.temp_balance,
-        BALANCE,
-        {"every": 2, "min_eigenvalues": 2},
-        after_adam,
-        adam,
-        ("temp_balance_scale", "temp_balance_alpha"),
+        optax_spd.temp_balance, SCALES, {"every": 2, "min_eigenvalues": 2}, BALANCE, after_adam,
         excepted=NORMALIZES,
     ),
     "layerwise_lr_decay": Method(
-        optax_spd.layerwise_lr_decay,
-        {"decay": 0.5, "min_scale": 0.2},
-        {"depth": DEPTH},
-        after_adam,
-        adam,
-        ("layer_decay_scale",),
-        excepted=NEEDS_LAYERS,
+        optax_spd.layerwise_lr_decay, {"decay": 0.5, "min_scale": 0.2}, {"depth": DEPTH}, DEPTHS,
+        after_adam, excepted=NEEDS_LAYERS,
     ),
-    "with_anchor": Method(
-        shared_anchor, {"l2_sp_decay": 0.1, "spd_decay": 1.0}, {}, alone, adam, SPD
-    ),
-    "with_frozen": Method(
-        frozen_embedding, {"weight_decay": 1.0}, {}, alone, adam, SPD, mask=not_embedding
-    ),
-    "adam_spd": Method(
-        optax_spd.adam_spd, {"learning_rate": RATE, "weight_decay": 1.0}, {}, alone, adam, SPD
-    ),
-    "adam_spd, masked": Method(
-        optax_spd.adam_spd,
-        {"learning_rate": RATE, "weight_decay": 1.0},
-        {"anchor_dtype": jnp.bfloat16, "mask": not_embedding},
-        alone,
-        adam,
-        SPD,
-        mask=not_embedding,
-    ),
-    "adamw_l2_sp": Method(
-        optax_spd.adamw_l2_sp, {"learning_rate": RATE, "weight_decay": 0.5}, {}, alone, adam
-    ),
+    "with_anchor": Method(shared_anchor, {"l2_sp_decay": 0.1, "spd_decay": 1.0}, {}, SPD),
+    "with_frozen": Method(frozen_embedding, DECAY, {}, SPD, mask=not_embedding),
+    "adam_spd": Method(optax_spd.adam_spd, LR | DECAY, {}, SPD),
+    "adam_spd, masked": Method(optax_spd.adam_spd, LR | DECAY, MASKED, SPD, mask=not_embedding),
+    "adamw_l2_sp": Method(optax_spd.adamw_l2_sp, LR | {"weight_decay": 0.5}),
     "adam_ftp": Method(
-        optax_spd.adam_ftp,
-        {"learning_rate": RATE, "weight_decay": 0.1} | FTP_NUMBERS,
-        {"state_dtype": jnp.bfloat16},
-        alone,
-        adam,
-        FTP,
+        optax_spd.adam_ftp, LR | K | {"weight_decay": 0.1}, {"state_dtype": jnp.bfloat16}, FTP
     ),
     "sgd_ftp": Method(
-        optax_spd.sgd_ftp,
-        {"learning_rate": RATE} | FTP_NUMBERS,
-        {"momentum": 0.9, "nesterov": True},
-        alone,
-        sgd,
-        FTP,
+        optax_spd.sgd_ftp, LR | K, {"momentum": 0.9, "nesterov": True}, FTP, inner=sgd
     ),
-    "adam_tpgm": Method(
-        optax_spd.adam_tpgm,
-        {"learning_rate": RATE},
-        {"radius_optimizer": LEARNS},
-        alone,
-        adam,
-        TPGM,
-        validates=True,
-        excepted=LEARNED,
-    ),
-    "sgd_freeze_embed": Method(optax_spd.sgd_freeze_embed, {"learning_rate": RATE}, {}, alone, sgd),
+    "adam_tpgm": Method(optax_spd.adam_tpgm, LR, LEARNS, TPGM, **VALIDATES),
+    "sgd_freeze_embed": Method(optax_spd.sgd_freeze_embed, LR, inner=sgd),
 }
+# fmt: on
 
 
 def every_method(

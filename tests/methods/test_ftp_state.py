@@ -5,7 +5,6 @@ steps, radius, moments and C of its own.
 """
 
 import functools
-import re
 from typing import Any
 
 import jax
@@ -14,7 +13,6 @@ import numpy as np
 import optax
 import oracles
 import pytest
-from jax_support import primitives
 
 import optax_spd
 from optax_spd import LayerSpec
@@ -134,95 +132,6 @@ def test_of_a_group_only_the_arrays_with_a_gradient_are_judged(x64: None) -> Non
 
 # Sick numbers ------------------------------------------------------------------------------------
 
-SHAPES = {"a": (4,), "b": (2, 3), "stack": (4, 3)}
-LAYERS = ["a", "b", "stack[0]", "stack[1]", "stack[2]"]
-SICK = {
-    "NaN gradient": ("grad", np.nan),
-    "infinite gradient": ("grad", np.inf),
-    "negative infinite gradient": ("grad", -np.inf),
-    "a gradient whose square overflows": ("grad", 3e37),
-    "NaN update": ("update", np.nan),
-    "infinite update": ("update", -np.inf),
-    "NaN parameter": ("params", np.nan),
-    "NaN anchor": ("anchor", np.nan),
-    "the norm overflows": ("update", np.float32(3e38)),
-}
-
-
-@functools.cache
-def compiled(norm: str) -> tuple[Any, Any]:
-    """A stage's update from four trees, and its state after two healthy steps."""
-    layers = optax_spd.stacked("stack", axis=1)
-    tx = optax_spd.ftp(norm=norm, anchor="argument", layers=layers, radius_learning_rate=0.1)
-
-    @jax.jit
-    def update(state: Any, trees: dict[str, Any]) -> Any:
-        return tx.update(
-            trees["update"], state, trees["params"], grad=trees["grad"], anchor=trees["anchor"]
-        )
-
-    state = tx.init(healthy(0)["params"])
-    for seed in range(2):
-        _, state = update(state, healthy(seed))
-    return update, state
-
-
-def healthy(seed: int) -> dict[str, Any]:
-    """A gradient against the deviation, so that radii grow and project at once."""
-    params = {name: normal(i, *shape) for i, (name, shape) in enumerate(SHAPES.items())}
-    draw = np.random.default_rng(seed)
-    trees = {
-        "params": params,
-        "anchor": {name: np.zeros(shape) for name, shape in SHAPES.items()},
-        "grad": {name: draw.normal(size=x.shape) - 2 * np.sign(x) for name, x in params.items()},
-        "update": {name: x / 4 + 0.1 * draw.normal(size=x.shape) for name, x in params.items()},
-    }
-    return jax.tree.map(lambda x: x.astype(np.float32), trees)
-
-
-def entry(layer: str) -> tuple[str, tuple[Any, ...]]:
-    """A layer's array, and the index of the layer in it."""
-    name, bracket, index = layer.rstrip("]").partition("[")
-    return name, (slice(None), int(index)) if bracket else (...,)
-
-
-@NORMS
-@pytest.mark.parametrize("layer", ["b", "stack[1]"])
-@pytest.mark.parametrize(("tree", "value"), SICK.values(), ids=SICK)
-def test_a_sick_layer_keeps_its_update_and_its_radius_and_touches_no_other(
-    tree: str, value: float, layer: str, norm: str
-) -> None:
-    update, before = compiled(norm)
-    trees = healthy(2)
-    expected, well = update(before, trees)
-    assert not np.any(well.ftp_radii == before.ftp_radii)
-    name, index = entry(layer)
-    if value == np.float32(3e38):
-        trees[tree][name][index] = value
-    else:
-        trees[tree][name][index].flat[0] = value  # one number of a layer is enough
-    updates, after = update(before, trees)
-
-    number = LAYERS.index(layer)
-    np.testing.assert_array_equal(updates[name][index], trees["update"][name][index])
-    assert by_layer(after, number) == by_layer(before, number)
-    np.testing.assert_array_equal(
-        after.ftp_deviation[name][index], before.ftp_deviation[name][index]
-    )
-    for i, other in enumerate(LAYERS):
-        if other != layer:
-            name, index = entry(other)
-            np.testing.assert_array_equal(updates[name][index], expected[name][index])
-            np.testing.assert_array_equal(
-                after.ftp_deviation[name][index], well.ftp_deviation[name][index]
-            )
-            assert by_layer(after, i) == by_layer(well, i)
-
-    recovered, last = update(after, healthy(3))  # and it goes on from there
-    assert by_layer(last, number)[1] == by_layer(after, number)[1] + 1
-    assert by_layer(last, number)[0] != by_layer(after, number)[0]
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves((recovered, last)))
-
 
 @pytest.mark.parametrize("sick", [0, 1, 4], ids=["first step", "second step", "later"])
 @NORMS
@@ -329,20 +238,6 @@ def test_half_precision_params_have_radii_in_float32(
     assert oracle.met["projected"] == 5
 
 
-def test_the_widest_parameter_dtype_is_the_radii_s(x64: None) -> None:
-    params = {"half": jnp.ones(3, jnp.bfloat16), "wide": jnp.ones(3, jnp.float64)}
-    state = optax_spd.ftp().init(params)
-    assert {x.dtype.name for x in (state.ftp_radii, state.ftp_moments.first)} == {"float64"}
-    assert state.ftp_deviation["half"].dtype == jnp.bfloat16
-    assert state.ftp_deviation["wide"].dtype == jnp.float64
-    assert state.ftp_moments.steps.dtype == jnp.int32
-
-
-def test_state_dtype_float64_without_x64_is_float32() -> None:
-    state = optax_spd.ftp(state_dtype="float64").init(model())
-    assert state.ftp_deviation["head"].dtype == jnp.float32
-
-
 # What it costs and holds -------------------------------------------------------------------------
 
 
@@ -369,156 +264,7 @@ def test_bytes_a_parameter(dtype: Any, options: dict[str, Any], expected: int) -
     assert sizes[0] - 1000 * expected == 4 + 4 * 4  # a counter; radius, steps and two moments
 
 
-def test_masked_arrays_cost_nothing() -> None:
-    params = model()
-    whole, part = (
-        state_bytes(optax_spd.ftp(mask=mask), params)
-        for mask in (None, optax_spd.path_mask("dense"))
-    )
-    assert whole - part == 8 * 32 + 4 * 4  # the head's anchor and C, and one layer's numbers
-    state = optax_spd.ftp(mask=optax_spd.path_mask("dense")).init(params)
-    assert state.ftp_deviation["head"] == state.anchor["head"] == optax.MaskedNode()
-    assert state.ftp_radii.shape == (2,)
-
-
-def test_leaves_that_are_no_layers_pass_through_and_store_no_deviation() -> None:
-    params = {
-        "count": np.arange(3),
-        "empty": np.ones((0, 3), np.float32),
-        "layer": np.full(2, 3.0, np.float32),
-        "masked": optax.MaskedNode(),
-        "none": None,
-    }
-    tx = optax_spd.ftp(anchor="zero")
-    state = tx.init(params)
-    for _ in range(2):
-        updates, state = tx.update(params, state, params, grad=params)
-        for name in params.keys() - {"layer"}:
-            assert updates[name] is params[name], name
-        assert not np.array_equal(updates["layer"], params["layer"])
-        assert len(jax.tree.leaves(state.ftp_deviation)) == 1
-        assert state.ftp_deviation["none"] is None
-        for name in ("count", "empty", "masked"):
-            assert state.ftp_deviation[name] == optax.MaskedNode()
-
-
-def test_a_tree_without_layers_trains_on() -> None:
-    params = {"count": jnp.arange(3)}
-    tx = optax_spd.ftp()
-    updates, state = tx.update(params, tx.init(params), params, grad=params)
-    np.testing.assert_array_equal(updates["count"], params["count"])
-    assert state.ftp_radii.shape == (1,)
-
-
-def buffers(tree: Any) -> list[int]:
-    return [x.unsafe_buffer_pointer() for x in jax.tree.leaves(tree)]
-
-
-@pytest.mark.parametrize("jitted", [False, True])
-def test_every_array_of_the_state_is_its_own_buffer_and_may_be_donated(jitted: bool) -> None:
-    tx = optax_spd.adam_ftp(0.1)
-    params = jax.tree.map(jnp.array, model())
-    state = (jax.jit(tx.init) if jitted else tx.init)(params)
-    pointers = buffers(params) + buffers(state)
-    assert len(set(pointers)) == len(pointers)
-
-    def step(params: Any, state: Any, grads: Any) -> Any:
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    grads = pulled_and_pushed(model(), 4)
-    expected, _ = oracles.train(tx, model(), grads)
-    donated, first = jax.jit(step, donate_argnums=(0, 1)), state
-    for index in range(4):
-        params, state = donated(params, state, jax.tree.map(lambda g, i=index: g[i], grads))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), params, expected)
-    assert all(x.is_deleted() for x in jax.tree.leaves(first))
-
-
-def test_init_answers_shapes_in_kind_and_agrees_with_itself() -> None:
-    tx = optax_spd.ftp(state_dtype=jnp.bfloat16, mask=optax_spd.path_mask("dense"))
-    params = jax.tree.map(jnp.asarray, model())
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    state = tx.init(params)
-    answered = tx.init(shapes)
-    held = jax.tree.leaves((answered.anchor, answered.ftp_deviation))
-    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in held)
-    types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-    assert types(answered) == types(state) == types(jax.eval_shape(tx.init, params))
-    jitted = jax.jit(tx.init)(params)
-    jax.tree.map(np.testing.assert_array_equal, jitted, state)
-
-
-def test_tree_map_params_takes_anchor_and_deviation_for_parameters() -> None:
-    for options in ({}, {"anchor": "zero"}, {"mask": optax_spd.path_mask("dense")}):
-        tx = optax_spd.ftp(**options)
-        state = tx.init(model())
-        mapped = optax.tree.map_params(
-            tx, lambda x: "param", state, transform_non_params=lambda _: "other"
-        )
-        assert set(jax.tree.leaves((mapped.anchor, mapped.ftp_deviation))) == {"param"}
-        assert set(jax.tree.leaves((mapped.count, mapped.ftp_radii, mapped.ftp_moments))) == {
-            "other"
-        }
-
-
 # The anchor --------------------------------------------------------------------------------------
-
-SMALL = {"head": model()["head"]}
-PRETRAINED = jax.tree.map(lambda x: 0.5 * x, SMALL)
-
-
-def quick(stage_options: dict[str, Any], wrap: Any = lambda tx: tx, **extra: Any) -> Any:
-    """Three steps of SGD with FTP."""
-    tx = optax_spd.with_gradient(
-        wrap(optax.chain(optax.sgd(0.1), optax_spd.ftp(radius_learning_rate=1.0, **stage_options)))
-    )
-    params, state = SMALL, tx.init(SMALL)
-    update = jax.jit(functools.partial(tx.update, **extra))
-    for _ in range(3):
-        updates, state = update(SMALL, state, params)
-        params = optax.apply_updates(params, updates)
-    return params, state
-
-
-def test_the_anchor_policies_agree_where_they_mean_the_same() -> None:
-    expected, _ = quick({"anchor": PRETRAINED})
-    shared = lambda tx: optax_spd.with_anchor(tx, PRETRAINED)
-    found = [
-        quick({"anchor": "argument"}, anchor=PRETRAINED),
-        quick({"anchor": "argument"}, shared),
-        quick({"anchor": "initial"}),
-    ]
-    for params, _ in found[:2]:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, expected)
-    assert not np.allclose(found[2][0]["head"], expected["head"], atol=1e-2)
-    zeros = jax.tree.map(np.zeros_like, SMALL)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-        quick({"anchor": "zero"})[0],
-        quick({"anchor": zeros})[0],
-    )
-
-
-def test_set_anchor_and_drop_anchor_leave_the_deviation_alone() -> None:
-    tx = optax_spd.adam_ftp(0.1)
-    params = SMALL
-    _, state = quick({})
-    dropped = optax_spd.drop_anchor(state)
-    before, after = (optax.tree.get(s, "ftp_deviation") for s in (state, dropped))
-    jax.tree.map(np.testing.assert_array_equal, before, after)
-    stage = optax_spd.chain(optax.sgd(0.1), optax_spd.ftp())
-    with pytest.raises(ValueError, match="anchor was dropped; call set_anchor"):
-        stage.update(params, dropped, params)
-
-    late = optax_spd.set_anchor(tx.init(params), PRETRAINED)
-    early = optax_spd.adam_ftp(0.1, anchor=PRETRAINED).init(params)
-    jax.tree.map(np.testing.assert_array_equal, late, early)
-    updates, _ = tx.update(params, late, params)
-    # The first step goes to the anchor.
-    jax.tree.map(
-        lambda x, u, a: np.testing.assert_allclose(x + u, a, atol=1e-6), params, updates, PRETRAINED
-    )
 
 
 def test_a_half_precision_anchor_is_what_the_ball_is_around() -> None:
@@ -526,47 +272,3 @@ def test_a_half_precision_anchor_is_what_the_ball_is_around() -> None:
     tx = optax_spd.sgd_ftp(0.1, anchor_dtype=jnp.bfloat16)
     updates, _ = tx.update(params, tx.init(params), params)
     np.testing.assert_allclose(params["w"] + updates["w"], [1.0, 1.0], atol=1e-7)
-
-
-# What a step may not do --------------------------------------------------------------------------
-
-
-@NORMS
-def test_a_step_has_no_callback_and_is_traced_once(norm: str) -> None:
-    count = lambda step: 0.5 / (1 + step)
-    tx = optax_spd.adam_ftp(count, k=count, radius_learning_rate=count, norm=norm)
-    params = model()
-    found = set(primitives(jax.make_jaxpr(tx.update)(params, tx.init(params), params).jaxpr))
-    assert "mul" in found
-    forbidden = ("callback", "device_put", "infeed", "outfeed", "print")
-    assert not [name for name in found if any(word in name for word in forbidden)]
-
-    traces = 0
-
-    @jax.jit
-    def step(params: Any, state: Any) -> Any:
-        nonlocal traces
-        traces += 1
-        updates, state = tx.update(params, state, params)
-        return optax.apply_updates(params, updates), state
-
-    params, state = jax.tree.map(jnp.asarray, params), tx.init(params)
-    types = jax.tree.map(jax.typeof, state)
-    for _ in range(3):
-        params, state = step(params, state)
-        assert jax.tree.map(jax.typeof, state) == types
-    assert traces == step._cache_size() == 1
-    text = step.lower(params, state).compile().as_text()
-    assert not re.search('custom_call_target="[^"]*callback', text)
-
-
-def test_scanned_steps_are_the_unrolled_ones() -> None:
-    tx = optax_spd.sgd_ftp(0.1, 0.9, radius_learning_rate=0.1)
-    grads = pulled_and_pushed(model(), 6)
-    expected, radii = oracles.train(tx, model(), grads)
-    params, state, update = model(), tx.init(model()), jax.jit(tx.update)
-    for index in range(6):
-        updates, state = update(jax.tree.map(lambda g, i=index: g[i], grads), state, params)
-        params = optax.apply_updates(params, updates)
-        np.testing.assert_allclose(optax.tree.get(state, "ftp_radii"), radii[index], rtol=1e-5)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), params, expected)

@@ -133,18 +133,6 @@ def test_every_anchor_policy_adds_the_same_pull(policy: str) -> None:
     assert state.count == 1
 
 
-def test_masked_arrays_pass_through_and_keep_no_anchor() -> None:
-    params, _, target = trees_of()
-    tx = optax_spd.l2_sp(0.5, anchor="initial", mask=everything_but_bias)
-    state = tx.init(target)
-    updates, _ = tx.update(params, state, params)
-    assert updates["dense"]["bias"] is params["dense"]["bias"]
-    assert state.anchor["dense"]["bias"] == optax.MaskedNode()
-    np.testing.assert_allclose(
-        updates["head"], params["head"] + 0.5 * (params["head"] - target["head"]), rtol=1e-5
-    )
-
-
 def test_bfloat16_deviations_are_not_taken_in_bfloat16() -> None:
     # λΔ = 2⁻⁹ on top of u = 2⁻⁹: a bfloat16 product of a bfloat16 difference has other digits.
     theta, theta_0 = (jnp.full(2, x, jnp.bfloat16) for x in (1.0, 0.9921875))
@@ -167,10 +155,3 @@ def test_an_anchor_in_bfloat16_is_exact_for_a_bfloat16_checkpoint() -> None:
     updates, _ = narrow.update(params, state, params)
     expected, _ = full.update(params, full.init(params), params)
     jax.tree.map(np.testing.assert_array_equal, updates, expected)
-
-
-def test_zero_decay_adds_nothing() -> None:
-    params, anchor, _ = trees_of()
-    tx = optax_spd.l2_sp(0.0, anchor=anchor)
-    updates, _ = tx.update(params, tx.init(params), params)
-    jax.tree.map(np.testing.assert_array_equal, updates, params)

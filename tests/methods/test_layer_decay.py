@@ -1,17 +1,12 @@
 """Layer-wise decay: the applied step is scaled, by the right power, for every layer and client."""
 
-import re
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
-from flax.core import freeze
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import optax_spd
 
@@ -215,66 +210,10 @@ def test_schedules_of_the_decay_and_of_the_floor() -> None:
 # Stacked layers ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_a_scanned_model_trains_as_the_unrolled_one(axis: int) -> None:
-    # The gradients are of a real loss: the embedding and the head see the layers' changes.
-    unrolled = {
-        "embed": jnp.asarray(normal(0, 3, 4)),
-        "layers": [jnp.asarray(normal(1 + i, 4, 4)) for i in range(LAYERS)],
-        "head": jnp.asarray(normal(8, 4, 1)),
-    }
-    scanned = unrolled | {"layers": jnp.stack(unrolled["layers"], axis)}
-
-    def loss(params: Any, split: Any) -> jax.Array:
-        x = params["embed"]
-        for kernel in split(params["layers"]):
-            x = jnp.tanh(x @ kernel)
-        return jnp.sum((x @ params["head"] - 1.0) ** 2)
-
-    def run(params: Any, split: Any, depth: str, **options: Any) -> Any:
-        tx = optax.chain(optax.adam(0.05), optax_spd.layerwise_lr_decay(0.5, depth, **options))
-
-        def step(carry: Any, _: None) -> Any:
-            params, state = carry
-            updates, state = tx.update(jax.grad(loss)(params, split), state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        scan = jax.jit(lambda carry: jax.lax.scan(step, carry, length=5)[0][0])
-        return scan((params, tx.init(params)))
-
-    each = run(unrolled, lambda layers: layers, r"layers/(\d+)$")
-    stack = optax_spd.stacked("^layers$", axis)
-    split = lambda layers: [jnp.take(layers, i, axis) for i in range(LAYERS)]
-    together = run(scanned, split, r"\[(\d+)\]$", layers=stack)
-    assert_close(together, each | {"layers": jnp.stack(each["layers"], axis)}, rtol=1e-5)
-    moved = [jnp.abs(a - b).max() for a, b in zip(each["layers"], unrolled["layers"], strict=True)]
-    assert moved[2] > 2 * moved[0]
-
-
 def test_a_group_with_an_embedding_in_it_is_one() -> None:
     params = {"embed": {"embedding": jnp.ones(1)}, "layer_0": {"kernel": jnp.ones(1)}}
     tx = optax_spd.layerwise_lr_decay(0.5, r"layer_(\d+)", layers=optax_spd.by_module())
     assert jax.tree.leaves(scaled_ones(tx, params)) == [0.25, 0.5]
-
-
-@pytest.mark.parametrize("init_in_jit", [False, True])
-def test_on_an_explicit_mesh_that_splits_the_stacked_axis(init_in_jit: bool) -> None:
-    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Explicit,))
-    specs = {"blocks": P("x", None), "gates": P("x"), "head": P(None, "x")}
-    params = {"blocks": jnp.ones((4, 2)), "gates": jnp.ones(4), "head": jnp.ones((2, 4))}
-    layers = optax_spd.stacked("blocks|gates")
-    tx = optax_spd.layerwise_lr_decay(lambda count: 0.5, r"\[(\d)\]", layers=layers)
-    expected, _ = tx.update(params, tx.init(params), params)
-    with jax.set_mesh(mesh):
-        put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
-        placed = jax.tree.map(put, params, specs)
-        state = (jax.jit(tx.init) if init_in_jit else tx.init)(placed)
-        updates, after = jax.jit(tx.update)(placed, state, placed)
-    jax.tree.map(np.testing.assert_array_equal, updates, expected)
-    np.testing.assert_array_equal(updates["gates"], [0.0625, 0.125, 0.25, 0.5])
-    assert {k: u.sharding.spec for k, u in updates.items()} == specs
-    types = lambda tree: [jax.typeof(x) for x in jax.tree.leaves(tree)]
-    assert types(after) == types(state)
 
 
 # Masks and parts ---------------------------------------------------------------------------------
@@ -289,14 +228,6 @@ def test_what_is_masked_out_passes_through_and_does_not_count() -> None:
     np.testing.assert_allclose(updates["encoder"]["layer_1"]["bias"], normal(10, 2) * 0.5)
     np.testing.assert_allclose(updates["embed"]["embedding"], normal(5, 4, 2) * 0.5**3)
     assert state.layer_decay_scale.shape == (6,)
-
-
-def test_masked_outside_is_masked_inside() -> None:
-    params = model()
-    mask = optax_spd.path_mask("layer", "head")
-    inside = optax_spd.layerwise_lr_decay(0.5, NUMBER, mask=mask)
-    around = optax.masked(optax_spd.layerwise_lr_decay(0.5, NUMBER), mask)
-    assert scaled_ones(around, params) == scaled_ones(inside, params)
 
 
 def test_each_tower_of_a_partition_has_a_top_of_its_own() -> None:
@@ -325,32 +256,6 @@ def test_a_part_with_nothing_but_the_embedding_cannot_tell_how_deep_it_is() -> N
 # Trees, dtypes and clients -----------------------------------------------------------------------
 
 
-def test_what_is_no_layer_passes_through() -> None:
-    params = {
-        "layer_0": jnp.ones(2),
-        "layer_1": {"step": jnp.arange(3), "empty": jnp.ones((0, 2)), "static": None},
-        "layer_2": optax.MaskedNode(),
-    }
-    tx = optax_spd.layerwise_lr_decay(0.5, r"layer_(\d)")
-    assert tx.init(params).layer_decay_scale.shape == (1,)
-    float0 = np.zeros(3, jax.dtypes.float0)
-    updates = params | {"layer_1": {**params["layer_1"], "step": float0}}
-    new, _ = tx.update(updates, tx.init(params), params)
-    assert new["layer_1"]["step"] is float0
-    assert new["layer_1"]["empty"] is params["layer_1"]["empty"]
-    assert new["layer_1"]["static"] is None
-    assert new["layer_2"] == optax.MaskedNode()
-    np.testing.assert_array_equal(new["layer_0"], [0.5, 0.5])
-
-
-def test_a_missing_update_stays_missing_and_its_layer_counts() -> None:
-    params = {"layer_0": jnp.ones(1), "layer_1": jnp.ones(1)}
-    tx = optax_spd.layerwise_lr_decay(0.5, r"layer_(\d)")
-    for gap in (None, optax.MaskedNode()):
-        updates, _ = tx.update({"layer_0": jnp.ones(1), "layer_1": gap}, tx.init(params), params)
-        assert updates == {"layer_0": jnp.full(1, 0.25), "layer_1": gap}
-
-
 def test_a_tree_without_layers_has_one_unused_entry() -> None:
     # Orbax cannot save an empty array.
     tx = optax_spd.layerwise_lr_decay(0.5, NUMBER)
@@ -369,93 +274,6 @@ def test_bfloat16_updates_are_scaled_in_float32() -> None:
     assert updates["layer_0"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(updates["layer_0"], jnp.full(2, exact, jnp.bfloat16))
     assert state.layer_decay_scale.dtype == jnp.float32
-
-
-def test_float64(x64: None) -> None:
-    params = {f"layer_{i}": jnp.ones(1, jnp.float64) for i in range(7)}
-    tx = optax_spd.layerwise_lr_decay(0.7, r"layer_(\d)")
-    updates, state = tx.update(params, tx.init(params), params)
-    assert state.layer_decay_scale.dtype == updates["layer_0"].dtype == jnp.float64
-    np.testing.assert_allclose(updates["layer_0"], 0.7**7, rtol=1e-14)
-
-
-class Block(eqx.Module):
-    kernel: Any
-    activation: Any = None
-
-
-class Net(nnx.Module):
-    def __init__(self) -> None:
-        self.embed = nnx.Embed(3, 2, rngs=nnx.Rngs(0))
-        self.layers = nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(i)) for i in range(2)])
-        self.head = nnx.Linear(2, 1, rngs=nnx.Rngs(3))
-
-
-@pytest.mark.parametrize("kind", ["FrozenDict", "equinox", "nnx.State"])
-def test_containers(kind: str) -> None:
-    block = jnp.ones((2, 2))
-    params = {
-        "FrozenDict": freeze({"layers": {"0": block, "1": block}, "head": block}),
-        "equinox": {"layers": [Block(block), Block(block)], "head": Block(block)},
-        "nnx.State": nnx.state(Net(), nnx.Param),
-    }[kind]
-    tx = optax_spd.layerwise_lr_decay(0.5, r"layers/(\d)")
-    ones = jax.tree.map(np.ones_like, params)
-    updates, state = jax.jit(tx.update)(ones, tx.init(params), params)
-    assert jax.tree.structure(updates) == jax.tree.structure(params)
-    scales = dict(zip(optax_spd.layer_names(params), state.layer_decay_scale, strict=True))
-    for name, scale in scales.items():
-        height = 2 - int(name[7]) if "layers" in name else 3 if "embed" in name else 0
-        assert scale == 0.5**height, name
-    leaves = [float(np.ravel(u)[0]) for u in jax.tree.leaves(updates)]
-    assert leaves == [float(s) for s in scales.values()]
-
-
-def test_injected_hyperparameters_change_without_a_new_trace() -> None:
-    params = {"layer_0": jnp.ones(1), "layer_1": jnp.ones(1)}
-    make = optax.inject_hyperparams(
-        optax_spd.layerwise_lr_decay, static_args=("depth", "layers", "mask")
-    )
-    tx = make(decay=0.5, depth=r"layer_(\d)", min_scale=0.0)
-    traces = []
-
-    @jax.jit
-    def update(state: Any) -> Any:
-        traces.append(1)
-        return tx.update(params, state, params)
-
-    updates, state = update(tx.init(params))
-    assert updates["layer_0"] == 0.25
-    state.hyperparams["decay"] = jnp.float32(0.25)
-    updates, state = update(state)
-    assert updates["layer_0"] == 0.0625
-    state.hyperparams["min_scale"] = jnp.float32(0.125)
-    updates, _ = update(state)
-    assert updates["layer_0"] == 0.125
-    assert len(traces) == 1
-
-
-def test_inside_multi_steps() -> None:
-    params = model()
-    tx = optax.chain(optax.sgd(1.0), optax_spd.layerwise_lr_decay(0.5, NUMBER))
-    steps = optax.MultiSteps(tx, 2)
-    state = steps.init(params)
-    for factor in (np.float32(1), np.float32(3)):
-        grads = jax.tree.map(lambda p, f=factor: f * p, params)
-        updates, state = jax.jit(steps.update)(grads, state, params)
-    expected = jax.tree.map(lambda p, h: -2 * p * 0.5**h, params, heights_of(params))
-    assert_close(updates, expected, rtol=1e-5)
-
-
-def test_tree_map_params_and_shapes() -> None:
-    params = model()
-    tx = optax.chain(optax.adam(0.1), optax_spd.layerwise_lr_decay(0.5, NUMBER))
-    state = tx.init(params)
-    doubled = optax.tree_map_params(tx, lambda x: 2 * x, state)
-    assert jax.tree.structure(doubled) == jax.tree.structure(state)
-    np.testing.assert_array_equal(doubled[1].layer_decay_scale, state[1].layer_decay_scale)
-    shapes = jax.eval_shape(tx.init, params)
-    assert shapes[1].layer_decay_scale.shape == (len(optax_spd.layer_names(params)),)
 
 
 # Bad input ---------------------------------------------------------------------------------------
@@ -498,20 +316,3 @@ def test_bad_depths(case: Any) -> None:
     tx = optax_spd.layerwise_lr_decay(0.5, depth)
     with pytest.raises(error, match=message):
         tx.init(model())
-
-
-def test_bad_trees() -> None:
-    params = {"layer_0": jnp.ones(2)}
-    tx = optax_spd.layerwise_lr_decay(0.5, r"layer_(\d)")
-    state = tx.init(params)
-    with pytest.raises(ValueError, match=re.escape("`params`")):
-        tx.update(params, state)
-    with pytest.raises(ValueError, match="updates does not match params"):
-        tx.update({"layer_1": jnp.ones(2)}, state, params)
-    with pytest.raises(ValueError, match="'layer_0': updates has shape"):
-        tx.update({"layer_0": jnp.ones(3)}, state, params)
-    with pytest.raises(TypeError, match="complex"):
-        tx.init({"layer_0": jnp.ones(2, jnp.complex64)})
-    more = {"layer_0": jnp.ones(1), "layer_1": jnp.ones(1)}
-    with pytest.raises(ValueError, match=r"layer_decay_scale has shape \(1,\)"):
-        tx.update(more, state, more)

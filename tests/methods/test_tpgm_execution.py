@@ -1,6 +1,5 @@
 """What a step of TPGM runs and keeps: when it validates, compilation, memory, Optax's wrappers."""
 
-import pickle
 from typing import Any
 
 import jax
@@ -143,72 +142,6 @@ def test_memory_does_not_grow_with_the_inner_steps() -> None:
     few, many = scratch(2), scratch(64)
     assert few > 0
     assert many - few < size / 10
-
-
-def test_params_and_state_may_be_donated() -> None:
-    tx = optax_spd.adam_tpgm(0.1, every=2)
-    runs = []
-    for donate in ((), (0, 1)):
-        params = jax.tree.map(jnp.array, arrays(0))
-        state = tx.init(params)
-        step = stepper(tx, donate_argnums=donate)
-        for index in range(3):
-            old = (params, state)
-            params, state = step(params, state, arrays(10 + index), arrays(5, 2))
-            deleted = [x.is_deleted() for x in jax.tree.leaves(old)]
-            assert all(deleted) if donate else not any(deleted)
-        runs.append((params, state))
-    assert_same_bits(*runs)
-
-
-# The state ----------------------------------------------------------------------------------------
-
-
-def test_init_works_on_shapes() -> None:
-    params, tx = arrays(0), optax_spd.adam_tpgm(0.1)
-    shapes = jax.eval_shape(lambda: params)
-    real = jax.eval_shape(tx.init, params)
-    assert jax.eval_shape(tx.init, shapes) == real
-    direct = tx.init(shapes)
-    assert jax.tree.structure(direct) == jax.tree.structure(real)
-    as_shape = lambda x: (x.shape, jnp.dtype(x.dtype))
-    assert jax.tree.map(as_shape, direct) == jax.tree.map(as_shape, real)
-    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in direct[1].anchor.values())
-
-
-def test_tree_map_params_tells_the_anchor_from_the_radii() -> None:
-    params, tx = arrays(0), optax_spd.tpgm(layers=optax_spd.stacked("blocks"))
-    state = tx.init(params)
-    marked = optax.tree.map_params(
-        tx, lambda _: "param", state, transform_non_params=lambda _: "other"
-    )
-    assert set(jax.tree.leaves(marked.anchor)) == {"param"}
-    assert set(jax.tree.leaves(marked._replace(anchor=None))) == {"other"}
-
-
-def test_scanned_steps_are_those_of_a_loop_and_resume_bit_by_bit() -> None:
-    tx = optax_spd.adam_tpgm(0.05, every=2, radius_optimizer=optax.adam(0.05))
-    anchor, gradients, batches = arrays(0), arrays(1, 6), arrays(2, 6, 3)
-    step = stepper(tx)
-    at = lambda tree, index: jax.tree.map(lambda x: x[index], tree)
-
-    def run(params: Any, state: Any, indices: range) -> Any:
-        for index in indices:
-            params, state = step(params, state, at(gradients, index), at(batches, index))
-        return params, state
-
-    start = (anchor, tx.init(anchor))
-    whole = run(*start, range(6))
-    saved = pickle.dumps(jax.device_get(run(*start, range(3))))
-    assert_same_bits(run(*pickle.loads(saved), range(3, 6)), whole)
-
-    def scanned(carry: Any, xs: Any) -> Any:
-        return step(*carry, *xs), None
-
-    found, _ = jax.jit(lambda *args: jax.lax.scan(scanned, *args))(
-        jax.tree.map(jnp.asarray, start), (gradients, batches)
-    )
-    assert_close(found, whole)
 
 
 # Optax's wrappers ---------------------------------------------------------------------------------

@@ -110,58 +110,6 @@ def assert_alike(found: Any, expected: Any) -> None:
 
 
 @both_norms
-@pytest.mark.parametrize(
-    ("specs", "grouped", "axis_type"),
-    [
-        ("rows", True, AxisType.Auto),
-        ("columns", False, AxisType.Explicit),
-        ("both", True, AxisType.Explicit),
-    ],
-)
-def test_jit_with_named_shardings(
-    specs: str, grouped: bool, norm: str, axis_type: AxisType
-) -> None:
-    mesh, spec = mesh_of(axis_type), SPECS[specs]
-    place = lambda tree, specs: jax.tree.map(
-        lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree, specs
-    )
-    params, updates, batches = inputs()
-    tx = build(norm, GROUPED if grouped else STACKED)
-    with jax.set_mesh(mesh):
-        params = place(params, spec)
-        state = tx.init(params)
-        types = jax.tree.map(lambda x: str(jax.typeof(x)), state)
-        found = jax.jit(functools.partial(run, tx, half_distance))(
-            params,
-            state,
-            place(updates, with_leading(spec)),
-            place(batches, with_leading(with_leading(spec))),
-        )
-    assert_alike(found, on_one_device(norm, grouped))
-    # On an explicit mesh the types say how an array is split: a second step compiles nothing.
-    assert jax.tree.map(lambda x: str(jax.typeof(x)), found[1]) == types
-    for x, like in zip(jax.tree.leaves(found[0]), jax.tree.leaves(params), strict=True):
-        assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
-
-
-@both_norms
-def test_jit_may_split_the_stacked_axis(norm: str) -> None:
-    shapes = {"blocks": {"bias": (8, 4), "kernel": (8, 3, 4)}}
-    params, updates, batches = inputs(shapes)
-    tx = build(norm, GROUPED)
-    step = jax.jit(functools.partial(run, tx, half_distance))
-    expected, state = step(params, tx.init(params), updates, batches)
-    assert state.tpgm_radii.shape == (8,)
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
-    place = lambda tree, *lead: jax.tree.map(
-        lambda x: jax.device_put(x, NamedSharding(mesh, P(*lead, "d"))), tree
-    )
-    split = place(params)
-    found = step(split, tx.init(split), place(updates, None), place(batches, None, None))
-    assert_alike(found, (jax.device_get(expected), np.asarray(state.tpgm_radii)))
-
-
-@both_norms
 @axis_types
 def test_project_keeps_shardings(axis_type: AxisType, norm: str) -> None:
     mesh, specs = mesh_of(axis_type), SPECS["both"]

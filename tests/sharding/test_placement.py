@@ -12,7 +12,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jax_support import host_memory_works
 
 import optax_spd
-from optax_spd.sharding import placement
 
 # All of one shape: zeros of one shape are one constant to XLA, whatever they belong to.
 SPECS = {"a": P("x"), "b": P(None, "y"), "c": P(("x", "y")), "d": P(None, "x"), "e": P()}
@@ -42,40 +41,28 @@ def test_arrays_of_one_shape_are_each_split_as_their_parameter(name: str) -> Non
 
 
 @pytest.mark.parametrize("number", [1.5, -0.0, np.inf, -np.inf, np.nan])
-def test_what_is_tied_stays_the_same_to_the_bit(number: float) -> None:
-    like = jnp.array([1.0, -0.0, jnp.inf, jnp.nan], jnp.float32)
-    array = jnp.full(4, number, jnp.float32)
-    tied = jax.jit(placement.with_sharding_of)(array, like)
-    assert np.asarray(tied).tobytes() == np.asarray(array).tobytes()
+def test_a_jitted_init_changes_no_bit(number: float) -> None:
+    params = {"w": jnp.array([1.0, -0.0, jnp.inf, jnp.nan], jnp.float32)}
+    for anchor in ({"w": np.full(4, number, np.float32)}, "initial"):
+        tx = optax_spd.adam_spd(0.1, anchor=anchor)
+        expected, found = tx.init(params), jax.jit(tx.init)(params)
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-def test_only_arrays_of_the_parameters_shape_are_tied() -> None:
-    def init(params: Any) -> Any:
-        state = {"w": jnp.zeros(3), "inner": {"w": jnp.zeros((2, 2))}, "count": jnp.zeros(())}
-        return placement.shard_like_params(state, params)
-
-    equations = jax.make_jaxpr(init)({"w": jnp.zeros((2, 2))}).eqns
-    assert sum(e.primitive.name == "is_finite" for e in equations) == 1
-
-
-def test_outside_of_a_program_nothing_happens() -> None:
-    params = {"w": jnp.ones(2)}
-    state = optax.adam(0.1).init(params)
-    assert placement.shard_like_params(state, params) is state
-    assert placement.with_sharding_of(state[0].mu["w"], params["w"]) is state[0].mu["w"]
-
-
-def test_only_floating_numbers_are_tied() -> None:
-    like = {"b": jnp.ones((2, 2)), "k": jnp.ones((2, 2)), "f": jnp.ones((2, 2))}
+def test_a_state_may_hold_arrays_that_are_no_floating_numbers() -> None:
+    params = {"b": jnp.ones((2, 2)), "f": jnp.ones((2, 2)), "k": jnp.ones((2, 2)), "n": jnp.ones(3)}
 
     def init(params: Any) -> Any:
         keys = jax.random.split(jax.random.key(0), (2, 2))
-        state = {"b": jnp.zeros((2, 2), bool), "k": keys, "f": jnp.zeros((2, 2), jnp.bfloat16)}
-        return placement.shard_like_params(state, params)
+        halves = jnp.zeros((2, 2), jnp.bfloat16)
+        # And one that only has the path of a parameter.
+        return {"b": jnp.zeros((2, 2), bool), "f": halves, "k": keys, "n": jnp.zeros(())}
 
-    tied, plain = jax.eval_shape(init, like), init(like)
-    assert jax.tree.map(jnp.shape, tied) == jax.tree.map(jnp.shape, plain)
-    assert [x.dtype for x in jax.tree.leaves(tied)] == [x.dtype for x in jax.tree.leaves(plain)]
+    tx = optax_spd.with_gradient(optax.GradientTransformation(init, lambda u, s, p=None: (u, s)))
+    assert jax.tree.map(jax.typeof, jax.jit(tx.init)(params)) == jax.tree.map(
+        jax.typeof, init(params)
+    )
 
 
 def test_a_number_of_a_state_is_no_copy_of_a_bare_number() -> None:
@@ -91,7 +78,7 @@ if host_memory_works():
     def test_a_jitted_init_takes_what_is_in_host_memory() -> None:
         params = {"w": jnp.full((8, 4), 2.0)}
         host = jax.tree.map(lambda x: jax.device_put(x, jax.memory.Space.Host), params)
-        state = jax.jit(optax_spd.adam_spd(0.1, anchor=host).init)(params)
-        np.testing.assert_array_equal(np.asarray(state[1].anchor["w"]), params["w"])
-        state = jax.jit(optax_spd.adam_spd(0.1).init)(host)
-        np.testing.assert_array_equal(np.asarray(state[1].anchor["w"]), params["w"])
+        for anchor, given in ((host, params), ("initial", host)):
+            state = jax.jit(optax_spd.adam_spd(0.1, anchor=anchor).init)(given)
+            held = optax.tree.get(state, "anchor")["w"]
+            np.testing.assert_array_equal(np.asarray(held), params["w"])

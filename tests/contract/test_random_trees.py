@@ -1,0 +1,200 @@
+"""SPD and FTP on random trees of arrays of several shapes and dtypes, alone and with neighbours."""
+
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+import optax_spd
+
+# Few shapes and dtypes, so that eager operations are compiled once and examples stay cheap.
+SHAPES = [(), (1,), (3,), (2, 3), (0,), (2, 0), (2, 2, 3)]
+DTYPES = [jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16]
+
+pytestmark = pytest.mark.usefixtures("x64")
+EXAMPLES = settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+
+
+class Leaf(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+LEAVES = st.one_of(st.builds(Leaf, st.sampled_from(SHAPES), st.sampled_from(DTYPES)), st.none())
+KEYS = st.text("abc", min_size=1, max_size=2)
+NODES = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.dictionaries(KEYS, inner, min_size=1, max_size=4),
+        st.lists(inner, min_size=1, max_size=3),
+        st.tuples(inner, inner),
+    ),
+    max_leaves=8,
+)
+TREES = st.dictionaries(KEYS, NODES, min_size=1, max_size=3)
+
+
+class Step(NamedTuple):
+    """The trees of one update."""
+
+    params: Any
+    anchor: Any
+    updates: Any
+    grad: Any
+
+
+def random_step(tree: Any, seed: int) -> Step:
+    """Numbers for a tree of Leafs, such that SPD fires on about half of the layers."""
+    # Hypothesis likes the same few seeds, which would give most trees the same first layers.
+    rng = np.random.default_rng([seed, zlib.crc32(repr(tree).encode())])
+
+    def draw(leaf: Leaf) -> Step:
+        anchor, delta = rng.normal(size=leaf.shape), rng.normal(size=leaf.shape)
+        outward = rng.choice([1.0, -1.0], p=[0.7, 0.3])
+        updates = 0.1 * (outward * delta + 0.3 * rng.normal(size=leaf.shape))
+        grad = rng.choice([1.0, -1.0], p=[0.7, 0.3]) * delta
+        return Step(*(jnp.asarray(x, leaf.dtype) for x in (anchor + delta, anchor, updates, grad)))
+
+    drawn = jax.tree.map(draw, tree, is_leaf=lambda x: isinstance(x, Leaf))
+    is_step = lambda x: isinstance(x, Step)
+    return Step(*(jax.tree.map(lambda s, i=i: s[i], drawn, is_leaf=is_step) for i in range(4)))
+
+
+def by_name(tree: Any) -> dict[str, Any]:
+    """The arrays of a tree, by the names that layers have."""
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    return {name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+class Result(NamedTuple):
+    """A stage's new updates, and what it decided for each layer, by name."""
+
+    updates: Any
+    decided: dict[str, float]
+
+
+Apply = Callable[[Step], Result]
+
+
+def named(step: Step, vector: Any) -> dict[str, float]:
+    names = optax_spd.layer_names(step.params)
+    return dict(zip(names, np.asarray(vector)[: len(names)], strict=True))
+
+
+def spd(step: Step, weight_decay: float = 1.0) -> Result:
+    tx = optax_spd.spd(weight_decay, anchor="argument")
+    state = tx.init(step.params)
+    updates, state = tx.update(step.updates, state, step.params, grad=step.grad, anchor=step.anchor)
+    return Result(updates, named(step, state.spd_ratio))
+
+
+def ftp(step: Step) -> Result:
+    tx = optax_spd.ftp(anchor="argument", radius_learning_rate=1.0)
+    state, updates = tx.init(step.params), step.updates
+    for _ in range(2):
+        updates, state = tx.update(
+            step.updates, state, step.params, grad=step.updates, anchor=step.anchor
+        )
+    return Result(updates, named(step, state.ftp_radii))
+
+
+def check_structure(step: Step, result: Result) -> None:
+    assert jax.tree.structure(result.updates) == jax.tree.structure(step.updates)
+    for new, old in zip(
+        jax.tree.leaves(result.updates), jax.tree.leaves(step.updates), strict=True
+    ):
+        assert (new.shape, new.dtype) == (old.shape, old.dtype)
+
+
+def check_renamed(step: Step, result: Result, apply: Apply, seed: int) -> None:
+    """Neither names nor order nor containers matter."""
+    leaves = [jax.tree.leaves(part) for part in step]
+    order = np.random.default_rng(seed).permutation(len(leaves[0]))
+    renamed = Step(*({f"z{i}": part[j] for i, j in enumerate(order)} for part in leaves))
+    found = apply(renamed).updates
+    for i, j in enumerate(order):
+        np.testing.assert_array_equal(found[f"z{i}"], jax.tree.leaves(result.updates)[j])
+
+
+def check_poisoned(step: Step, result: Result, apply: Apply, seed: int) -> None:
+    """Layers do not influence each other, whatever the numbers of one."""
+    names = list(by_name(step.params))
+    victim = names[seed % len(names)]
+    poison = (np.nan, np.inf, 3.0)[seed % 3]
+
+    def poisoned(part: Any) -> Any:
+        leaves = [
+            jnp.full_like(x, poison) if name == victim else x for name, x in by_name(part).items()
+        ]
+        return jax.tree.unflatten(jax.tree.structure(part), leaves)
+
+    found = apply(Step(*map(poisoned, step)))
+    new, old = by_name(found.updates), by_name(result.updates)
+    for name in set(names) - {victim}:
+        np.testing.assert_array_equal(new[name], old[name])
+        assert found.decided.get(name) == result.decided.get(name)
+
+
+def check_zero_decay(step: Step) -> None:
+    jax.tree.map(np.testing.assert_array_equal, spd(step, 0.0).updates, step.updates)
+
+
+def exact(step: Step, result: Result, name: str) -> tuple[np.ndarray, np.ndarray, float]:
+    """Δ as the parameters' dtype makes it and the new update, in float64; the dtype's rounding."""
+    theta, anchor = by_name(step.params)[name], by_name(step.anchor)[name]
+    update = by_name(result.updates)[name]
+    rounding = float(jnp.finfo(theta.dtype).eps)
+    return np.asarray(theta - anchor, float), np.asarray(update, float), rounding
+
+
+def check_no_growth(step: Step, result: Result) -> None:
+    """No layer's deviation grows where SPD fires, up to the rounding of the dtype."""
+    for name, ratio in result.decided.items():
+        if ratio > 0:
+            delta, u, rounding = exact(step, result, name)
+            wide = 2 * rounding * (np.linalg.norm(delta) + np.linalg.norm(u)) + 1e-6
+            assert np.linalg.norm(delta + u) <= np.linalg.norm(delta) + wide
+
+
+def check_in_ball(step: Step, result: Result) -> None:
+    """FTP leaves every output unit in the ball of its layer."""
+    for name, radius in result.decided.items():
+        delta, u, rounding = exact(step, result, name)
+        sizes = np.abs(delta + u)
+        rows = sizes.reshape(-1, sizes.shape[-1]).sum(axis=0) if u.ndim > 1 else sizes.sum()
+        allowed = rounding * (np.abs(delta) + np.abs(u)).sum() + 1e-6
+        assert np.max(rows) <= radius + allowed
+
+
+@pytest.mark.parametrize("apply", [spd, ftp])
+def test_each_layer_is_judged_by_itself_whatever_the_tree(apply: Apply) -> None:
+    layers = acted = 0
+
+    def check(tree: Any, seed: int) -> None:
+        nonlocal layers, acted
+        step = random_step(tree, seed)
+        result = apply(step)
+        check_structure(step, result)
+        if not jax.tree.leaves(step.params):
+            return
+        layers += len(result.decided)
+        acted += sum(value > 1e-7 for value in result.decided.values())
+        check_renamed(step, result, apply, seed)
+        check_poisoned(step, result, apply, seed)
+        if apply is spd:
+            check_zero_decay(step)
+            check_no_growth(step, result)
+        else:
+            check_in_ball(step, result)
+
+    EXAMPLES(given(TREES, st.integers(0, 2**16))(check))()
+    # Else little was checked.
+    assert layers >= 40
+    assert acted >= 0.2 * layers

@@ -1,0 +1,210 @@
+"""The methods of the contract suite: one line for each public stage, wrapper and recipe.
+
+Every test in tests/contract/ runs on every line of ``METHODS``. A new method joins by a new line.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import optax_spd
+
+Maker = Callable[..., optax.GradientTransformationExtraArgs]
+RATE = 0.1
+
+
+class Method(NamedTuple):
+    """How to make one method, and what is special about it.
+
+    Attributes:
+      build: the public function, or a small factory around it.
+      numbers: hyperparameters that may be schedules and may change between steps.
+      fixed: its other arguments.
+      vectors: the fields of its state with one number for each layer.
+      place: puts a stage into a complete optimizer.
+      inner: the optimizer without the method.
+      gradient: whether the bare method needs ``grad=``.
+      validates: whether steps pass it ``validation_fn`` and ``validation_batches``.
+      mask: which arrays its layers are, if not all.
+      excepted: properties that do not hold for it, each with the reason.
+    """
+
+    build: Maker
+    numbers: Mapping[str, float]
+    fixed: Mapping[str, Any] = {}
+    vectors: tuple[str, ...] = ()
+    place: Callable[[Any], Any] = lambda tx: tx
+    inner: Callable[[], Any] = lambda: optax.adam(RATE)
+    gradient: bool = False
+    validates: bool = False
+    mask: Any = None
+    excepted: Mapping[str, str] = {}
+
+    def takes(self, option: str) -> bool:
+        """Whether the method has an argument of this name."""
+        return option in inspect.signature(self.build).parameters
+
+    def stage(self, **options: Any) -> Any:
+        """The bare method, with those of the options that it takes."""
+        taken = {name: value for name, value in options.items() if self.takes(name)}
+        return self.build(**{**self.numbers, **self.fixed, **taken})
+
+    def optimizer(self, **options: Any) -> Any:
+        """A complete optimizer that needs no extra arguments but validation data."""
+        return self.place(self.stage(**options))
+
+    @property
+    def is_stage(self) -> bool:
+        """Whether it stands in a chain."""
+        return self.place in (after_adam, before_adam)
+
+    @property
+    def is_wrapper(self) -> bool:
+        """Whether the line's factory is written for the table, around a public wrapper."""
+        return self.build.__module__ == __name__
+
+    @property
+    def has_anchor(self) -> bool:
+        """Whether its state holds an anchor."""
+        return self.takes("anchor")
+
+
+def after_adam(stage: Any) -> Any:
+    return optax_spd.chain(optax.adam(RATE), stage)
+
+
+def before_adam(stage: Any) -> Any:
+    return optax_spd.chain(stage, optax.adam(RATE))
+
+
+def sgd() -> Any:
+    return optax.sgd(RATE, momentum=0.9)
+
+
+def shared_anchor(
+    l2_sp_decay: Any = 0.1,
+    spd_decay: Any = 1.0,
+    anchor: Any = "initial",
+    anchor_dtype: Any = None,
+    layers: Any = None,
+) -> Any:
+    """Two stages that share one anchor."""
+    stages = optax.chain(
+        optax_spd.l2_sp(l2_sp_decay, anchor="argument"),
+        optax.adam(RATE),
+        optax_spd.spd(spd_decay, anchor="argument", layers=layers),
+    )
+    return optax_spd.with_gradient(optax_spd.with_anchor(stages, anchor, anchor_dtype))
+
+
+def frozen_embedding(weight_decay: Any = 1.0, anchor: Any = "initial", layers: Any = None) -> Any:
+    """A recipe of which one array is frozen."""
+    recipe = optax_spd.adam_spd(RATE, weight_decay=weight_decay, anchor=anchor, layers=layers)
+    return optax_spd.with_frozen(recipe, "^embed")
+
+
+def not_embedding(params: Any) -> Any:
+    """A mask; a path_mask would refuse parts of the tree that a pattern does not match."""
+    return jax.tree.map_with_path(lambda path, _: "embed" not in jax.tree_util.keystr(path), params)
+
+
+# The number of a block, stacked (blocks/kernel[1]) or not (blocks/1/kernel).
+DEPTH = r"blocks\D*(\d+)"
+
+NORMALIZES = {"isolation": "the scales of all layers are relative to each other"}
+NEEDS_LAYERS = {"no layers": "a depth that matches no layer is an error"}
+LEARNED = {
+    "isolation": "all radii are learned from one validation loss, which is NaN then",
+    "half precision": "the validation loss is computed in the parameters' dtype",
+}
+
+SPD, FTP, TPGM = ("spd_ratio",), ("ftp_radii",), ("tpgm_radii",)
+BALANCE, DEPTHS = ("temp_balance_scale", "temp_balance_alpha"), ("layer_decay_scale",)
+DECAY, K = {"weight_decay": 1.0}, {"k": 0.5, "radius_learning_rate": 0.1}
+LR, SCALES = {"learning_rate": RATE}, {"min_scale": 0.5, "max_scale": 1.5}
+LEARNS = {"radius_optimizer": optax.sgd(0.05)}
+MASKED = {"anchor_dtype": jnp.bfloat16, "mask": not_embedding}
+VALIDATES = {"validates": True, "excepted": LEARNED}
+
+# fmt: off
+METHODS: dict[str, Method] = {
+    "spd": Method(optax_spd.spd, DECAY, {}, SPD, after_adam, gradient=True),
+    "ftp": Method(optax_spd.ftp, K, {"norm": "l2"}, FTP, after_adam, gradient=True),
+    "tpgm": Method(optax_spd.tpgm, {}, {"radii": 0.2}, (), after_adam),
+    "tpgm, learned": Method(
+        optax_spd.tpgm, {}, LEARNS | {"every": 2, "norm": "l2"}, TPGM, after_adam, **VALIDATES
+    ),
+    "l2_sp": Method(optax_spd.l2_sp, {"weight_decay": 0.3}, place=before_adam),
+    "temp_balance": Method(
+        optax_spd.temp_balance, SCALES, {"every": 2, "min_eigenvalues": 2}, BALANCE, after_adam,
+        excepted=NORMALIZES,
+    ),
+    "layerwise_lr_decay": Method(
+        optax_spd.layerwise_lr_decay, {"decay": 0.5, "min_scale": 0.2}, {"depth": DEPTH}, DEPTHS,
+        after_adam, excepted=NEEDS_LAYERS,
+    ),
+    "with_anchor": Method(shared_anchor, {"l2_sp_decay": 0.1, "spd_decay": 1.0}, {}, SPD),
+    "with_frozen": Method(frozen_embedding, DECAY, {}, SPD, mask=not_embedding),
+    "adam_spd": Method(optax_spd.adam_spd, LR | DECAY, {}, SPD),
+    "adam_spd, masked": Method(optax_spd.adam_spd, LR | DECAY, MASKED, SPD, mask=not_embedding),
+    "adamw_l2_sp": Method(optax_spd.adamw_l2_sp, LR | {"weight_decay": 0.5}),
+    "adam_ftp": Method(
+        optax_spd.adam_ftp, LR | K | {"weight_decay": 0.1}, {"state_dtype": jnp.bfloat16}, FTP
+    ),
+    "sgd_ftp": Method(
+        optax_spd.sgd_ftp, LR | K, {"momentum": 0.9, "nesterov": True}, FTP, inner=sgd
+    ),
+    "adam_tpgm": Method(optax_spd.adam_tpgm, LR, LEARNS, TPGM, **VALIDATES),
+    "sgd_freeze_embed": Method(optax_spd.sgd_freeze_embed, LR, inner=sgd),
+}
+# fmt: on
+
+
+def every_method(
+    property_name: str = "", where: Callable[[Method], bool] = lambda method: True
+) -> pytest.MarkDecorator:
+    """Runs a test on every method that the property is said to hold for.
+
+    Args:
+      property_name: methods that except this property are left out.
+      where: which methods the property concerns at all.
+    """
+    names = [n for n, m in METHODS.items() if where(m) and property_name not in m.excepted]
+    return pytest.mark.parametrize("name", names)
+
+
+def public_makers() -> set[str]:
+    """The public functions that return a gradient transformation."""
+    made = (optax.GradientTransformation, optax.GradientTransformationExtraArgs)
+    public = {name: getattr(optax_spd, name) for name in optax_spd.__all__}
+    return {
+        name
+        for name, function in public.items()
+        if inspect.isfunction(function) and inspect.signature(function).return_annotation in made
+    }
+
+
+@functools.cache
+def optimizer(name: str) -> Any:
+    """The complete optimizer of a line, made once for all tests, for the model below."""
+    return METHODS[name].optimizer(layers=optax_spd.stacked("^blocks/"))
+
+
+def half_distance(params: Any, batch: Any) -> jax.Array:
+    """A validation loss: half the squared distance to the batch."""
+    parts = jax.tree.map(lambda x, y: jnp.sum((x - y) ** 2) / 2, params, batch)
+    return jnp.stack(jax.tree.leaves(parts)).sum()
+
+
+def validation(name: str, params: Any) -> dict[str, Any]:
+    """The extra arguments of a step."""
+    if not METHODS[name].validates:
+        return {}
+    batches = jax.tree.map(lambda x: jnp.stack([2 * x, -x / 2]), params)
+    return {"validation_fn": half_distance, "validation_batches": batches}

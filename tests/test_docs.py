@@ -3,26 +3,16 @@
 import pathlib
 import re
 import runpy
-from typing import Any
 
 import pytest
+from docs_examples import PAGES, ROOT, blocks, run
 
 import optax_spd
-
-ROOT = pathlib.Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-
-
-def blocks(page: pathlib.Path) -> list[str]:
-    return BLOCK.findall(page.read_text())
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.name)
 def test_code_blocks_run(page: pathlib.Path) -> None:
-    namespace: dict[str, Any] = {"__name__": "__docs__"}
-    for number, block in enumerate(blocks(page)):
-        exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
+    run(page)
 
 
 def test_the_readme_shows_the_quickstart_and_it_learns(capsys: pytest.CaptureFixture[str]) -> None:

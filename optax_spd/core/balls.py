@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_spd.core.rows import RowSums, layer_extremes, row_sums
-from optax_spd.core.sums import layer_sums, norm_of, spread, spread_over
+from optax_spd.core.sums import layer_sums, norm_of, sharded_like, spread, spread_over
 from optax_spd.layers import checks, plans
 from optax_spd.sharding import manual_axes
 
@@ -202,6 +202,7 @@ def factors(
         if entry is None or rows is None:
             result.append(None)
             continue
-        radius = spread(entry, radii, rows.ndim).astype(rows.dtype)
-        result.append(ball_factor(radius, rows, spread(entry, active, rows.ndim), exact=exact))
+        radius = sharded_like(spread(entry, radii, rows.ndim).astype(rows.dtype), rows)
+        is_active = sharded_like(spread(entry, active, rows.ndim), rows)
+        result.append(ball_factor(radius, rows, is_active, exact=exact))
     return result

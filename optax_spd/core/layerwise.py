@@ -27,7 +27,7 @@ from optax_spd.core.sums import (
     block_sums,
     joined,
     layer_sums,
-    predicate_like,
+    sharded_like,
     spread_block,
 )
 from optax_spd.layers import checks, fingerprints
@@ -184,6 +184,8 @@ def layerwise(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
         view = options.view(updates, state.anchor, params, extra_args)
+        for key, vector in _vectors(state):
+            stage.check_vector(key, vector, view.plan)
         matched = []
         if gradient:
             matched.append(view.match(wrappers.require_gradient(extra_args, name), "grad"))
@@ -194,14 +196,9 @@ def layerwise(
             made = _decide_rows(view, products, functools.partial(decide, **values))
         else:
             remembered = {key: _field(state, "memory", key) for key in initial}
-            for key, vector in remembered.items():
-                stage.check_vector(key, vector, view.plan)
             made = _decide_layers(
                 view, products, sums, remembered, functools.partial(decide, **values)
             )
-        for key in made.record:
-            stage.check_vector(key, _field(state, "record", key), view.plan)
-
         second = recompute.second_pass(view, made.changing)
         steps = [
             None if d is None else _acted(act, d, *made.leaves[i])
@@ -306,7 +303,7 @@ def _acted(
 ) -> jax.Array:
     """``act`` where the decision says so; u elsewhere, by a select that lets no NaN through."""
     new = act(d, *(c.astype(d.step.dtype) for c in coefficients))
-    return jnp.where(predicate_like(changes, d.step), new, d.step)
+    return jnp.where(sharded_like(changes, d.step), new, d.step)
 
 
 def _all_finite(vectors: Iterable[jax.Array]) -> jax.Array:
@@ -326,6 +323,14 @@ def _field(state: Any, kind: str, key: str) -> jax.Array:
     held = getattr(state, kind)[key] if isinstance(state, LayerwiseState) else getattr(state, key)
     vector: jax.Array = held
     return vector
+
+
+def _vectors(state: Any) -> list[tuple[str, jax.Array]]:
+    """The per-layer vectors of a state, by name."""
+    if isinstance(state, LayerwiseState):
+        return [*state.record.items(), *state.memory.items()]
+    common = ("count", "anchor", "layer_fingerprint")
+    return [(key, getattr(state, key)) for key in state._fields if key not in common]
 
 
 def _new_state(

@@ -39,7 +39,7 @@ def scaled(
         step = trees.as_real(leaf, plans.compute_dtype(leaf), "updates", path)
         factor = sums.spread(entry, scale, step.ndim).astype(step.dtype)
         # A factor of 0 stops a layer, also one whose update is not finite.
-        stopped = sums.predicate_like(factor == 0, step)
+        stopped = sums.sharded_like(factor == 0, step)
         return jnp.where(stopped, 0, step * factor).astype(jnp.result_type(leaf))
 
     changed = zip(flat.paths, map(product, flat.paths, plan.arrays, leaves), strict=True)

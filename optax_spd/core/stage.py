@@ -218,7 +218,7 @@ def project_step(d: Deviation, factor: jax.Array) -> jax.Array:
     projected = jnp.where(
         factor < 0.5, factor * d.tentative - d.delta, d.step - (1 - factor) * d.tentative
     )
-    outside = sums.predicate_like(factor < 1, d.step)
+    outside = sums.sharded_like(factor < 1, d.step)
     return jnp.where(outside, projected, d.step)
 
 

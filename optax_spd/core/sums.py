@@ -234,14 +234,14 @@ def spread_over(
     ]
 
 
-def predicate_like(condition: jax.Array, array: jax.Array) -> jax.Array:
-    """A condition that broadcasts against ``array``, to select by.
+def sharded_like(values: jax.Array, array: jax.Array) -> jax.Array:
+    """Values that broadcast against ``array``, to select with or by.
 
-    An explicit-sharding mesh wants a predicate sharded like what it selects from, and one that is
-    spread from a per-layer vector is replicated.
+    An explicit-sharding mesh wants all operands of a select sharded alike, and values that are
+    spread from a per-layer vector are replicated.
     """
     sharding = jax.typeof(array).sharding
     if all(part is None for part in sharding.spec):
-        return condition
-    like: jax.Array = jax.sharding.reshard(jnp.broadcast_to(condition, array.shape), sharding)
+        return values
+    like: jax.Array = jax.sharding.reshard(jnp.broadcast_to(values, array.shape), sharding)
     return like

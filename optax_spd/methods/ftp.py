@@ -278,4 +278,4 @@ def ftp(
 
 def _kept(d: stage.Deviation, active: jax.Array, previous: jax.Array) -> jax.Array:
     """C for the next step; the last one where the layer was not active."""
-    return jnp.where(sums.predicate_like(active > 0, previous), d.tentative, previous)
+    return jnp.where(sums.sharded_like(active > 0, previous), d.tentative, previous)

@@ -105,7 +105,7 @@ class Displacement(NamedTuple):
             None
             if theta_0 is None or delta is None or f is None
             else jnp.where(
-                sums.predicate_like(f < 1, delta),
+                sums.sharded_like(f < 1, delta),
                 (theta_0 + f * delta).astype(jnp.result_type(theta)),
                 theta,
             )

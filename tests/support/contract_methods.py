@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import docs_examples
 import jax
 import jax.numpy as jnp
 import optax
@@ -114,6 +115,24 @@ def not_embedding(params: Any) -> Any:
     return jax.tree.map_with_path(lambda path, _: "embed" not in jax.tree_util.keystr(path), params)
 
 
+@functools.cache
+def own_method() -> Maker:
+    """The method that docs/own_method.md writes with ``layerwise``."""
+    page = docs_examples.ROOT / "docs" / "own_method.md"
+    made: Maker = docs_examples.run(page, first=1)["cosine_decay"]
+    return made
+
+
+def cosine_decay(
+    weight_decay: Any = 0.1, smoothing: Any = 0.5, anchor: Any = "initial",
+    anchor_dtype: Any = None, layers: Any = None, mask: Any = None, axis_name: Any = None,
+) -> Any:  # fmt: skip
+    return own_method()(
+        weight_decay, smoothing, anchor=anchor, anchor_dtype=anchor_dtype, layers=layers,
+        mask=mask, axis_name=axis_name,
+    )  # fmt: skip
+
+
 # The number of a block, stacked (blocks/kernel[1]) or not (blocks/1/kernel).
 DEPTH = r"blocks\D*(\d+)"
 
@@ -141,6 +160,10 @@ METHODS: dict[str, Method] = {
         optax_spd.tpgm, {}, LEARNS | {"every": 2, "norm": "l2"}, TPGM, after_adam, **VALIDATES
     ),
     "l2_sp": Method(optax_spd.l2_sp, {"weight_decay": 0.3}, place=before_adam),
+    "layerwise": Method(
+        cosine_decay, {"weight_decay": 0.3, "smoothing": 0.5}, {}, ("cosine", "average_cosine"),
+        after_adam, gradient=True,
+    ),
     "temp_balance": Method(
         optax_spd.temp_balance, SCALES, {"every": 2, "min_eigenvalues": 2}, BALANCE, after_adam,
         excepted=NORMALIZES,

@@ -159,6 +159,8 @@ def layerwise(
     options = stage.StageOptions(anchor, anchor_dtype, layers, mask, axis_name)
     initial, scheduled = dict(memory or {}), dict(hyperparameters or {})
     _check_arguments(level, initial, sums, axis_name)
+    for key, number in scheduled.items():
+        checks.check_scalar(key, number, low=-math.inf)
     if state is not None:
         policy.holds_anchor(state)
 

@@ -40,8 +40,12 @@ def check_scalar(name: str, value: Any, *, low: float = 0.0, high: float = math.
     except TypeError as error:
         raise TypeError(f"{name} must be a number or a schedule, got {value!r}.") from error
     if not (math.isfinite(number) and low <= number <= high):
-        allowed = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
-        raise ValueError(f"{name} must be finite and {allowed}, got {number}.")
+        allowed = (
+            f" and at least {low:g}" if high == math.inf else f" and between {low:g} and {high:g}"
+        )
+        if low == -math.inf and high == math.inf:
+            allowed = ""
+        raise ValueError(f"{name} must be finite{allowed}, got {number}.")
 
 
 def check_count(name: str, value: Any) -> None:

@@ -179,7 +179,7 @@ def test_missing_params_are_refused_in_the_words_of_optax(name: str) -> None:
 @every_method(where=lambda method: method.gradient)
 def test_a_missing_gradient_is_refused_with_three_mends(name: str) -> None:
     for tx in (METHODS[name].stage(), optax.chain(METHODS[name].stage())):
-        with pytest.raises(ValueError, match=f"{name} needs the raw gradient") as error:
+        with pytest.raises(ValueError, match="needs the raw gradient") as error:
             updated(tx, name, grad=None)
         for mend in ("grad=grads", "optax_spd.chain(...)", "optax_spd.with_gradient(...)"):
             assert mend in str(error.value)
@@ -308,8 +308,9 @@ def test_a_number_is_finite_not_negative_and_a_scalar(name: str) -> None:
     method = METHODS[name]
     checked = [n for n in method.numbers if n not in ("learning_rate", "l2_sp_decay", "spd_decay")]
     for number in checked:
-        for value in (-1.0, np.nan, np.inf, np.float32(-1), jnp.asarray(np.nan)):
-            with pytest.raises(ValueError, match=rf"{number} must be finite and .*{value}"):
+        negative = () if "sign" in method.excepted else (-1.0, np.float32(-1))
+        for value in (*negative, np.nan, np.inf, jnp.asarray(np.nan)):
+            with pytest.raises(ValueError, match=rf"{number} must be finite.*{value}"):
                 method.stage(**{number: value})
         for wrong in (None, "0.1", {"encoder": 0.1}, 1j):
             with pytest.raises(TypeError, match=f"{number} must be a number or a schedule"):

@@ -144,7 +144,7 @@ def row_norms(params: Params) -> dict[str, float]:
         rows = methods.LAYERS(path, leaf).output_axes if array.ndim > 1 else ()
         outputs = {axis % array.ndim for axis in rows}
         summed = tuple(axis for axis in range(array.ndim) if axis not in outputs)
-        sizes[path] = float(array.sum(summed).max())
+        sizes[path] = float(np.max(array.sum(axis=summed)))
     return sizes
 
 

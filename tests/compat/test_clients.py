@@ -295,18 +295,6 @@ def run_nnx(model: NNXNet, optimizer: Any) -> tuple[Any, list[Any], list[Any]]:
     return start, grads, ratios
 
 
-def test_an_nnx_model_and_optimizer() -> None:
-    model = NNXNet(nnx.Rngs(0))
-    both = nnx.ModelAndOptimizer(model, optax_spd.adam_spd(RATE))
-    start = plain(nnx.state(model, nnx.Param))
-    grads, ratios = [], []
-    for index in range(STEPS):
-        grads.append(nnx.grad(nnx_loss)(model, target(index)))
-        both.update(grads[-1])
-        ratios.extend(jax.tree.leaves(oracles.decisions(both.opt_state)))
-    assert_like_plain_loop(start, nnx.state(model, nnx.Param), grads, ratios)
-
-
 @pytest.mark.parametrize("recipe", ["adam_spd", "adam_ftp"])
 def test_an_nnx_optimizer_with_sharding_metadata(recipe: str) -> None:
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)

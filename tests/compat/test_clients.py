@@ -224,24 +224,14 @@ def run_linen(state: TrainState, step: Any) -> tuple[TrainState, list[Any], list
 RULES = (("embed", "x"), ("mlp", "y"))
 
 
-@pytest.mark.parametrize("boxes", ["partitioned", "logically partitioned"])
-def test_linen_boxed_parameters_on_a_mesh(boxes: str) -> None:
+def test_linen_boxed_parameters_on_a_mesh() -> None:
     """The state's shardings come from the boxes, as Flax's guide does it."""
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-    initializer = nn.initializers.lecun_normal()
-    if boxes == "partitioned":
-        net = LinenNet(nn.with_partitioning(initializer, ("x", "y")))
-    else:
-        net = LinenNet(nn.with_logical_partitioning(initializer, ("embed", "mlp")))
+    net = LinenNet(nn.with_partitioning(nn.initializers.lecun_normal(), ("x", "y")))
     tx = optax_spd.adam_spd(RATE)
     create = functools.partial(create_linen, net, tx)
     abstract = jax.eval_shape(create, KEY)
-    specs = nn.get_partition_spec(abstract)
-    if boxes == "partitioned":
-        shardings = nn.get_sharding(abstract, mesh)
-    else:
-        shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES)
-
+    shardings = nn.get_sharding(abstract, mesh)
     start = jax.jit(create, out_shardings=shardings)(KEY)
     assert jax.tree.structure(start) == jax.tree.structure(abstract)
     step = jax.jit(linen_step, out_shardings=(shardings, None))

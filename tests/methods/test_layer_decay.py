@@ -88,12 +88,6 @@ def test_before_adam_it_would_vanish() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), wrong, plain)
 
 
-def test_with_sgd_both_places_are_the_same() -> None:
-    # Why a stage that finds itself before the optimizer is no error.
-    sgd, decay = optax.sgd(0.1, momentum=0.9), optax_spd.layerwise_lr_decay(0.5, NUMBER)
-    assert_close(moved(optax.chain(decay, sgd)), moved(optax.chain(sgd, decay)), rtol=1e-4)
-
-
 def test_adamw_s_weight_decay_is_scaled_with_the_rate() -> None:
     # As in BEiT, where each layer is a parameter group with a rate of its own.
     params = model()

@@ -189,13 +189,3 @@ def test_bytes_a_parameter(dtype: Any, options: dict[str, Any], expected: int) -
     sizes = [state_bytes(tx, {"w": jax.ShapeDtypeStruct((n, 10), dtype)}) for n in (100, 300)]
     assert sizes[1] - sizes[0] == 2000 * expected
     assert sizes[0] - 1000 * expected == 4 + 4 * 4  # a counter; radius, steps and two moments
-
-
-# The anchor --------------------------------------------------------------------------------------
-
-
-def test_a_half_precision_anchor_is_what_the_ball_is_around() -> None:
-    params = {"w": np.array([1.0, 1.003], np.float32)}
-    tx = optax_spd.sgd_ftp(0.1, anchor_dtype=jnp.bfloat16)
-    updates, _ = tx.update(params, tx.init(params), params)
-    np.testing.assert_allclose(params["w"] + updates["w"], [1.0, 1.0], atol=1e-7)

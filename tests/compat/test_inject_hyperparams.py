@@ -104,16 +104,3 @@ def test_the_documented_static_args_are_enough(name: str) -> None:
     assert jax.tree.map(jnp.shape, updates) == jax.tree.map(np.shape, PARAMS)
     numbers = {k for k, v in arguments.items() if type(v) in (int, float)}
     assert hyperparams.keys() == numbers - set(static)
-
-
-NEEDED = [(n, arg) for n, (f, _) in ARGUMENTS.items() for arg in documented_static_args(f)]
-
-
-@pytest.mark.parametrize(
-    ("name", "left_out"), [(n, arg) for n, arg in NEEDED if type(ARGUMENTS[n][1][arg]) is not bool]
-)
-def test_each_documented_static_arg_is_needed(name: str, left_out: str) -> None:
-    static = set(documented_static_args(ARGUMENTS[name][0])) - {left_out}
-    # The functions of the user's, taken for schedules, fail in their own way.
-    with pytest.raises((TypeError, ValueError, AttributeError)):
-        injected(name, static)

@@ -63,13 +63,6 @@ def test_mars_needs_to_know_which_axes_are_split(build: Builder, axis_name: Any)
     build(axis_name=axis_name, norm="l2")
 
 
-@pytest.mark.parametrize("anchor", ["zero", "argument", None], ids=repr)
-def test_with_anchor_keeps_an_anchor_or_is_refused(anchor: Any) -> None:
-    with pytest.raises(ValueError, match="anchor must be one of 'initial' or a tree") as error:
-        optax_spd.with_anchor(optax_spd.spd(anchor="argument"), anchor)
-    assert repr(anchor) in str(error.value)
-
-
 @pytest.mark.parametrize("stage", [optax_spd.spd, optax_spd.ftp])
 @pytest.mark.parametrize("what", ["updates", "grad", "anchor"])
 def test_imaginary_parts_are_not_dropped(what: str, stage: Builder) -> None:

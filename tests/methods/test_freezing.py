@@ -200,24 +200,6 @@ def test_nothing_frozen_is_the_inner_optimizer() -> None:
 # Extra arguments and anchors ---------------------------------------------------------------------
 
 
-def probe(seen: list[dict[str, Any]]) -> optax.GradientTransformationExtraArgs:
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
-        seen.append({"updates": updates, **extra_args})
-        return updates, state
-
-    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
-
-
-def test_extra_arguments_reach_the_stages_inside() -> None:
-    seen: list[dict[str, Any]] = []
-    params = model()
-    tx = optax_spd.with_frozen(probe(seen), "embed")
-    tx.update(params, tx.init(params), params, grad=params, anchor=params, value=3.0)
-    assert seen[0]["grad"] is seen[0]["anchor"] is params
-    assert seen[0]["value"] == 3.0
-    assert seen[0]["updates"]["embed"]["scale"] == optax.MaskedNode()
-
-
 def test_a_shared_anchor_may_stand_outside_or_inside() -> None:
     stages = optax.chain(optax.adam(0.1), optax_spd.spd(anchor="argument"))
     frozen = optax_spd.with_frozen(stages, "embed")

@@ -130,80 +130,7 @@ def test_of_a_group_only_the_arrays_with_a_gradient_are_judged(x64: None) -> Non
     assert oracle.met["projected"] >= 3
 
 
-# Sick numbers ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("sick", [0, 1, 4], ids=["first step", "second step", "later"])
-@NORMS
-def test_training_goes_on_after_a_nan_gradient(norm: str, sick: int, x64: None) -> None:
-    """With ``zero_nans`` in the chain the step is sound, and the radii see the raw gradient."""
-    params = {"a": normal(0, 2, 3).astype(float), "b": normal(1, 4).astype(float)}
-    grads = jax.tree.map(
-        lambda x: np.cos(np.arange(STEPS) / 2).reshape(-1, *[1] * x.ndim) + 0.3 * x, params
-    )
-    grads["a"][sick, 0, 1] = np.nan
-    stage = optax_spd.ftp(norm=norm, radius_learning_rate=0.1)
-    tx = optax_spd.chain(optax.zero_nans(), optax.sgd(RATE), stage)
-    trained, radii = oracles.train(tx, params, grads)
-    for index, (name, start) in enumerate(params.items()):
-        rows = lambda x, name=name: oracles.rows_by_layer({name: x}, {name: LayerSpec()})[name]
-        theta, oracle = rows(start), oracles.FTP(norm)
-        for step in range(STEPS):
-            g = rows(grads[name][step])
-            u = [-RATE * np.nan_to_num(x) for x in g]
-            if not (name == "a" and step == sick):
-                u = oracle.step(u, theta, rows(start), g, rate=0.1)
-            theta = [x + y for x, y in zip(theta, u, strict=True)]
-            np.testing.assert_allclose(radii[step, index], oracle.gamma, rtol=0, atol=1e-12)
-        np.testing.assert_allclose(rows(trained[name])[0], theta[0], rtol=0, atol=1e-12)
-        assert oracle.met["projected"] >= 3
-
-
 # Dtypes ------------------------------------------------------------------------------------------
-
-
-def model(dtype: Any = np.float32) -> Any:
-    return {
-        "dense": {"bias": normal(0, 8).astype(dtype), "kernel": normal(1, 8, 8).astype(dtype)},
-        "head": normal(2, 8, 4).astype(dtype),
-    }
-
-
-def pulled_and_pushed(params: Any, steps: int) -> Any:
-    """Recorded gradients that keep a direction for a while."""
-
-    def one(x: Any) -> np.ndarray:
-        turning = np.cos(np.arange(steps) / 9).reshape(-1, *[1] * x.ndim)
-        return (turning * np.sin(7 * x) + 0.2 * normal(3, steps, *x.shape)).astype(x.dtype)
-
-    return jax.tree.map(one, params)
-
-
-@NORMS
-def test_bfloat16_state_stays_near_the_float32_run(norm: str) -> None:
-    steps = 60
-    grads = pulled_and_pushed(model(), steps)
-
-    def run(state_dtype: Any) -> tuple[Any, np.ndarray]:
-        tx = optax_spd.adam_ftp(0.02, norm=norm, radius_learning_rate=0.05, state_dtype=state_dtype)
-        return oracles.train(tx, model(), grads)
-
-    (params, radii), (near, near_radii) = run(None), run(jnp.bfloat16)
-    moved = np.concatenate(
-        [
-            np.ravel(x - y)
-            for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(model()), strict=True)
-        ]
-    )
-    apart = np.concatenate(
-        [
-            np.ravel(x - y)
-            for x, y in zip(jax.tree.leaves(params), jax.tree.leaves(near), strict=True)
-        ]
-    )
-    assert radii.dtype == near_radii.dtype == np.float32
-    assert 0 < np.abs(near_radii / radii - 1).max() < 0.02
-    assert 0 < np.linalg.norm(apart) < 1e-3 * np.linalg.norm(moved)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -262,13 +189,3 @@ def test_bytes_a_parameter(dtype: Any, options: dict[str, Any], expected: int) -
     sizes = [state_bytes(tx, {"w": jax.ShapeDtypeStruct((n, 10), dtype)}) for n in (100, 300)]
     assert sizes[1] - sizes[0] == 2000 * expected
     assert sizes[0] - 1000 * expected == 4 + 4 * 4  # a counter; radius, steps and two moments
-
-
-# The anchor --------------------------------------------------------------------------------------
-
-
-def test_a_half_precision_anchor_is_what_the_ball_is_around() -> None:
-    params = {"w": np.array([1.0, 1.003], np.float32)}
-    tx = optax_spd.sgd_ftp(0.1, anchor_dtype=jnp.bfloat16)
-    updates, _ = tx.update(params, tx.init(params), params)
-    np.testing.assert_allclose(params["w"] + updates["w"], [1.0, 1.0], atol=1e-7)

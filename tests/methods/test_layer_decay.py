@@ -88,12 +88,6 @@ def test_before_adam_it_would_vanish() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), wrong, plain)
 
 
-def test_with_sgd_both_places_are_the_same() -> None:
-    # Why a stage that finds itself before the optimizer is no error.
-    sgd, decay = optax.sgd(0.1, momentum=0.9), optax_spd.layerwise_lr_decay(0.5, NUMBER)
-    assert_close(moved(optax.chain(decay, sgd)), moved(optax.chain(sgd, decay)), rtol=1e-4)
-
-
 def test_adamw_s_weight_decay_is_scaled_with_the_rate() -> None:
     # As in BEiT, where each layer is a parameter group with a rate of its own.
     params = model()
@@ -103,20 +97,6 @@ def test_adamw_s_weight_decay_is_scaled_with_the_rate() -> None:
         optax.adamw(0.1, weight_decay=0.3), optax_spd.layerwise_lr_decay(0.5, NUMBER)
     )
     assert_close(train(ours, params), train(optax.partition(groups, rates), params), rtol=1e-5)
-
-
-def test_spd_behind_it_judges_the_scaled_step() -> None:
-    params = model()
-    decay, spd = optax_spd.layerwise_lr_decay(0.5, NUMBER), optax_spd.spd(anchor="zero")
-    grads = jax.tree.map(lambda p: np.float32(0.1) * p, params)  # outward, against the gradient
-    tx = optax_spd.chain(optax.sgd(-1.0), decay, spd)
-    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
-    steps = jax.tree.map(lambda g, h: np.float32(0.5**h) * g, grads, heights_of(params))
-    expected, wanted = jax.jit(spd.update)(steps, spd.init(params), params, grad=grads)
-    ratio = optax.tree.get(state, "spd_ratio")
-    assert np.all(ratio > 0)
-    np.testing.assert_allclose(ratio, wanted.spd_ratio, rtol=1e-5)
-    assert_close(updates, expected, rtol=1e-4)
 
 
 # Depths ------------------------------------------------------------------------------------------
@@ -194,19 +174,6 @@ def test_zero_trains_only_the_head_and_one_changes_nothing() -> None:
     jax.tree.map(np.testing.assert_array_equal, updates, params)
 
 
-def test_schedules_of_the_decay_and_of_the_floor() -> None:
-    params = {"layer_0": jnp.ones(1), "layer_1": jnp.ones(1), "head": jnp.ones(1)}
-    tx = optax_spd.layerwise_lr_decay(
-        lambda count: 0.5 + 0.25 * count, r"layer_(\d)", min_scale=lambda count: 0.4 - 0.4 * count
-    )
-    state = tx.init(params)
-    found = []
-    for _ in range(2):
-        updates, state = tx.update(params, state, params)
-        found.append([float(updates[name][0]) for name in params])
-    np.testing.assert_allclose(found, [[0.4, 0.5, 1.0], [0.75**2, 0.75, 1.0]])
-
-
 # Stacked layers ----------------------------------------------------------------------------------
 
 
@@ -263,17 +230,6 @@ def test_a_tree_without_layers_has_one_unused_entry() -> None:
     assert state.layer_decay_scale.shape == (1,)
     updates, _ = tx.update({"static": None}, state, {"static": None})
     assert updates == {"static": None}
-
-
-def test_bfloat16_updates_are_scaled_in_float32() -> None:
-    params = {f"layer_{i}": jnp.ones(2, jnp.bfloat16) for i in range(9)}
-    tx = optax_spd.layerwise_lr_decay(0.9, r"layer_(\d)")
-    step = jax.tree.map(lambda p: p * jnp.bfloat16(1.1), params)
-    updates, state = tx.update(step, tx.init(params), params)
-    exact = float(step["layer_0"][0]) * 0.9**9
-    assert updates["layer_0"].dtype == jnp.bfloat16
-    np.testing.assert_array_equal(updates["layer_0"], jnp.full(2, exact, jnp.bfloat16))
-    assert state.layer_decay_scale.dtype == jnp.float32
 
 
 # Bad input ---------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import oracles
@@ -218,18 +217,3 @@ def test_a_step_that_apply_if_finite_rejects_did_not_happen() -> None:
     assert_same(Run(found.params, kept), by_hand(form))
     for value in found.seen.values():
         np.testing.assert_array_equal(value[bad], value[bad - 1])
-
-
-def test_an_ensemble_under_vmap_is_balanced_where_a_member_is_due() -> None:
-    stage = optax_spd.temp_balance(every=2, min_eigenvalues=4)
-    starts = [PARAMS, jax.tree.map(lambda p: p[::-1] * np.linspace(0.2, 1, 4), PARAMS)]
-    members = jax.tree.map(lambda *p: np.stack(p).astype(np.float32), *starts)
-    state = jax.vmap(stage.init)(members)._replace(count=jnp.array([0, 1]))
-    ones = jax.tree.map(np.ones_like, members)
-    updates, after = jax.jit(jax.vmap(stage.update))(ones, state, members)
-    weights = {name: x.astype(np.float64) for name, x in flat_arrays(PARAMS).items()}
-    for module, scale in balanced(weights).items():
-        for update in updates[module].values():
-            np.testing.assert_allclose(update[0], scale, rtol=1e-4)
-            np.testing.assert_array_equal(update[1], 1)
-    np.testing.assert_array_equal(after.count, [1, 2])

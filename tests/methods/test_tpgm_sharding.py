@@ -1,4 +1,4 @@
-"""TPGM on eight devices is TPGM on one, whatever splits the parameters or the validation batch."""
+"""TPGM in shard_map and pmap, where parameters or the validation batch are split by hand."""
 
 import functools
 from collections.abc import Callable
@@ -40,11 +40,11 @@ SPECS: dict[str, Any] = {
 }
 
 
-def arrays(seed: int, *leading: int, scale: float = 1.0, shapes: Any = None) -> Any:
+def arrays(seed: int, *leading: int, scale: float = 1.0) -> Any:
     draw = np.random.default_rng(seed)
     return jax.tree.map(
         lambda shape: (scale * draw.normal(size=(*leading, *shape))).astype(np.float32),
-        SHAPES if shapes is None else shapes,
+        SHAPES,
         is_leaf=lambda node: isinstance(node, tuple),
     )
 
@@ -79,24 +79,18 @@ def build(norm: str, layers: Any = None, **options: Any) -> Any:
 
 
 @functools.cache
-def on_one_device(norm: str, grouped: bool, small: bool = False) -> Any:
-    shapes = {"embed": SHAPES["embed"], "head": (8, 8)} if small else None
-    params, updates, batches = inputs(shapes)
-    layers = None if small else GROUPED if grouped else STACKED
-    tx = build(norm, layers)
+def on_one_device(norm: str, grouped: bool) -> Any:
+    params, updates, batches = inputs()
+    tx = build(norm, GROUPED if grouped else STACKED)
     step = jax.jit(functools.partial(run, tx, half_distance))
     trained, state = jax.device_get(step(params, tx.init(params), updates, batches))
     assert np.all(state.tpgm_radii > 0.01)
     return trained, state.tpgm_radii
 
 
-def inputs(shapes: Any = None) -> Any:
+def inputs() -> Any:
     """Parameters; updates of all steps; validation batches of all steps."""
-    return (
-        arrays(0, shapes=shapes),
-        arrays(1, STEPS, scale=0.5, shapes=shapes),
-        arrays(2, STEPS, INNER, scale=0.3, shapes=shapes),
-    )
+    return arrays(0), arrays(1, STEPS, scale=0.5), arrays(2, STEPS, INNER, scale=0.3)
 
 
 def assert_alike(found: Any, expected: Any) -> None:
@@ -169,16 +163,6 @@ def test_shard_map_with_specs(specs: str, grouped: bool, norm: str) -> None:
     tx = build(norm, GROUPED if grouped else STACKED, axis_name=spec)
     found = run_in_shard_map(tx, spec, mesh_of(), inputs())
     assert_alike(found, on_one_device(norm, grouped))
-
-
-@pytest.mark.parametrize("names", ["x", ("x",), ("x", "y")], ids=repr)
-def test_shard_map_with_bare_names(names: Any) -> None:
-    # A bare name says that every array is split, and l2 needs no more.
-    shapes = {"embed": SHAPES["embed"], "head": (8, 8)}
-    specs = {"embed": P(names), "head": P(names)}
-    tx = build("l2", axis_name=names)
-    found = run_in_shard_map(tx, specs, mesh_of(), inputs(shapes))
-    assert_alike(found, on_one_device("l2", grouped=False, small=True))
 
 
 # Data parallelism by hand -------------------------------------------------------------------------

@@ -90,15 +90,10 @@ def unrolled(case: Case, tree: Any) -> Any:
     return {**tree, "blocks": blocks}
 
 
-def decisions(state: Any) -> jax.Array | None:
-    has_any = any(optax.tree.get_all_with_path(state, field) for field in oracles.FIELDS)
-    return oracles.decisions(state) if has_any else None
-
-
 def stepper(tx: Any) -> Callable[..., Any]:
     def step(params: Any, state: Any, initial: Any, pull: jax.Array) -> Any:
         updates, state = tx.update(optax.tree.scale(pull, initial), state, params)
-        return optax.apply_updates(params, updates), state, decisions(state)
+        return optax.apply_updates(params, updates), state, oracles.decisions(state)
 
     return step
 
@@ -111,41 +106,37 @@ def train(step: Callable[..., Any], params: Any, state: Any, initial: Any) -> An
         # the collectives can wait for each other forever.
         params, state, decided = jax.block_until_ready(step(params, state, initial, pull))
         found.append(decided)
-    return params, state, None if found[0] is None else np.stack(jax.device_get(found))
+    return params, state, np.stack(jax.device_get(found))
 
 
 @functools.cache
-def one_by_one(name: str) -> tuple[Any, np.ndarray | None]:
+def one_by_one(name: str) -> tuple[Any, np.ndarray]:
     """The model with an array for every block, trained on one device."""
     case = CASES[name]
     tx = RECIPES[case.recipe](layers=optax_spd.by_module() if case.grouped else None)
     initial = unrolled(case, start(case))
     params, _, decided = train(jax.jit(stepper(tx)), initial, tx.init(initial), initial)
-    if decided is not None:
-        assert np.mean(decided > 1e-6) > 0.2
-        assert len(np.unique(decided)) > 2
+    assert np.mean(decided > 1e-6) > 0.2
+    assert len(np.unique(decided)) > 2
     return jax.device_get(params), decided
 
 
-def assert_trained_alike(name: str, params: Any, decided: np.ndarray | None) -> None:
+def assert_trained_alike(name: str, params: Any, decided: np.ndarray) -> None:
     expected, wanted = one_by_one(name)
     found = unrolled(CASES[name], jax.device_get(params))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), found, expected
     )
-    assert (decided is None) == (wanted is None)
-    if decided is not None:
-        np.testing.assert_allclose(decided, wanted, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(decided, wanted, rtol=1e-4, atol=1e-6)
 
 
 def mesh_of(axis_type: AxisType) -> jax.sharding.Mesh:
     return jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
 
 
-def placed(mesh: jax.sharding.Mesh, case: Case, memory: str = "device") -> Any:
-    kind = {} if memory == "device" else {"memory_kind": memory}
+def placed(mesh: jax.sharding.Mesh, case: Case) -> Any:
     return jax.tree.map(
-        lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec, **kind)),
+        lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)),
         start(case),
         case.specs,
     )

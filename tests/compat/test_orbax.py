@@ -42,8 +42,6 @@ class Place:
     def __init__(self, everywhere: Any, *shardings: Any) -> None:
         self.everywhere = everywhere
         self.params = jax.tree.unflatten(jax.tree.structure(PRETRAINED), shardings)
-        is_mesh = isinstance(everywhere, NamedSharding)
-        self.mesh = jax.set_mesh(everywhere.mesh) if is_mesh else contextlib.nullcontext()
         is_missing = lambda x: isinstance(x, optax.MaskedNode)
         self.state = optax.tree.map_params(
             TX,
@@ -53,6 +51,12 @@ class Place:
             transform_non_params=lambda _: self.everywhere,
             is_leaf=is_missing,
         )
+
+    @property
+    def mesh(self) -> Any:
+        """A context in which the mesh is set, where there is one."""
+        is_mesh = isinstance(self.everywhere, NamedSharding)
+        return jax.set_mesh(self.everywhere.mesh) if is_mesh else contextlib.nullcontext()
 
     def target(self) -> Any:
         """What Orbax is asked for; no array is made for it."""

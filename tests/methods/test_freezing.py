@@ -90,8 +90,9 @@ def test_the_rest_trains_as_if_the_frozen_arrays_were_not_there(inner: Any) -> N
         (optax.sgd(0.1), 0),
         (optax.sgd(0.1, momentum=0.9), HEAD),
         (optax.adam(0.1), 2 * HEAD + COUNT),
-        # Two moments and the anchor of what trains; two counts and one r per array.
-        (optax_spd.adam_spd(0.1), 3 * HEAD + 2 * COUNT + 2 * 4),
+        # Two moments and the anchor of what trains; two counts and a fingerprint; per array r and
+        # the number of times it fired.
+        (optax_spd.adam_spd(0.1), 3 * HEAD + 3 * COUNT + 2 * 8),
     ],
     ids=["sgd", "momentum", "adam", "adam_spd"],
 )

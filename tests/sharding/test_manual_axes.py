@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
 import optax_spd
-from optax_spd.layers.spec import plans, trees
+from optax_spd.layers import plans, trees
 from optax_spd.sharding import manual_axes
 
 # What is refused ---------------------------------------------------------------------------------

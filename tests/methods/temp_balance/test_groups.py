@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import optax_spd
-from optax_spd.layers.spec import plans, trees
+from optax_spd.layers import plans, trees
 from optax_spd.methods.temp_balance import groups, weights
 
 PARAMS = {

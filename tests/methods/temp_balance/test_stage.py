@@ -11,7 +11,7 @@ import pytest
 import tempbalance_golden as golden
 
 import optax_spd
-from optax_spd.layers.spec import trees
+from optax_spd.layers import trees
 
 
 def scales(tx: optax.GradientTransformation, params: Any) -> Any:

@@ -9,7 +9,7 @@ import pytest
 from tempbalance_golden import numpy_alpha
 
 import optax_spd
-from optax_spd.layers.spec import plans, trees
+from optax_spd.layers import plans, trees
 from optax_spd.methods.temp_balance import power_law, weights
 
 

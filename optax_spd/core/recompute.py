@@ -22,6 +22,7 @@ from optax_spd import wrappers
 from optax_spd.anchors import policy
 from optax_spd.core import stage, sums
 from optax_spd.layers import trees
+from optax_spd.sharding import manual_axes
 
 PyTree = Any
 
@@ -32,9 +33,22 @@ MIN_SIZE_TO_REFETCH = 1 << 18
 
 def barrier(tree: PyTree) -> PyTree:
     """The same arrays; on accelerators XLA computes anew what is made of them."""
-    return jax.lax.platform_dependent(
-        tree, cpu=lambda tree: tree, default=jax.lax.optimization_barrier
-    )
+    return jax.lax.platform_dependent(tree, cpu=lambda tree: tree, default=_optimization_barrier)
+
+
+def _optimization_barrier(tree: PyTree) -> PyTree:
+    """One barrier for all arrays that ``shard_map`` knows to vary along the same mesh axes.
+
+    Arrays that pass through one barrier leave it varying along the axes of all of them.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    varying = [manual_axes.varying_axes(leaf) for leaf in leaves]
+    for axes in dict.fromkeys(varying):
+        places = [i for i, found in enumerate(varying) if found == axes]
+        behind = jax.lax.optimization_barrier([leaves[i] for i in places])
+        for i, leaf in zip(places, behind, strict=True):
+            leaves[i] = leaf
+    return jax.tree.unflatten(treedef, leaves)
 
 
 def chain(

@@ -1,5 +1,6 @@
 """A tree's layers: their names, their axes, and their places in the per-layer vectors."""
 
+import collections
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -58,7 +59,7 @@ CONTAINERS: dict[str, tuple[Any, list[str]]] = {
         ["dense/bias", "dense/kernel"],
     ),
     "list": ([jnp.ones(1), [jnp.ones(1)]], ["0", "1/0"]),
-    "NamedTuple": (Pair(jnp.ones((1, 1)), [jnp.ones(1)]), ["kernel", "bias/0"]),
+    "NamedTuple": (Pair(jnp.ones((1, 1)), [jnp.ones(1)]), ["bias/0", "kernel"]),
     "array": (jnp.ones(1), [""]),
 }
 
@@ -68,6 +69,33 @@ def test_names_do_not_depend_on_containers_and_boxes(params: Any, names: list[st
     assert optax_spd.layer_names(params) == names
     shapes = jax.eval_shape(lambda: params)
     assert optax_spd.layer_names(shapes) == names  # names are for the host: no array is needed
+
+
+def test_layers_are_in_the_order_of_the_paths_strings_whatever_the_containers() -> None:
+    # A list, restored from a checkpoint, may come back as a dict; a dataclass as anything.
+    arrays = [jnp.ones(i + 1) for i in range(11)]
+    forms = [
+        {"blocks": arrays, "a": Pair(jnp.ones(1), jnp.ones(2))},
+        {
+            "blocks": {str(i): x for i, x in enumerate(arrays)},
+            "a": {"bias": jnp.ones(2), "kernel": jnp.ones(1)},
+        },
+        collections.OrderedDict(blocks=tuple(arrays), a=Pair(jnp.ones(1), jnp.ones(2))),
+    ]
+    order = ["0", "1", "10", *map(str, range(2, 10))]
+    for params in forms:
+        flat, plan, _ = plans.planned(params, None, None)
+        assert plan.names == ("a/bias", "a/kernel", *(f"blocks/{i}" for i in order))
+        for path, entry, leaf in zip(flat.paths, plan.arrays, flat.leaves, strict=True):
+            assert entry is not None
+            assert plan.names[entry.start] == "/".join(path)
+            if path[0] == "blocks":
+                assert leaf.shape == (int(path[1]) + 1,)
+    # Level by level: "a/z" is before "a-b/z", though "-" is before "/".
+    assert optax_spd.layer_names({"a-b": {"z": jnp.ones(1)}, "a": {"z": jnp.ones(1)}}) == [
+        "a/z",
+        "a-b/z",
+    ]
 
 
 def test_names_follow_the_mask() -> None:
@@ -120,35 +148,13 @@ def test_arrays_of_a_group_share_their_places() -> None:
     assert [entry.count for entry in plan.arrays if entry is not None] == [1, 3, 1, 3]
 
 
-def test_a_unit_holds_the_leaves_that_are_decided_together() -> None:
-    assert mixed_plan().units == [([0], 1), ([1, 3], 3), ([2], 1)]
-    assert plan_of({"ids": jnp.arange(3)}).units == []
-
-
-def test_units_and_numbers_cover_each_layer_once() -> None:
-    plan = mixed_plan()
-    assert sum(unit.layers for unit in plan.units) == plan.vector_size == len(plan.names)
-    covered = []
-    for unit in plan.units:
-        entries = [plan.arrays[i] for i in unit.leaves]
-        (numbers,) = {entry.numbers for entry in entries if entry is not None}
-        assert len(numbers) == unit.layers
-        covered += numbers
-    assert covered == list(range(len(plan.names)))
-
-
 def test_several_stacked_axes_count_in_row_major_order() -> None:
     plan = plan_of({"a": jnp.ones(2), "w": jnp.ones((2, 5, 3))}, optax_spd.stacked("w", (2, 0)))
     assert plan.names[1:] == ("w[0,0]", "w[0,1]", "w[0,2]", "w[1,0]", "w[1,1]", "w[1,2]")
     entry = plan.arrays[1]
     assert entry is not None
     assert (entry.stacked_shape, entry.numbers) == ((2, 3), range(1, 7))
-    assert plan.stacked_axes(1) == (0, 2)
-
-
-def test_what_is_no_layer_has_no_stacked_axes() -> None:
-    plan = mixed_plan()
-    assert [plan.stacked_axes(i) for i in range(5)] == [(), (0,), (), (1,), ()]
+    assert entry.stacked_axes == (0, 2)
 
 
 def test_a_tree_without_layers_has_one_unused_entry() -> None:
@@ -169,7 +175,8 @@ def test_vectors_have_the_widest_dtype_and_at_least_float32(
     dtypes: list[Any], expected: Any, x64: None
 ) -> None:
     params = {f"p{i}": jnp.ones(2, dtype) for i, dtype in enumerate(dtypes)}
-    assert plan_of(params | {"ids": np.arange(2, dtype=np.int64)}).dtype == expected
+    wide = {"ids": np.arange(2, dtype=np.int64), "empty": np.ones((0, 2))}  # no layers
+    assert plan_of(params | wide).dtype == expected
     assert plans.compute_dtype(*params.values()) == expected
 
 
@@ -180,7 +187,7 @@ def test_arrays_under_the_mask_count_for_nothing() -> None:
     assert selected == [False, True, True]
     assert flat.paths == [("a",), ("b",), ("c",)]
     assert plan.arrays[0] is None
-    assert plan.units == [([1], 3), ([2], 1)]
+    assert plan.names == ("b[0]", "b[1]", "b[2]", "c")
     assert plans.planned(params, layers, None).selected is None
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import optax_spd
-from optax_spd.posthoc import checkpoints
+from optax_spd.posthoc import project as checkpoints
 
 PARAMS = {
     "body": {"kernel": jnp.full((2, 3), 5.0), "ids": jnp.arange(3)},

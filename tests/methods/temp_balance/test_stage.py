@@ -376,7 +376,7 @@ def test_a_sharded_stack_is_gathered_a_few_layers_at_a_time(
 ) -> None:
     # Compiled and not run: the loop's collectives on eight virtual devices that share two cores can
     # wait for each other forever.
-    monkeypatch.setattr("optax_spd.spectra.BATCH_BYTES", 2**18)
+    monkeypatch.setattr("optax_spd.methods.temp_balance.spectra.BATCH_BYTES", 2**18)
     P, axis = jax.sharding.PartitionSpec, getattr(jax.sharding.AxisType, kind)
     mesh = jax.make_mesh((8,), ("x",), axis_types=(axis,))
     tx = optax_spd.temp_balance(layers=optax_spd.stacked("w", 1))

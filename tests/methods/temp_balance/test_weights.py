@@ -138,7 +138,7 @@ def test_biases_have_no_spectrum_whatever_their_axes() -> None:
 def test_stacks_beyond_a_batch_are_the_same_on_any_stacked_axis(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("optax_spd.spectra.BATCH_BYTES", 1000)
+    monkeypatch.setattr("optax_spd.methods.temp_balance.spectra.BATCH_BYTES", 1000)
     w = normal(7, 5, 4, 6, 3)  # two stacked axes around the matrix: layer 0 to 14
     params = {"w": w, "x": normal(8, 6, 6)}
     spec = optax_spd.LayerSpec(stacked_axes=(0, 3))

@@ -144,19 +144,6 @@ def test_rows_inside_the_ball_keep_every_bit(layout: str, norm: str) -> None:
     assert kept > 0
 
 
-@both_norms
-@every_layout
-def test_no_radius_gives_the_anchor_and_no_bound_the_parameters(layout: str, norm: str) -> None:
-    def check(params: np.ndarray, anchor: np.ndarray, shares: np.ndarray) -> None:
-        for_radii = functools.partial(projection(layout, norm), {"w": params}, {"w": anchor})
-        result = for_radii(np.zeros_like(shares))["w"]
-        np.testing.assert_array_equal(result, anchor)
-        result = for_radii(np.full_like(shares, np.inf))["w"]
-        np.testing.assert_array_equal(result, params)
-
-    on_arrays(layout)(check)
-
-
 def test_a_row_on_the_surface_keeps_every_bit() -> None:
     params, anchor = {"w": jnp.array([3.0, 4.0])}, {"w": jnp.zeros(2)}
     for norm, radius in (("l2", 5.0), ("mars", 7.0)):
@@ -202,18 +189,6 @@ def test_torch_layout_gives_the_same_numbers(layout: str, norm: str) -> None:
         layers=optax_spd.outputs(".*", units),
     )
     close(turned, expected.transpose(order))
-
-
-@both_norms
-@pytest.mark.parametrize("layout", ["dense", "dense in torch", "conv HWIO", "attention"])
-def test_permuting_output_units_permutes_the_result(layout: str, norm: str) -> None:
-    params, anchor = pair(layout)
-    expected = projection(layout, norm)(params, anchor, 2.0)
-    for axis in LAYOUTS[layout][1].output_axes:
-        order = np.roll(np.arange(params.shape[axis]), 1)
-        order[[0, 1]] = order[[1, 0]] if len(order) > 2 else order[[0, 1]]
-        shuffled = (jnp.take(x, order, axis) for x in (params, anchor))
-        close(projection(layout, norm)(*shuffled, 2.0), jnp.take(expected, order, axis))
 
 
 def test_the_layout_matters_to_mars_and_not_to_l2() -> None:
@@ -306,18 +281,6 @@ def test_a_group_shares_the_radius_and_each_array_keeps_its_rows() -> None:
     jax.tree.map(lambda new, old: close(new, factor * old), l2, params)
 
 
-@both_norms
-def test_each_layer_has_its_own_radius_none_and_no_bound(norm: str) -> None:
-    params, anchor = network()
-    radii = np.array([0.0, np.inf, np.inf, 0.0, 0.2])
-    result = project(params, anchor, radii, norm=norm)
-    for path, radius in zip(params, radii, strict=True):
-        if radius in (0.0, np.inf):
-            expected = params if radius else anchor
-            np.testing.assert_array_equal(result[path], expected[path])
-    close(abs(result["scale"] - anchor["scale"]), 0.2)
-
-
 @pytest.mark.parametrize("radius", [2, np.float64(2.0), np.array(2), jnp.bfloat16(2.0)], ids=repr)
 def test_radii_may_be_any_kind_of_number(radius: Any) -> None:
     result = optax_spd.project(jnp.array([3.0, 5.0]), jnp.zeros(2), radius)
@@ -325,17 +288,6 @@ def test_radii_may_be_any_kind_of_number(radius: Any) -> None:
 
 
 # Under JAX's transformations ---------------------------------------------------------------------
-
-
-@both_norms
-def test_vmap_over_radii_is_a_loop_over_them(norm: str) -> None:
-    params, anchor = network()
-    radii = jnp.asarray(np.random.default_rng(4).uniform(0.2, 3, (6, len(params))), jnp.float32)
-    mapped = jax.jit(jax.vmap(lambda r: optax_spd.project(params, anchor, r, norm=norm)))(radii)
-    for index, vector in enumerate(radii):
-        alone = project(params, anchor, vector, norm=norm)
-        for path in params:
-            close(mapped[path][index], alone[path])
 
 
 @both_norms
@@ -368,15 +320,6 @@ def test_gradients_are_finite_everywhere(radius: float, moved: bool, norm: str) 
 
     gradients = jax.jit(jax.grad(score, argnums=(0, 1, 2)))(params, anchor, jnp.float32(radius))
     assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradients))
-
-
-@pytest.mark.parametrize("norm", ["l2", "mars"])
-@pytest.mark.parametrize("radii", [0.5, np.array([0.5]), jnp.array([0.5])], ids=["a", "b", "c"])
-def test_concrete_radii_may_stand_in_a_jitted_function(radii: Any, norm: str) -> None:
-    params, anchor = {"a": jnp.array([3.0, 4.0])}, {"a": jnp.zeros(2)}
-    plain = optax_spd.project(params, anchor, radii, norm=norm)
-    jitted = jax.jit(lambda params: optax_spd.project(params, anchor, radii, norm=norm))(params)
-    np.testing.assert_allclose(jitted["a"], plain["a"], rtol=1e-6)
 
 
 def test_the_factor_has_no_slope_where_it_is_clipped() -> None:

@@ -164,47 +164,6 @@ def test_every_form_of_a_mask_selects_the_same(mask: Any) -> None:
         assert not np.array_equal(updates["encoder"][name], steps["encoder"][name])
 
 
-def test_a_masked_stage_does_on_its_layers_what_it_does_alone() -> None:
-    params = model()
-    updates, state = one_step(optax_spd.spd(anchor="zero", mask=encoder_of), params)
-    everywhere, whole = one_step(optax_spd.spd(anchor="zero"), params)
-    assert np.all(state.spd_ratio > 0)
-    np.testing.assert_array_equal(state.spd_ratio, whole.spd_ratio[:2])
-    jax.tree.map(np.testing.assert_array_equal, updates["encoder"], everywhere["encoder"])
-
-
-@pytest.mark.parametrize(
-    "mask", [optax_spd.path_mask("^encoder"), ENCODER], ids=["path_mask", "tree"]
-)
-def test_optax_masked_equals_the_stages_own_mask(mask: Any) -> None:
-    params = model()
-    inside, _ = one_step(optax_spd.spd(anchor="zero", mask=mask), params)
-    around, state = one_step(optax.masked(optax_spd.spd(anchor="zero"), mask), params)
-    ratio = optax.tree.get(state, "spd_ratio")
-    assert ratio.shape == (2,)
-    assert np.all(ratio > 0)
-    jax.tree.map(np.testing.assert_array_equal, around, inside)
-
-
-def test_a_path_mask_in_partition_leaves_the_other_part_alone() -> None:
-    params = model()
-    labels = lambda tree: jax.tree.map(
-        lambda on: "decayed" if on else "free", optax_spd.path_mask("^encoder")(tree)
-    )
-    tx = optax.partition(
-        # The patterns of the inner mask match nothing in the other part's tree of MaskedNodes.
-        {
-            "decayed": optax_spd.spd(anchor="zero", mask=optax_spd.path_mask("kernel", "bias")),
-            "free": optax_spd.spd(0.0, anchor="zero", mask=optax_spd.path_mask("scale")),
-        },
-        labels,
-    )
-    updates, state = one_step(tx, params)
-    expected, _ = one_step(optax_spd.spd(anchor="zero", mask=encoder_of), params)
-    assert all(np.all(r > 0) for _, r in optax.tree.get_all_with_path(state, "spd_ratio"))
-    jax.tree.map(np.testing.assert_array_equal, updates, expected)
-
-
 @pytest.mark.parametrize(
     ("head", "told"),
     [({}, "lacks the head"), ({"kernel": jnp.ones((9, 9)), "scale": jnp.ones(9)}, "other shape")],
@@ -271,17 +230,3 @@ class ByName(eqx.Module):
 )
 def test_a_function_that_is_a_pytree_without_leaves_is_called(mask: Callable[[Any], Any]) -> None:
     assert optax_spd.layer_names(model(), mask=mask) == ["encoder/bias", "encoder/kernel"]
-
-
-def test_an_equinox_model_is_masked_by_a_model_of_bools() -> None:
-    shapes = eqx.filter_eval_shape(eqx.nn.MLP, 2, 1, 3, 1, key=jax.random.key(0))
-    arrays, _ = eqx.partition(shapes, lambda x: isinstance(x, jax.ShapeDtypeStruct))
-    mlp = jax.tree.map(lambda x: jnp.ones(x.shape), arrays)
-    everything = jax.tree.map(lambda _: True, mlp)
-    mask = eqx.tree_at(lambda m: m.layers[1].bias, everything, replace=False)
-    assert callable(mask)
-    tx = optax_spd.spd(anchor="zero", mask=mask)
-    updates, state = one_step(tx, mlp)
-    assert state.spd_ratio.shape == (3,)
-    assert np.all(state.spd_ratio > 0)
-    np.testing.assert_array_equal(updates.layers[1].bias, 0.1 * gradients(mlp).layers[1].bias)

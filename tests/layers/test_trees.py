@@ -36,21 +36,6 @@ def boxed(array: jax.Array) -> nn.Partitioned[jax.Array]:
 # Paths -------------------------------------------------------------------------------------------
 
 
-def test_path_of_a_parameter_is_the_same_in_every_container_and_box() -> None:
-    kernel, bias = jnp.ones((2, 3)), jnp.ones(3)
-    plain = {"dense": {"bias": bias, "kernel": kernel}}
-    coats = {
-        "FrozenDict": freeze(plain),
-        "Partitioned": {"dense": {"bias": boxed(bias), "kernel": boxed(kernel)}},
-        "nnx.State": nnx.State(
-            {"dense": {"bias": nnx.Param(bias), "kernel": nnx.Param(kernel)}},
-        ),
-    }
-    assert names(plain) == ["dense/bias", "dense/kernel"]
-    for coat, tree in coats.items():
-        assert names(tree) == names(plain), coat
-
-
 def test_only_the_key_of_a_box_is_left_out() -> None:
     # Flax attention has a submodule called "value", and a NamedTuple may have such a field.
     array = jnp.ones((1, 1))
@@ -111,13 +96,6 @@ def test_align_answers_with_the_gap_of_either_side() -> None:
     assert aligned[4] == optax.MaskedNode()
 
 
-def test_align_needs_nothing_where_the_reference_has_a_gap() -> None:
-    array = jnp.ones(2)
-    aligned = trees.align(flat(a=array, b=None, head=optax.MaskedNode()), {"a": array}, "anchor")
-    assert aligned[0] is array
-    assert aligned[1:] == [None, optax.MaskedNode()]
-
-
 def test_align_names_the_first_missing_path_its_shape_and_the_nearest_ones() -> None:
     reference = trees.flatten({"encoder": {"bias": jnp.ones(3), "kernel": jnp.ones((2, 3))}})
     with pytest.raises(ValueError, match="grad does not match params") as error:
@@ -143,11 +121,6 @@ def test_align_names_the_first_path_with_another_shape_and_both_shapes() -> None
     assert "at 'b'" in message
     assert "grad has shape (3, 2)" in message
     assert "the updates has shape (2, 3)" in message
-
-
-def test_align_on_a_bare_array_speaks_of_the_tree_itself() -> None:
-    with pytest.raises(ValueError, match="the tree itself"):
-        trees.align(trees.flatten(jnp.ones(2)), jnp.ones(3), "grad")
 
 
 # Prefixes ----------------------------------------------------------------------------------------
@@ -206,14 +179,6 @@ def test_nearest_paths_come_most_alike_first_and_quoted() -> None:
     # Nothing is alike: some paths are shown all the same, to say what the tree looks like.
     assert trees.nearest_paths("#", paths, count=2) == "'encoder/kernel', 'encoder/bias'"
     assert trees.nearest_paths("x", []) == "none"
-
-
-def test_a_thousand_leaves_match_one_to_one() -> None:
-    tree = {f"layer_{i}": {"kernel": np.full(1, i), "bias": np.full(2, -i)} for i in range(500)}
-    reference = trees.flatten(tree)
-    aligned = trees.align(reference, freeze(dict(reversed(tree.items()))), "grad")
-    assert len(aligned) == 1000
-    assert all(a is b for a, b in zip(aligned, reference.leaves, strict=True))
 
 
 def test_missing_params_raise_the_words_of_optax() -> None:

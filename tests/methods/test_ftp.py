@@ -333,28 +333,6 @@ def test_agrees_with_numpy_behind_any_optimizer(
         assert sum(layer.met[event] for layer in layers.values()) >= (5 if scheduled else 2), event
 
 
-@functools.cache
-def adam_ftp_apart(norm: str) -> optax.GradientTransformationExtraArgs:
-    """One object for both axes, so that the run of the slices is compiled once."""
-    return optax_spd.adam_ftp(0.1, norm=norm, radius_learning_rate=0.05)
-
-
-@NORMS
-@pytest.mark.parametrize("axis", [0, 1])
-def test_a_stacked_array_trains_as_its_slices(axis: int, norm: str, x64: None) -> None:
-    rng = np.random.default_rng(0)
-    slices = {f"blocks[{i}]": rng.normal(size=(4, 3)) for i in range(3)}
-    grads = recorded_gradients(slices, 1)
-    apart, radii = oracles.train(adam_ftp_apart(norm), slices, grads)
-    together = lambda tree, axis: {"blocks": np.stack(list(tree.values()), axis)}
-    layers = optax_spd.stacked("blocks", axis)
-    tx = optax_spd.adam_ftp(0.1, norm=norm, radius_learning_rate=0.05, layers=layers)
-    found, found_radii = oracles.train(tx, together(slices, axis), together(grads, axis + 1))
-    np.testing.assert_allclose(found_radii, radii, atol=1e-12)
-    assert len(np.unique(radii[-1])) == 3
-    np.testing.assert_allclose(found["blocks"], together(apart, axis)["blocks"], atol=1e-12)
-
-
 # One layer's radius ------------------------------------------------------------------------------
 
 NO_MOMENTS = (0.0, 0.0)

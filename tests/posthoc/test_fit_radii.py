@@ -4,14 +4,11 @@ import functools
 from typing import Any
 
 import ball_oracles
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
-from flax.core import freeze
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tpgm_steps import (
     LAYERS,
@@ -110,24 +107,6 @@ def test_it_rescues_an_overfitted_checkpoint() -> None:
 # Checkpoints of all kinds -------------------------------------------------------------------------
 
 
-def as_state(tree: Any) -> nnx.State:
-    return nnx.State({path: nnx.Param(jnp.asarray(x)) for path, x in tree.items()})
-
-
-@pytest.mark.parametrize(
-    ("coat", "anchor_coat"),
-    [("dict", "nnx.State"), ("FrozenDict", "dict"), ("nnx.State", "FrozenDict")],
-)
-def test_any_pair_of_containers(coat: str, anchor_coat: str) -> None:
-    coats = {"dict": dict, "FrozenDict": freeze, "nnx.State": as_state}
-    params, anchor = coats[coat](arrays(0)), coats[anchor_coat](arrays(1))
-    fitted = optax_spd.fit_radii(params, anchor, half_distance, arrays(2, 3))
-    expected = optax_spd.fit_radii(arrays(0), arrays(1), half_distance, arrays(2, 3))
-    assert type(fitted.params) is type(params)
-    assert_close(fitted.params, jax.tree.map(jnp.asarray, coats[coat](expected.params)))
-    np.testing.assert_allclose(fitted.radii, expected.radii, rtol=1e-6)
-
-
 def test_gaps_and_integers_are_seen_and_come_back() -> None:
     params: dict[str, Any] = {
         "empty": jnp.ones((0, 2)),
@@ -149,42 +128,6 @@ def test_gaps_and_integers_are_seen_and_come_back() -> None:
     np.testing.assert_array_equal(fitted.params["steps"], [0, 1, 2])
     assert jax.tree.structure(fitted.params) == jax.tree.structure(params)
     np.testing.assert_allclose(fitted.radii, [2.5 - 3 * 0.05], rtol=1e-4)
-
-
-def test_equinox_models() -> None:
-    build = lambda seed: eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(seed))
-    (params, static), (anchor, _) = (
-        eqx.partition(build(seed), eqx.is_inexact_array) for seed in (0, 1)
-    )
-
-    def loss(now: Any, batch: Any) -> jax.Array:
-        return jnp.mean(jax.vmap(eqx.combine(now, static))(batch) ** 2)
-
-    batches = np.random.default_rng(0).normal(size=(30, 8, 2)).astype(np.float32)
-    layers = optax_spd.outputs("weight", 0)
-    fitted = optax_spd.fit_radii(
-        params, anchor, loss, batches, radius_optimizer=ADAM, layers=layers
-    )
-    assert isinstance(fitted.params, eqx.nn.MLP)
-    expected = optax_spd.project(params, anchor, fitted.radii, layers=layers)
-    assert_close(fitted.params, expected)
-
-
-def test_bfloat16_checkpoints_have_float32_radii() -> None:
-    narrow = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tree)
-    params, anchor = narrow(arrays(0)), narrow(arrays(1))
-    fitted = optax_spd.fit_radii(
-        params, anchor, half_distance, arrays(2, 4), radius_optimizer=optax.sgd(0.02)
-    )
-    assert fitted.radii.dtype == jnp.float32
-    assert {x.dtype for x in fitted.params.values()} == {jnp.dtype(jnp.bfloat16)}
-    reference = ball_oracles.Tpgm(anchor, "mars", 0.02)
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape), params)
-    expected = reference.step(params, zeros, arrays(2, 4))
-    for path, array in fitted.params.items():
-        np.testing.assert_allclose(
-            np.asarray(array, float), expected[path], rtol=2.0**-8, atol=2.0**-8
-        )
 
 
 def test_identical_checkpoints_and_sick_layers_come_back() -> None:
@@ -221,14 +164,6 @@ def test_a_second_call_compiles_nothing() -> None:
         arrays(3), arrays(4), half_distance, arrays(5, 3), radius_optimizer=ADAM
     )
     np.testing.assert_allclose(second.radii, alone.radii, rtol=1e-6)
-
-
-def test_it_runs_under_an_outer_jit() -> None:
-    fit = lambda params, anchor, batches: optax_spd.fit_radii(
-        params, anchor, half_distance, batches
-    )
-    arguments = (arrays(0), arrays(1), arrays(2, 3))
-    assert_close(tuple(jax.jit(fit)(*arguments)), tuple(fit(*arguments)))
 
 
 SPECS = {"blocks": P(None, "x", "y"), "dense": P("x", "y"), "head": P(None, ("x", "y"))}

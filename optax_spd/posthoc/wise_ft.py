@@ -45,7 +45,7 @@ def wise_ft(
       are those of ``params``.
 
     Raises:
-      TypeError: a complex parameter.
+      TypeError: a complex parameter or anchor.
       ValueError: ``alpha`` is not finite or has another shape; trees or shapes that do not match.
 
     Example:

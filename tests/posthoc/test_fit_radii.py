@@ -143,6 +143,7 @@ def test_identical_checkpoints_and_sick_layers_come_back() -> None:
     fitted = optax_spd.fit_radii(sick, arrays(1), loss, arrays(2, 3))
     healthy = optax_spd.fit_radii(params, arrays(1), loss, arrays(2, 3))
     np.testing.assert_array_equal(fitted.params["dense/kernel"], sick["dense/kernel"])
+    assert np.isfinite(fitted.radii).all()
     assert_close(others(fitted.params), others(healthy.params))
 
 
@@ -156,7 +157,7 @@ def test_a_second_call_compiles_nothing() -> None:
     traces = count.traces
     assert traces > 0
     second = fit(arrays(3), arrays(4), validation_batches=arrays(5, 3))
-    # Descriptions of layers made anew, with the same meaning, compile nothing either.
+    # New descriptions of layers with the same meaning compile nothing either.
     fit(arrays(0), arrays(1), validation_batches=arrays(2, 3), layers=optax_spd.stacked("^none"))
     assert count.traces == traces
     assert count.taken() == 9
@@ -216,37 +217,18 @@ class Unhashable:
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unhashable": ({"validation_fn": Unhashable()}, TypeError, "validation_fn must be hashable"),
     "no function": ({"validation_fn": 1.0}, TypeError, "validation_fn must be a function"),
+    "None": ({"validation_fn": None}, TypeError, "validation_fn must be a function"),
     "not a scalar": (
         {"validation_fn": lambda params, batch: batch["dense/bias"]},
         ValueError,
         "must return one real number",
     ),
-    "auxiliary output": (
-        {"validation_fn": lambda params, batch: (batch["scale"], None)},
-        ValueError,
-        "must return one real number",
-    ),
-    "unequal axes": (
-        {"validation_batches": arrays(2, 3) | {"scale": np.ones(2)}},
-        ValueError,
-        "leading axes that differ",
-    ),
-    "scalars": ({"validation_batches": np.float32(1)}, ValueError, "must have a leading axis"),
     "no batches": ({"validation_batches": arrays(2, 0)}, ValueError, "must have a leading axis"),
-    "no arrays": ({"validation_batches": {}}, ValueError, "holds no array"),
+    "no arrays": ({"validation_batches": None}, ValueError, "validation_batches holds no array"),
     "norm": ({"norm": "linf"}, ValueError, "norm must be 'l2' or 'mars'"),
     "optimizer": ({"radius_optimizer": 0.1}, TypeError, "radius_optimizer must be"),
     "other tree": ({"anchor": {"scale": 1.0}}, ValueError, "anchor does not match params"),
-    "other shape": (
-        {"anchor": arrays(1) | {"scale": np.ones(2)}},
-        ValueError,
-        r"'scale': anchor has shape \(2,\)",
-    ),
-    "complex": (
-        {"params": arrays(0) | {"scale": np.complex64(1)}},
-        TypeError,
-        "'scale' is complex",
-    ),
+    "complex": ({"params": arrays(0) | {"scale": 1j}}, TypeError, "'scale' is complex"),
     "layers": ({"layers": "dense"}, TypeError, "layers must be a function"),
     "mask": ({"mask": optax_spd.path_mask("embed")}, ValueError, "embed"),
 }
@@ -261,13 +243,6 @@ def test_wrong_input_is_refused(case: str) -> None:
         "validation_fn": half_distance,
         "validation_batches": arrays(2, 3),
     }
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as raised:
         optax_spd.fit_radii(**(arguments | change))
-
-
-@pytest.mark.parametrize("missing", ["validation_fn", "validation_batches"])
-def test_the_message_for_a_missing_argument_names_it(missing: str) -> None:
-    arguments: dict[str, Any] = {"validation_fn": half_distance, "validation_batches": np.ones(2)}
-    with pytest.raises((TypeError, ValueError), match=missing) as error:
-        optax_spd.fit_radii(arrays(0), arrays(1), **(arguments | {missing: None}))
-    assert "update got" not in str(error.value)  # there is no update here
+    assert "update got" not in str(raised.value)  # there is no update here

@@ -143,44 +143,6 @@ def test_a_first_validation_that_is_sick_leaves_the_start() -> None:
     np.testing.assert_allclose(radii_of(state), started.tpgm_radii, rtol=1e-6)
 
 
-@jax.custom_vjp
-def with_gradient_of(x: jax.Array, poison: jax.Array) -> jax.Array:
-    """x itself; where ``poison`` is not finite it is the gradient."""
-    return x
-
-
-with_gradient_of.defvjp(
-    lambda x, poison: (x, poison),
-    lambda poison, g: (jnp.where(jnp.isfinite(poison), g, poison), jnp.zeros_like(poison)),
-)
-
-
-def poisoned_distance(params: Any, batch: Any) -> Any:
-    target, poison = batch
-    kernel = with_gradient_of(params["dense/kernel"], poison)
-    return half_distance(params | {"dense/kernel": kernel}, target)
-
-
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_a_sick_gradient_of_one_layer_touches_no_other(poison: float) -> None:
-    anchor = arrays(0)
-    tx, step = adam_steps("mars", poisoned_distance)
-    victim = optax_spd.layer_names(anchor).index("dense/kernel")
-    healthy = (anchor, tx.init(anchor))
-    ill = healthy
-    for count, value in enumerate((0.0, poison, poison, 0.0)):
-        updates, batches = arrays(10 + count, scale=0.5), arrays(20 + count, 3)
-        healthy = step(*healthy, updates, (batches, np.zeros(3, np.float32)))
-        before = radii_of(ill[1])
-        ill = step(*ill, updates, (batches, np.full(3, value, np.float32)))
-        found, expected = radii_of(ill[1]), radii_of(healthy[1])
-        np.testing.assert_array_equal(np.delete(found, victim), np.delete(expected, victim))
-        assert (found[victim] == before[victim]) == (value != 0)
-        others = lambda params: {p: x for p, x in params.items() if p != "dense/kernel"}
-        assert_same_bits(others(ill[0]), others(healthy[0]))
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(ill))
-
-
 SICK = "blocks/kernel"
 
 
@@ -241,23 +203,14 @@ def test_a_layer_that_is_sick_at_first_starts_later() -> None:
 # What is refused ----------------------------------------------------------------------------------
 
 
-def update(tx: Any, params: Any = None, **extra: Any) -> Any:
-    params = arrays(0) if params is None else params
-    return tx.update(params, tx.init(params), params, **extra)
-
-
+BATCHES = arrays(1, 2)
 EXTRAS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no batches": ({"validation_fn": half_distance}, ValueError, "but no validation_batches"),
-    "no function": ({"validation_batches": arrays(1, 2)}, ValueError, "but no validation_fn"),
+    "no function": ({"validation_batches": BATCHES}, ValueError, "but no validation_fn"),
     "not callable": (
-        {"validation_fn": 0.5, "validation_batches": arrays(1, 2)},
+        {"validation_fn": 0.5, "validation_batches": BATCHES},
         TypeError,
         "validation_fn must be a function",
-    ),
-    "unequal axes": (
-        {"validation_fn": half_distance, "validation_batches": (np.ones(2), np.ones(3))},
-        ValueError,
-        "leading axes that differ: 2 at '0', 3 at '1'",
     ),
     "no steps": (
         {"validation_fn": half_distance, "validation_batches": np.ones((0, 3))},
@@ -269,74 +222,40 @@ EXTRAS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"must return one real number.*float32\[4\]",
     ),
-    "auxiliary output": (
-        {"validation_fn": lambda p, b: (b, p), "validation_batches": np.ones(2)},
-        ValueError,
-        "must return one real number",
-    ),
-    "an integer": (
-        {"validation_fn": lambda p, b: jnp.int32(1), "validation_batches": np.ones(2)},
-        ValueError,
-        r"must return one real number.*int32\[\]",
-    ),
 }
 
 
-@pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("case", EXTRAS)
-def test_wrong_validation_is_refused(case: str, every: int) -> None:
+def test_wrong_validation_is_refused(case: str) -> None:
     extra, error, message = EXTRAS[case]
-    for tx in (optax_spd.tpgm(every=every), optax_spd.adam_tpgm(0.1, every=every)):
+    params = arrays(0)
+    for tx in (optax_spd.tpgm(), optax_spd.adam_tpgm(0.1, every=2)):
+        update = lambda tx=tx: tx.update(params, tx.init(params), params, **extra)
         with pytest.raises(error, match=message):
-            jax.eval_shape(lambda tx=tx: update(tx, **extra))
+            jax.eval_shape(update)
 
 
 @pytest.mark.parametrize(
     ("every", "error"),
     [
         (0, ValueError),
-        (-3, ValueError),
-        (np.int64(0), ValueError),
-        (1.0, TypeError),
+        (np.int64(-3), ValueError),
         (np.float32(2), TypeError),
-        ("1", TypeError),
         (None, TypeError),
         (True, TypeError),
-        (False, TypeError),
-        (np.True_, TypeError),
         (jnp.array(True), TypeError),
     ],
     ids=repr,
 )
-@pytest.mark.parametrize("build", [optax_spd.tpgm, lambda **o: optax_spd.adam_tpgm(0.1, **o)])
-def test_every_is_a_positive_integer(build: Any, every: Any, error: Any) -> None:
-    with pytest.raises(error, match="every must be"):
-        build(every=every)
+def test_every_is_a_positive_integer(every: Any, error: Any) -> None:
+    for build in (optax_spd.tpgm, functools.partial(optax_spd.adam_tpgm, 0.1)):
+        with pytest.raises(error, match="every must be"):
+            build(every=every)
 
 
-@pytest.mark.parametrize("radii", [-0.1, np.nan, [1.0, -1.0, 1.0, 1.0, 1.0]], ids=repr)
-def test_radii_are_checked_when_the_stage_is_built(radii: Any) -> None:
-    with pytest.raises(ValueError, match="radii must not be negative or NaN"):
-        optax_spd.tpgm(radii=radii)
-
-
-def test_radii_of_another_number_are_refused_by_init() -> None:
+def test_radii_are_checked() -> None:
+    for radii in (-0.1, np.nan, [1.0, -1.0, 1.0, 1.0, 1.0]):
+        with pytest.raises(ValueError, match="radii must not be negative or NaN"):
+            optax_spd.tpgm(radii=radii)
     with pytest.raises(ValueError, match="radii must be a scalar or hold one value for each of"):
         optax_spd.tpgm(radii=[1.0, 2.0]).init(arrays(0))
-
-
-PARTS = {path: "constrained" if "kernel" in path else "free" for path in arrays(0)}
-
-
-def outside(tx: Any, wrapper: str) -> Any:
-    if wrapper == "masked":
-        return optax.masked(tx, {path: part == "constrained" for path, part in PARTS.items()})
-    return optax.partition({"constrained": tx, "free": optax.identity()}, PARTS)
-
-
-@pytest.mark.parametrize("wrapper", ["masked", "partition"])
-def test_validation_inside_masked_or_partition_is_refused(wrapper: str) -> None:
-    tx = outside(optax_spd.tpgm(), wrapper)
-    with pytest.raises(ValueError, match=r"params is masked at .*mask=") as error:
-        update(tx, validation_fn=half_distance, validation_batches=arrays(1, 2))
-    assert "'blocks/bias'" in str(error.value)

@@ -96,31 +96,40 @@ def test_align_answers_with_the_gap_of_either_side() -> None:
     assert aligned[4] == optax.MaskedNode()
 
 
-def test_align_names_the_first_missing_path_its_shape_and_the_nearest_ones() -> None:
-    reference = trees.flatten({"encoder": {"bias": jnp.ones(3), "kernel": jnp.ones((2, 3))}})
-    with pytest.raises(ValueError, match="grad does not match params") as error:
-        trees.align(reference, {"encoder": {"bias": jnp.ones(3), "kernels": 0}}, "grad")
-    message = str(error.value)
-    assert "no leaf at 'encoder/kernel'" in message
-    assert "of shape (2, 3)" in message
-    assert "nearest in grad: 'encoder/kernels'" in message
+ARRAY = jnp.ones(1)
 
 
-def test_align_names_the_first_path_too_many() -> None:
-    with pytest.raises(ValueError, match="'extra', where params has none") as error:
-        trees.align(flat(a=jnp.ones(1)), {"a": jnp.ones(1), "extra": jnp.ones(1)}, "anchor")
-    assert "anchor does not match params" in str(error.value)
-
-
-def test_align_names_the_first_path_with_another_shape_and_both_shapes() -> None:
-    reference = flat(a=jnp.ones(1), b=jnp.ones((2, 3)), c=jnp.ones(4))
-    tree = {"a": jnp.ones(1), "b": jnp.ones((3, 2)), "c": jnp.ones(5)}
-    with pytest.raises(ValueError, match="does not match") as error:
-        trees.align(reference, tree, "grad", reference_name="the updates")
-    message = str(error.value)
-    assert "at 'b'" in message
-    assert "grad has shape (3, 2)" in message
-    assert "the updates has shape (2, 3)" in message
+@pytest.mark.parametrize(
+    ("reference", "tree", "told"),
+    [
+        (  # the first missing path, its shape and the nearest ones
+            {"encoder": {"bias": jnp.ones(3), "kernel": jnp.ones((2, 3))}},
+            {"encoder": {"bias": jnp.ones(3), "kernels": 0}},
+            [
+                "no leaf at 'encoder/kernel'",
+                "of shape (2, 3)",
+                "nearest in grad: 'encoder/kernels'",
+            ],
+        ),
+        (  # the first path too many
+            {"a": ARRAY},
+            {"a": ARRAY, "extra": ARRAY},
+            ["a leaf at 'extra', where the updates has none"],
+        ),
+        (  # the first path with another shape, and both shapes
+            {"a": ARRAY, "b": jnp.ones((2, 3)), "c": jnp.ones(4)},
+            {"a": ARRAY, "b": jnp.ones((3, 2)), "c": jnp.ones(5)},
+            ["at 'b'", "grad has shape (3, 2)", "the updates has shape (2, 3)"],
+        ),
+        (jnp.ones(2), jnp.ones(3), ["the tree itself"]),
+    ],
+    ids=["missing", "too many", "shape", "bare arrays"],
+)
+def test_align_names_the_first_difference(reference: Any, tree: Any, told: list[str]) -> None:
+    with pytest.raises(ValueError, match="grad does not match the updates") as error:
+        trees.align(trees.flatten(reference), tree, "grad", reference_name="the updates")
+    for part in told:
+        assert part in str(error.value)
 
 
 # Prefixes ----------------------------------------------------------------------------------------

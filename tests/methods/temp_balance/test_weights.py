@@ -172,6 +172,16 @@ def test_broken_weights_have_no_exponent() -> None:
     np.testing.assert_allclose(alpha, [0, alpha_of(params["fine"]), 0, 0, 0], rtol=1e-4)
 
 
+def test_no_tail_and_a_layer_that_is_left_out_are_no_exponents() -> None:
+    params = {"blocks": normal(4, 3, 8, 8), "one": jnp.ones((1, 8))}
+    selection = selected(params, optax_spd.stacked("blocks"), skip_first=True)
+    fit = power_law.Fit(fit="goodness-of-fit")  # finds no candidate in one eigenvalue
+    alpha, found = selection.alphas(list(params.values()), fit)
+    assert found.tolist() == [False, True, True, False]
+    assert [bool(a > 1) for a in alpha] == found.tolist()
+    assert alpha[0] == alpha[3] == 0
+
+
 def test_means_by_segment() -> None:
     values = jnp.array([1.0, 2.0, jnp.nan, 4.0])
     mean, found = weights.mean_by(values, jnp.isfinite(values), np.array([2, 2, 0, 2]), 3)

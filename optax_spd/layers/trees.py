@@ -166,7 +166,7 @@ def _refuse_unknown_paths(
 
 
 def _prefix_in(path: Path, paths: set[Path]) -> Path | None:
-    """The prefix of ``path`` (itself included) that is one of ``paths``; leaves have at most one."""
+    """The prefix of ``path`` (itself included) in ``paths``; of leaves there is at most one."""
     for depth in range(len(path) + 1):
         if path[:depth] in paths:
             return path[:depth]

@@ -5,6 +5,7 @@ distance from the anchor, and where the next step would lead further than ``slac
 it takes the layer back to there.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -74,12 +75,10 @@ def leash(slack: Any = 1.5, **options: Any) -> optax.GradientTransformationExtra
 
 
 def oracle(
-    vectors: list[dict[str, np.ndarray]], average: float, slack: float
+    delta: np.ndarray, step: np.ndarray, average: float, slack: float
 ) -> tuple[np.ndarray, float, float, bool]:
     """One layer's step, in float64: the update, its length, the new mean, whether it was held."""
-    delta, step, _ = vectors
-    distance = np.linalg.norm(delta)
-    length = np.linalg.norm(delta + step)
+    distance, length = np.linalg.norm(delta), np.linalg.norm(delta + step)
     average = (1 - RATE) * average + RATE * distance
     if length <= slack * average:
         return step, length, average, False
@@ -128,7 +127,7 @@ def test_a_stage_with_memory_equals_numpy(layers: str, x64: None) -> None:
             delta = vector_of(params, parts[name]) - vector_of(anchor, parts[name])
             u, g = (vector_of(tree, parts[name]) for tree in (step, grads))
             expected, length, averages[name], holds = oracle(
-                [delta, u, g], averages[name], float(slack(count))
+                delta, u, averages[name], float(slack(count))
             )
             held[name] += holds
             np.testing.assert_allclose(vector_of(updates, parts[name]), expected, atol=1e-7)
@@ -356,25 +355,22 @@ SPECS = {
 @pytest.mark.parametrize("level", ["layer", "row"])
 @pytest.mark.parametrize("layers", ["stacked", "by module"])
 def test_shard_map_equals_one_device(layers: str, level: str) -> None:
+    # Replicated arrays and arrays split over one axis or both, also in one group.
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-    options: dict[str, Any] = {"layers": LAYERS[layers], "anchor": "zero"}
     build = leash if level == "layer" else row_ball
-    params, step = arrays(0), arrays(1, 0.5)
+    trees = arrays(0), arrays(1, 0.5), arrays(2)
 
-    def run(tx: Any, params: Any, step: Any) -> Any:
-        updates, state = tx.update(step, tx.init(params), params, grad=step)
+    def run(axis_name: Any, params: Any, step: Any, anchor: Any) -> Any:
+        tx = build(1.0, layers=LAYERS[layers], anchor="argument", axis_name=axis_name)
+        updates, state = tx.update(step, tx.init(params), params, grad=step, anchor=anchor)
         return updates, (state.record, state.memory)
 
-    alone = build(1.0, **options)
-    expected = jax.jit(lambda p, u: run(alone, p, u))(params, step)
-    split = build(1.0, axis_name=SPECS, **options)
-    mapped = jax.shard_map(
-        lambda p, u: run(split, p, u), mesh=mesh, in_specs=(SPECS, SPECS), out_specs=(SPECS, P())
-    )
-    found = jax.jit(mapped)(params, step)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6), found, expected
-    )
+    expected = jax.jit(functools.partial(run, None))(*trees)
+    run_split = functools.partial(run, SPECS)
+    mapped = jax.shard_map(run_split, mesh=mesh, in_specs=(SPECS,) * 3, out_specs=(SPECS, P()))
+    found = jax.jit(mapped)(*trees)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=2e-6)
+    jax.tree.map(close, found, expected)
     if level == "layer":
         assert np.sum(found[1][1]["held"]) > 0
 

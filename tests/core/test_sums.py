@@ -1,11 +1,7 @@
-"""Per-layer sums: against float64 NumPy, and the same under every sharding.
-
-The model of the sharding tests has a split and a replicated array, a stacked one, and groups.
-"""
+"""Per-layer sums: against float64 NumPy, and the same under every sharding."""
 
 import contextlib
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import hypothesis
@@ -13,7 +9,6 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
@@ -138,242 +133,55 @@ def test_halves_are_summed_in_float32(dtype: Any) -> None:
         assert float(total[0]) == size
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_the_ratio_of_half_precision_params_has_float32_accuracy(dtype: Any) -> None:
-    draw = np.random.default_rng(0)
-    theta, theta_0 = (draw.normal(size=(200, 300)).astype(dtype) for _ in range(2))
-    delta = theta.astype(np.float64) - theta_0.astype(np.float64)
-    step = (0.03 * delta + 0.01 * draw.normal(size=delta.shape)).astype(dtype)
-    tx = optax_spd.spd(anchor=[theta_0])
-    updates, state = tx.update([step], tx.init([theta]), [theta], grad=[delta.astype(dtype)])
-
-    tentative = delta + step.astype(np.float64)
-    old, new = np.linalg.norm(delta), np.linalg.norm(tentative)
-    expected = (new - old) / new
-    assert expected > 0.01
-    np.testing.assert_allclose(state.spd_ratio, [expected], rtol=1e-4)
-    assert updates[0].dtype == dtype
-    wanted = step.astype(np.float64) - expected * tentative
-    np.testing.assert_allclose(np.asarray(updates[0], np.float64), wanted, rtol=2.0**-8, atol=1e-4)
+# Under sharding ----------------------------------------------------------------------------------
+# (Whole stages on hand-split parameters: test_layerwise.py.)
 
 
-# Sharded training --------------------------------------------------------------------------------
-
-STEPS = 8
-NAMES = {"1-D": ("d",), "2-D": ("x", "y")}
-
-
-def mesh_of(shape: str, axis_type: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
-    names = NAMES[shape]
-    sizes = {"1-D": (8,), "2-D": (4, 2)}[shape]
-    return jax.make_mesh(sizes, names, axis_types=(axis_type,) * len(names))
+def spd_step(params: Any, **options: Any) -> tuple[Any, jax.Array]:
+    """A step that doubles the deviation: each layer's ratio is 1/2, and SPD undoes the step."""
+    tx = optax_spd.spd(anchor="zero", **options)
+    updates, state = tx.update(params, tx.init(params), params, grad=params)
+    return updates, state.spd_ratio
 
 
-def model() -> Any:
-    draw = np.random.default_rng(1)
-    normal = lambda *shape: draw.normal(size=shape).astype(np.float32)
-    return {
-        "blocks": {"bias": normal(3, 8), "kernel": normal(3, 8, 16)},
-        "embed": normal(16, 4),
-        "norm": {"scale": normal(5)},
-    }
+def assert_undone(updates: Any, ratios: Any) -> None:
+    np.testing.assert_allclose(ratios, np.full_like(ratios, 0.5), rtol=1e-6)
+    jax.tree.map(lambda u: np.testing.assert_allclose(u, np.zeros_like(u), atol=1e-6), updates)
 
 
-def gradients_of(params: Any) -> Any:
-    draw = np.random.default_rng(2)
-    return jax.tree.map(lambda x: draw.normal(size=(STEPS, *x.shape)).astype(np.float32), params)
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(4).normal(size=shape).astype(np.float32)
 
 
-STACKED = optax_spd.stacked("^blocks/")
-GROUPED = optax_spd.by_module(layers=STACKED)
-SPECS: dict[str, Any] = {
-    "1-D": {
-        "blocks": {"bias": P(), "kernel": P(None, "d")},
-        "embed": P("d"),
-        "norm": {"scale": P()},
-    },
-    "2-D": {
-        "blocks": {"bias": P(None, "y"), "kernel": P(None, "x", "y")},
-        "embed": P(("x", "y")),
-        "norm": {"scale": P()},
-    },
-}
-
-
-def run(
-    tx: optax.GradientTransformationExtraArgs, params: Any, state: Any, gradients: Any
-) -> tuple[Any, Any, jax.Array]:
-    """Trains on recorded gradients: params, state, and the ratios of all steps."""
-
-    def step(carry: Any, grads: Any) -> Any:
-        params, state = carry
-        updates, state = tx.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), optax.tree.get(state, "spd_ratio")
-
-    (params, state), ratios = jax.lax.scan(step, (params, state), gradients)
-    return params, state, ratios
-
-
-def pretrained() -> Any:
-    """Another model than the one trained, so that Δ is not zero at first."""
-    return jax.tree.map(lambda x: 0.5 * x, model())
-
-
-@functools.cache
-def unsharded(grouped: bool) -> tuple[Any, np.ndarray]:
-    params = model()
-    tx = optax_spd.adam_spd(0.3, anchor=pretrained(), layers=GROUPED if grouped else STACKED)
-    scan = jax.jit(functools.partial(run, tx))
-    params, _, ratios = jax.device_get(scan(params, tx.init(params), gradients_of(params)))
-    assert np.all(np.any(ratios > 0, axis=0))
-    return params, ratios
-
-
-def assert_trained_alike(params: Any, ratios: Any, grouped: bool) -> None:
-    expected, expected_ratios = unsharded(grouped)
-    np.testing.assert_allclose(ratios, expected_ratios, rtol=0, atol=1e-6)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6),
-        jax.device_get(params),
-        expected,
-    )
-
-
-def state_specs(tx: Any, state: Any, specs: Any) -> Any:
-    """The params' specs for what is shaped like params, replicated for the rest."""
-    return optax.tree.map_params(
-        tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: P()
-    )
-
-
-def run_in_shard_map(
-    tx: Any, params: Any, specs: Any, gradients: Any, mesh: jax.sharding.Mesh
-) -> Any:
-    state = tx.init(params)
-    in_state = state_specs(tx, state, specs)
-    in_grads = jax.tree.map(lambda spec: P(None, *spec), specs, is_leaf=lambda s: isinstance(s, P))
-    sharded = jax.shard_map(
-        functools.partial(run, tx),
-        mesh=mesh,
-        in_specs=(specs, in_state, in_grads),
-        out_specs=(specs, in_state, P()),
-    )
-    return jax.jit(sharded)(params, state, gradients)
-
-
-@pytest.mark.parametrize(("mesh", "grouped"), [("1-D", True), ("2-D", False), ("2-D", True)])
-def test_shard_map_with_a_tree_of_specs_equals_one_device(mesh: str, grouped: bool) -> None:
-    # In the groups of the 2-D mesh a bias is split over one axis and its kernel over both.
-    params, specs = model(), SPECS[mesh]
-    tx = optax_spd.adam_spd(
-        0.3, anchor=pretrained(), layers=GROUPED if grouped else STACKED, axis_name=specs
-    )
-    params, _, ratios = run_in_shard_map(tx, params, specs, gradients_of(params), mesh_of(mesh))
-    assert_trained_alike(params, ratios, grouped)
-
-
-def test_shard_map_with_a_prefix_of_specs_equals_one_device() -> None:
-    params, prefix = model(), {"blocks": P(None, "d"), "embed": P("d"), "norm": P()}
-    specs = {
-        "blocks": {"bias": P(None, "d"), "kernel": P(None, "d")},
-        "embed": P("d"),
-        "norm": {"scale": P()},
-    }
-    tx = optax_spd.adam_spd(0.3, anchor=pretrained(), layers=STACKED, axis_name=prefix)
-    params, _, ratios = run_in_shard_map(tx, params, specs, gradients_of(params), mesh_of("1-D"))
-    assert_trained_alike(params, ratios, grouped=False)
-
-
-@pytest.mark.parametrize(
-    ("mesh", "axis_name"), [("1-D", "d"), ("1-D", ("d",)), ("2-D", ("x", "y"))]
-)
-def test_a_name_or_a_tuple_of_names_splits_every_array(mesh: str, axis_name: Any) -> None:
-    params = {k: v for k, v in model().items() if k != "norm"}
-    axes = NAMES[mesh]
-    specs = {"blocks": {"bias": P(None, axes), "kernel": P(None, axes)}, "embed": P(axes)}
-    tx = optax_spd.spd(anchor="zero", layers=STACKED, axis_name=axis_name)
-    grads = jax.tree.map(lambda x: x + 0.1, params)
-    args = (grads, tx.init(params), params)
-    in_state = state_specs(tx, args[1], specs)
-
-    def update(steps: Any, state: Any, params: Any) -> Any:
-        return tx.update(steps, state, params, grad=steps)
-
-    sharded = jax.shard_map(
-        update,
-        mesh=mesh_of(mesh),
-        in_specs=(specs, in_state, specs),
-        out_specs=(specs, in_state),
-    )
-    updates, state = jax.jit(sharded)(*args)
-    alone = optax_spd.spd(anchor="zero", layers=STACKED)
-    expected, one_device = jax.jit(lambda u, s, p: alone.update(u, s, p, grad=u))(*args)
-    assert np.all(one_device.spd_ratio > 0)
-    np.testing.assert_allclose(state.spd_ratio, one_device.spd_ratio, rtol=0, atol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), updates, expected)
-
-
-def stage_in_shard_map(specs: Any, mesh: jax.sharding.Mesh) -> tuple[Callable[..., Any], Any]:
-    """One update of spd, with the gradients as an argument of their own."""
-    tx = optax_spd.spd(anchor="zero", layers=STACKED, axis_name=specs)
-    state = tx.init(model())
-    in_state = state_specs(tx, state, specs)
-    sharded = jax.shard_map(
-        lambda steps, state, params, grads: tx.update(steps, state, params, grad=grads),
-        mesh=mesh,
-        in_specs=(specs, in_state, specs, specs),
-        out_specs=(specs, in_state),
-    )
-    return sharded, state
-
-
-def test_a_nan_in_a_replicated_array_reaches_no_other_layer() -> None:
-    sharded, state = stage_in_shard_map(SPECS["2-D"], mesh_of("2-D"))
-    update = jax.jit(sharded)
-    params = model()
-    sick = params | {"norm": {"scale": np.full(5, np.nan, np.float32)}}
-    updates, healthy = update(params, state, params, params)
-    assert np.all(healthy.spd_ratio > 0)
-    sick_updates, state = update(params, state, params, sick)
-    names = optax_spd.layer_names(params, layers=STACKED)
-    expected = np.where(np.array(names) == "norm/scale", 0, healthy.spd_ratio)
-    np.testing.assert_array_equal(state.spd_ratio, expected)
-    np.testing.assert_array_equal(sick_updates["norm"]["scale"], params["norm"]["scale"])
-    for part in ("blocks", "embed"):
-        jax.tree.map(np.testing.assert_array_equal, sick_updates[part], updates[part])
+@pytest.mark.parametrize("axis_name", ["d", ("d",), ("x", "y")])
+def test_a_name_or_a_tuple_of_names_splits_every_array(axis_name: Any) -> None:
+    names = ("x", "y") if axis_name == ("x", "y") else ("d",)
+    sizes = (4, 2) if len(names) == 2 else (8,)
+    mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
+    params = {"blocks": normal(3, 8, 2), "embed": normal(16, 4)}
+    specs = {"blocks": P(None, names), "embed": P(names)}
+    step = functools.partial(spd_step, layers=optax_spd.stacked("blocks"), axis_name=axis_name)
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(specs,), out_specs=(specs, P()))
+    assert_undone(*jax.jit(mapped)(params))
 
 
 def test_pmap_over_hand_split_arrays_equals_one_device() -> None:
-    params = {"a": model()["embed"]}
-    split = lambda tree: jax.tree.map(lambda x: x.reshape(8, 2, 4), tree)
-    tx = optax_spd.spd(anchor="zero", axis_name="shard")
-
-    def update(params: Any) -> Any:
-        return tx.update(params, tx.init(params), params, grad=params)
-
-    updates, state = jax.pmap(update, axis_name="shard")(split(params))
-    # ‖Δ̃‖ = 2‖Δ‖: the ratio is one half, and the projection undoes the step.
-    np.testing.assert_allclose(state.spd_ratio, np.full((8, 1), 0.5), rtol=1e-6)
-    np.testing.assert_allclose(updates["a"], np.zeros((8, 2, 4)), atol=1e-6)
+    step = functools.partial(spd_step, axis_name="shard")
+    assert_undone(*jax.pmap(step, axis_name="shard")({"a": normal(8, 2, 4)}))
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["no mesh set", "set_mesh"])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
 def test_jit_may_split_a_stacked_axis_itself(axis_type: AxisType, inside: bool) -> None:
-    draw = np.random.default_rng(4)
-    normal = lambda *shape: draw.normal(size=shape).astype(np.float32)
     params = {"blocks": {"bias": normal(8, 3), "kernel": normal(2, 8, 3)}, "head": normal(5)}
     specs = {"blocks": {"bias": P("d"), "kernel": P(None, "d")}, "head": P()}
     stacked = optax_spd.stacked("kernel", 1, layers=optax_spd.stacked("bias", 0))
-    tx = optax_spd.spd(anchor="zero", layers=optax_spd.by_module(layers=stacked))
-    update = jax.jit(lambda params: tx.update(params, tx.init(params), params, grad=params))
-    mesh = mesh_of("1-D", axis_type)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(axis_type,))
     sharded = jax.tree.map(
         lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), params, specs
     )
+    step = functools.partial(spd_step, layers=optax_spd.by_module(layers=stacked))
     with jax.set_mesh(mesh) if inside else contextlib.nullcontext():
-        updates, state = update(sharded)
-    # ‖Δ̃‖ = 2‖Δ‖ in all nine layers, eight blocks and the head.
-    np.testing.assert_allclose(state.spd_ratio, np.full(9, 0.5), rtol=1e-6)
-    expected, _ = update(params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), updates, expected)
+        updates, ratios = jax.jit(step)(sharded)
+    assert ratios.shape == (9,)  # eight blocks and the head
+    assert_undone(updates, ratios)

@@ -157,6 +157,26 @@ def test_a_row_that_is_not_finite_reaches_no_other_row(bad: float) -> None:
     assert not np.isfinite(sick_totals[hit]).any()
 
 
+def test_whole_rows_need_no_sum_between_devices() -> None:
+    splits = {name: SPLITS[name] for name in ("units x", "units of two axes", "bias", "scale")}
+    mesh = jax.make_mesh((2, 2, 2), ("x", "y", "z"), axis_types=(AxisType.Auto,) * 3)
+    specs = {name: split.spec for name, split in splits.items()}
+    rows = {name: split.rows for name, split in splits.items()}
+
+    def measure(terms: Any) -> Any:
+        flat = trees.flatten(terms)
+        plan = plans.plan_layers(flat, lambda path, _: splits[path].layer)
+        axes = manual_axes.sharded_axes(specs, flat, plan)
+        own = row_sums(plan, [(leaf,) for leaf in flat.leaves], axes).own
+        return {name: found[0] for (name,), found in zip(flat.paths, own, strict=True) if found}
+
+    mapped = jax.shard_map(measure, mesh=mesh, in_specs=(specs,), out_specs=rows)
+    terms = {name: np.ones(split.shape, np.float32) for name, split in splits.items()}
+    traced = jax.jit(mapped).trace(terms)
+    assert not [name for name in primitives(traced.jaxpr) if name.startswith(("psum", "all_"))]
+    np.testing.assert_array_equal(traced.lower().compile()(terms)["units x"], np.full((1, 4), 3.0))
+
+
 def test_row_axes_are_those_along_which_devices_hold_different_rows() -> None:
     flat = trees.flatten({name: jnp.ones(split.shape) for name, split in SPLITS.items()})
     plan = plans.plan_layers(flat, lambda path, _: SPLITS[path].layer)

@@ -104,23 +104,6 @@ def test_no_gradient_flows_at_radius_zero_or_without_a_deviation(norm: str) -> N
     assert constraint.radius_gradient(jnp.full(2, 1e-9), slopes)[0] != 0
 
 
-def test_mars_counts_only_the_rows_outside_the_ball() -> None:
-    constraint = constraint_of({"w": jnp.array([[1.0, 4.0], [1.0, 4.0]])}, "mars")  # n = 2, 8
-    slopes = [jnp.array([[10.0, 1.0], [10.0, 3.0]])]
-    for radius, expected in ((1.0, 20 / 2 + 16 / 8), (3.0, 16 / 8), (9.0, 0.0)):
-        gradient = constraint.radius_gradient(jnp.array([radius]), slopes)
-        np.testing.assert_allclose(gradient, [expected], rtol=1e-6)
-
-
-def test_a_sick_gradient_stays_in_its_layer() -> None:
-    constraint = constraint_of({"a": jnp.ones(2), "b": jnp.ones(2)}, "l2")
-    gradient = constraint.radius_gradient(
-        jnp.full(2, 0.5), [jnp.array([1.0, jnp.nan]), jnp.ones(2)]
-    )
-    assert np.isnan(gradient[0])
-    np.testing.assert_allclose(gradient[1], np.sqrt(2), rtol=1e-6)
-
-
 def test_half_precision_gradients_are_summed_in_float32() -> None:
     size = 70_001  # more than the largest float16, and no bfloat16
     constraint = constraint_of({"a": jnp.ones(size)}, "mars")
@@ -163,23 +146,6 @@ def test_layers_that_are_not_active_keep_their_radii() -> None:
     a, b = constraint.factors(jnp.zeros(2))
     np.testing.assert_array_equal(a, np.zeros(1))
     np.testing.assert_array_equal(b, np.ones(1))
-
-
-@both_norms
-@pytest.mark.parametrize("layers", LAYERS)
-def test_radii_start_at_half_the_smallest_row_norm(layers: str, norm: str) -> None:
-    ball = ball_oracles.Balls(arrays(0), norm, LAYERS[layers])
-    size = len(ball.members)
-
-    @jax.jit
-    def start(deltas: Any, radii: jax.Array, started: jax.Array) -> Any:
-        return constraint_of(deltas, norm, LAYERS[layers]).started(radii, started)
-
-    radii, started = start(arrays(0), jnp.zeros(size), jnp.zeros(size, bool))
-    np.testing.assert_allclose(radii, [ball.half_smallest(n) for n in ball.members], rtol=1e-5)
-    assert started.all()
-    again, _ = start(arrays(0), jnp.full(size, 5.0), started)
-    np.testing.assert_array_equal(again, np.full(size, 5.0))
 
 
 def test_a_layer_starts_when_it_moves_and_a_row_need_not() -> None:

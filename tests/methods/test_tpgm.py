@@ -10,14 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tpgm_steps import (
-    LAYERS,
-    SHAPES,
-    arrays,
-    assert_close,
-    radii_of,
-    stepper,
-)
+from tpgm_steps import LAYERS, SHAPES, arrays, assert_close, radii_of, stepper
 
 import optax_spd
 

@@ -59,26 +59,6 @@ def test_equals_the_learning_step_of_tpgm_and_numpy(layers: str, norm: str) -> N
     np.testing.assert_array_equal(fitted.params["dense/bias"], params["dense/bias"])
 
 
-def test_losses_are_of_the_projections_before_each_step() -> None:
-    norm = "mars"
-    params, anchor, batches = arrays(0), arrays(1), arrays(2, 4)
-    fit = lambda batches: optax_spd.fit_radii(
-        params, anchor, half_distance, batches, radius_optimizer=ADAM, norm=norm
-    )
-    fitted = fit(batches)
-    assert fitted.losses.shape == (4,)
-    deltas = jax.tree.map(np.subtract, params, anchor)
-    ball = ball_oracles.Balls(deltas, norm)
-    start = {name: ball.half_smallest(name) for name in ball.members}
-    shorter = fit(jax.tree.map(lambda x: x[:2], batches))
-    for index, radii in ((0, start), (2, dict(zip(start, shorter.radii, strict=True)))):
-        projected = ball_oracles.projected(params, anchor, radii, norm)
-        batch = jax.tree.map(lambda x, i=index: x[i], batches)
-        loss = sum(np.sum((projected[p] - batch[p]) ** 2) / 2 for p in projected)
-        np.testing.assert_allclose(fitted.losses[index], loss, rtol=1e-5)
-    np.testing.assert_allclose(fitted.losses[:2], shorter.losses, rtol=1e-6)
-
-
 def test_it_rescues_an_overfitted_checkpoint() -> None:
     # A linear model, pretrained near the truth and fine-tuned on few noisy examples.
     draw = np.random.default_rng(0)

@@ -18,18 +18,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import optax_spd
 
 PAIRS: dict[str, tuple[Any, Any]] = {
-    "adam_spd": (
-        optax_spd.adam_spd(0.1),
-        optax_spd.chain(optax.adam(0.1), optax_spd.spd()),
-    ),
-    "adam_tpgm": (
-        optax_spd.adam_tpgm(0.1),
-        optax_spd.chain(optax.adam(0.1), optax_spd.tpgm()),
-    ),
-    "adam_ftp": (
-        optax_spd.adam_ftp(0.1),
-        optax_spd.chain(optax.adam(0.1), optax_spd.ftp()),
-    ),
+    "adam_spd": (optax_spd.adam_spd(0.1), optax_spd.chain(optax.adam(0.1), optax_spd.spd())),
+    "adam_tpgm": (optax_spd.adam_tpgm(0.1), optax_spd.chain(optax.adam(0.1), optax_spd.tpgm())),
+    "adam_ftp": (optax_spd.adam_ftp(0.1), optax_spd.chain(optax.adam(0.1), optax_spd.ftp())),
 }
 ARRAYS, SIDE = 8, 256
 

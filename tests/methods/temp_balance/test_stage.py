@@ -30,12 +30,7 @@ def assert_scales(tree: Any, parameters: list[str], expected: Any, tolerance: fl
 
 # The original's numbers ---------------------------------------------------------------------------
 
-ASSIGN = {
-    "tb_linear_map": "linear",
-    "tb_sqrt": "sqrt",
-    "tb_log2": "log2",
-    "tb_step": "step",
-}
+ASSIGN = {"tb_linear_map": "linear", "tb_sqrt": "sqrt", "tb_log2": "log2", "tb_step": "step"}
 
 
 def follows_in(case: dict[str, Any]) -> Any:

@@ -84,11 +84,7 @@ SPECS = {
         optax_spd.LayerSpec(stacked_axes=(1,)),
         lambda w: list(w.transpose(1, 0, 2)),
     ),
-    "stacked convolution": (
-        (2, 2, 3, 8, 6),
-        optax_spd.LayerSpec(stacked_axes=(0,)),
-        list,
-    ),
+    "stacked convolution": ((2, 2, 3, 8, 6), optax_spd.LayerSpec(stacked_axes=(0,)), list),
     "PyTorch's convolution": (
         (6, 8, 2, 2),
         optax_spd.LayerSpec(output_axes=(0,), spatial_axes=(2, 3)),

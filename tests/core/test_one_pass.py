@@ -121,9 +121,6 @@ def test_the_sums_have_derivatives_and_batches() -> None:
     assert "reduce" in set(primitives(variadic.jaxpr))
 
 
-# Where they apply ---------------------------------------------------------------------------------
-
-
 def applies_to(*arrays: Any) -> bool:
     """Whether they apply to arrays that are arguments of a traced program."""
     seen = []

@@ -77,7 +77,7 @@ def test_one_float64_array_makes_the_vectors_float64(x64: None) -> None:
     assert square.dtype == jnp.float64
 
 
-def test_match_orders_by_the_parameters_and_refuses_gaps_where_the_update_is_an_array() -> None:
+def test_match_orders_by_the_parameters_and_needs_leaves_where_the_update_is_an_array() -> None:
     params = {"a": jnp.ones(2), "b": jnp.arange(2), "c": jnp.ones(1, jnp.bfloat16)}
     view = view_of(params, params)
     first, none, last = view.match({"c": np.full(1, 2.0), "b": None, "a": np.full(2, 3.0)}, "grad")

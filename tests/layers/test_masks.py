@@ -35,9 +35,6 @@ def model() -> dict[str, Any]:
 ENCODER = {"encoder": {"bias": True, "kernel": True}, "head": {"kernel": False, "scale": False}}
 
 
-# path_mask ---------------------------------------------------------------------------------------
-
-
 def test_a_pattern_is_searched_anywhere_in_the_path() -> None:
     expected = {
         ("encoder",): ENCODER,
@@ -56,7 +53,7 @@ def test_a_pattern_is_searched_anywhere_in_the_path() -> None:
         assert optax_spd.path_mask(*patterns)(model()) == tree, patterns
 
 
-def test_the_mask_has_the_structure_of_params_and_keeps_gaps() -> None:
+def test_the_mask_has_the_structure_of_params_and_keeps_missing_leaves() -> None:
     params = {"a": jnp.ones(1), "b": None, "c": optax.MaskedNode()}
     assert optax_spd.path_mask("a")(params) == {"a": True, "b": None, "c": optax.MaskedNode()}
     state = nnx.State({"dense": {"kernel": nnx.Param(jnp.ones(1)), "bias": nnx.Param(jnp.ones(1))}})
@@ -96,9 +93,6 @@ def test_bad_patterns_are_refused_at_once() -> None:
         optax_spd.path_mask("(")
     with pytest.raises(TypeError, match="regular expression"):
         optax_spd.path_mask(["head"])  # type: ignore[arg-type]
-
-
-# mask= of a stage --------------------------------------------------------------------------------
 
 
 def one_step(tx: Any, params: Any, **extra: Any) -> tuple[Any, Any, Any]:

@@ -26,9 +26,6 @@ def plan_of(params: Any, layers: Any = None) -> plans.LayerPlan:
     return plans.plan_layers(trees.flatten(params), layers)
 
 
-# Names -------------------------------------------------------------------------------------------
-
-
 def boxed(array: jax.Array) -> Any:
     return nn.Partitioned(array, names=(None,) * array.ndim)
 
@@ -86,9 +83,6 @@ def test_leaves_that_are_no_layers(leaf: Any) -> None:
     # Orbax cannot save an empty array, hence one unused entry where there is no layer at all.
     plan = plan_of({"a": leaf})
     assert (plan.names, plan.vector_size, plan.dtype) == ((), 1, jnp.float32)
-
-
-# Places in the vectors ---------------------------------------------------------------------------
 
 
 def test_arrays_of_a_group_share_their_places() -> None:
@@ -156,9 +150,6 @@ def test_arrays_under_the_mask_count_for_nothing() -> None:
     assert optax_spd.layer_names(params, mask=mask) == ["b", "c"]
 
 
-# Output axes -------------------------------------------------------------------------------------
-
-
 def test_outputs_names_axes_of_the_whole_array() -> None:
     params = {
         "conv": jnp.ones((3, 3, 2, 4)),
@@ -185,9 +176,6 @@ def test_the_default_output_axis_is_the_last_that_is_not_stacked(axis: int, outp
     (entry,) = plan_of(jnp.ones((2, 3, 4)), optax_spd.stacked("", axis)).arrays
     assert entry is not None
     assert entry.output_axes == (output,)
-
-
-# Descriptions that do not fit --------------------------------------------------------------------
 
 
 def spec(**axes: Any) -> Any:

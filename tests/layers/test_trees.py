@@ -33,9 +33,6 @@ def boxed(array: jax.Array) -> nn.Partitioned[jax.Array]:
     return nn.Partitioned(array, names=(None,) * array.ndim)
 
 
-# Paths -------------------------------------------------------------------------------------------
-
-
 def test_only_the_key_of_a_box_is_left_out() -> None:
     # Flax attention has a submodule called "value", and a NamedTuple may have such a field.
     array = jnp.ones((1, 1))
@@ -53,7 +50,7 @@ def test_lists_are_numbered_and_a_bare_array_has_the_empty_path() -> None:
     assert trees.shown(("a", "b")) == "'a/b'"
 
 
-def test_gaps_are_leaves_and_survive_a_round_trip() -> None:
+def test_missing_leaves_are_leaves_and_survive_a_round_trip() -> None:
     tree = {"a": None, "b": optax.MaskedNode(), "c": jnp.ones(2)}
     flattened = trees.flatten(tree)
     assert trees.path_name(flattened.paths[1]) == "b"
@@ -64,15 +61,12 @@ def test_gaps_are_leaves_and_survive_a_round_trip() -> None:
     assert again["c"] is tree["c"]
 
 
-def test_only_puts_gaps_where_a_leaf_is_not_wanted_and_keeps_those_there_are() -> None:
+def test_only_masks_the_leaves_that_are_not_wanted() -> None:
     array = jnp.ones(2)
     kept = flat(a=None, b=array, c=array).only([True, False, True])
     assert kept.leaves[0] is None
     assert kept.leaves[1] == optax.MaskedNode()
     assert kept.leaves[2] is array
-
-
-# Matching two trees ------------------------------------------------------------------------------
 
 
 def test_align_ignores_containers_boxes_and_order() -> None:
@@ -85,10 +79,10 @@ def test_align_ignores_containers_boxes_and_order() -> None:
     np.testing.assert_array_equal(by_name["b"], np.full(2, 8.0))
 
 
-def test_align_answers_with_the_gap_of_either_side() -> None:
+def test_align_answers_with_what_is_missing_on_either_side() -> None:
     array = jnp.ones(2)
     reference = flat(a=optax.MaskedNode(), b=None, c={"x": array, "y": array}, d=array)
-    # What stands under the reference's gaps is not looked at, whatever its shape.
+    # What stands where the reference has no leaf is not looked at, whatever its shape.
     tree = {"a": {"deep": jnp.ones(9)}, "b": jnp.ones(9), "c": None, "d": optax.MaskedNode()}
     aligned = trees.align(reference, tree, "grad")
     assert aligned[0] == optax.MaskedNode()
@@ -132,9 +126,6 @@ def test_align_names_the_first_difference(reference: Any, tree: Any, told: list[
         assert part in str(error.value)
 
 
-# Prefixes ----------------------------------------------------------------------------------------
-
-
 def is_number(node: Any) -> bool:
     return isinstance(node, int)
 
@@ -148,7 +139,7 @@ def test_the_longest_prefix_covers_a_leaf() -> None:
     assert trees.broadcast_prefix(reference, {"a": 1, "b": 2}, "mask", is_number) == [1, 1, 2]
 
 
-def test_a_prefix_need_not_cover_a_gap_and_may_have_entries_under_one() -> None:
+def test_a_prefix_need_not_cover_a_missing_leaf_and_may_have_entries_below() -> None:
     reference = flat(a=jnp.ones(1), b=None, c=optax.MaskedNode())
     assert trees.broadcast_prefix(reference, {"a": 1}, "mask", is_number) == [1, None, None]
     prefix = {"a": 1, "b": 2, "c": {"deep": 3}}
@@ -167,9 +158,6 @@ def test_a_prefix_with_an_entry_for_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="entry at 'heads', where params has nothing") as error:
         trees.broadcast_prefix(flat(head=jnp.ones(1)), {"head": 1, "heads": 2}, "mask", is_number)
     assert "paths in params: 'head'" in str(error.value)
-
-
-# The rest ----------------------------------------------------------------------------------------
 
 
 def test_replace_leaves_changes_the_given_paths_only() -> None:

@@ -15,8 +15,6 @@ from tpgm_steps import arrays, assert_close, assert_same_bits, half_distance, ra
 
 import optax_spd
 
-# The parameters that validation_fn sees -----------------------------------------------------------
-
 
 def nested(seed: int, box: Any = lambda x: x) -> dict[str, Any]:
     """A model with all kinds of leaves; ``head`` is masked out."""
@@ -84,9 +82,6 @@ def test_an_array_without_an_update_is_seen_as_it_is(gap: Any) -> None:
     assert type(new["dense/kernel"]) is type(gap)
     still = optax_spd.layer_names(params).index("dense/kernel")
     np.testing.assert_array_equal(radii_of(state) == 0, np.arange(5) == still)
-
-
-# Sick losses and gradients ------------------------------------------------------------------------
 
 
 def sick(batches: Any, poison: float) -> Any:
@@ -182,9 +177,6 @@ def test_a_layer_that_is_sick_at_first_starts_later() -> None:
     _, state = step(anchor, state, arrays(1))
     half = np.abs(arrays(1)["dense/bias"]).sum() / 2
     np.testing.assert_allclose(radii_of(state)[names.index("dense/bias")], half, rtol=1e-6)
-
-
-# What is refused ----------------------------------------------------------------------------------
 
 
 BATCHES = arrays(1, 2)

@@ -84,10 +84,7 @@ def test_it_rescues_an_overfitted_checkpoint() -> None:
     np.testing.assert_array_less(fitted.losses[-1], fitted.losses[0])
 
 
-# Checkpoints of all kinds -------------------------------------------------------------------------
-
-
-def test_gaps_and_integers_are_seen_and_come_back() -> None:
+def test_missing_leaves_and_integers_are_seen_and_come_back() -> None:
     params: dict[str, Any] = {
         "empty": jnp.ones((0, 2)),
         "masked": optax.MaskedNode(),
@@ -125,9 +122,6 @@ def test_identical_checkpoints_and_sick_layers_come_back() -> None:
     np.testing.assert_array_equal(fitted.params["dense/kernel"], sick["dense/kernel"])
     assert np.isfinite(fitted.radii).all()
     assert_close(others(fitted.params), others(healthy.params))
-
-
-# Compilation and sharding -------------------------------------------------------------------------
 
 
 def test_a_second_call_compiles_nothing() -> None:
@@ -177,9 +171,6 @@ def test_sharded_checkpoints_stay_sharded(axis_type: AxisType, norm: str) -> Non
     assert_close(tuple(found), tuple(expected), atol=1e-5)
     for name, x in found.params.items():
         assert x.sharding.is_equivalent_to(NamedSharding(mesh, SPECS[name]), x.ndim), name
-
-
-# What is refused ----------------------------------------------------------------------------------
 
 
 class Unhashable:

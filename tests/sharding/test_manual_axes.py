@@ -18,9 +18,6 @@ def planned(params: Any, layers: Any = None) -> tuple[trees.FlatTree, plans.Laye
     return flat, plans.plan_layers(flat, layers)
 
 
-# What is refused ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("axis_name", [3, (), ("d", 3), {"a": "d"}, {}], ids=repr)
 def test_axis_name_is_names_or_specs(axis_name: Any) -> None:
     with pytest.raises(ValueError, match="axis_name must be a mesh axis name") as error:
@@ -51,9 +48,6 @@ def test_specs_must_fit_the_parameters() -> None:
             manual_axes.sharded_axes(specs, flat, plan)
 
 
-# What is read ------------------------------------------------------------------------------------
-
-
 def test_names_split_every_array_and_specs_say_along_which_axis() -> None:
     flat, plan = planned({"a": jnp.ones((8, 2, 8)), "b": jnp.ones(8), "ids": jnp.arange(8)})
     read = lambda axis_name: manual_axes.sharded_axes(axis_name, flat, plan)
@@ -69,9 +63,6 @@ def test_a_prefix_of_specs_covers_what_is_below() -> None:
     flat, plan = planned({"blocks": {"bias": jnp.ones(8), "kernel": jnp.ones((8, 2))}, "b": 1.0})
     specs = {"blocks": P("d"), "b": P()}
     assert manual_axes.sharded_axes(specs, flat, plan) == [{}, {"d": 0}, {"d": 0}]
-
-
-# What shard_map knows ----------------------------------------------------------------------------
 
 
 def seen_inside(map_over: Callable[..., Any]) -> list[frozenset[str]]:

@@ -8,6 +8,7 @@ it takes the layer back to there.
 import functools
 from typing import Any, NamedTuple
 
+import ball_oracles
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,20 +91,13 @@ def arrays(seed: int, scale: float = 1.0, dtype: Any = np.float32) -> dict[str, 
     return {p: np.asarray(scale * draw.normal(size=s), dtype) for p, s in SHAPES.items()}
 
 
-def members(layers: str) -> dict[str, list[tuple[str, Any]]]:
-    """Of each layer by name its arrays and the index of its slice in each."""
-    found: dict[str, list[tuple[str, Any]]] = {}
-    for path, shape in SHAPES.items():
-        stacked = path.startswith("blocks") and layers != "per array"
-        name = path.rpartition("/")[0] if layers == "by module" and "/" in path else path
-        name = "" if (layers, path) == ("by module", "scale") else name
-        for i in range(shape[0]) if stacked else [...]:
-            found.setdefault(f"{name}[{i}]" if stacked else name, []).append((path, i))
-    return found
-
-
-def vector_of(tree: Any, parts: list[tuple[str, Any]]) -> np.ndarray:
-    return np.concatenate([np.ravel(np.asarray(tree[p], np.float64)[i]) for p, i in parts])
+def vectors(tree: Any, layers: str) -> dict[str, np.ndarray]:
+    """Each layer's numbers as one vector, by its name."""
+    balls = ball_oracles.Balls(tree, "l2", LAYERS[layers])
+    return {
+        name: np.concatenate([balls.rows[path][i].ravel() for path, i in parts])
+        for name, parts in balls.members.items()
+    }
 
 
 # Against NumPy -----------------------------------------------------------------------------------
@@ -114,25 +108,24 @@ def test_a_stage_with_memory_equals_numpy(layers: str, x64: None) -> None:
     slack = optax.piecewise_constant_schedule(2.0, {2: 0.25, 4: 3.0})
     anchor = arrays(0, dtype=np.float64)
     tx = leash(slack, anchor=anchor, layers=LAYERS[layers])
-    params, names = anchor, optax_spd.layer_names(anchor, layers=LAYERS[layers])
-    state, update = tx.init(params), jax.jit(tx.update)
-    parts = members(layers)
-    assert sorted(parts) == sorted(names)
+    params, state, update = anchor, tx.init(anchor), jax.jit(tx.update)
+    names, start = optax_spd.layer_names(anchor, layers=LAYERS[layers]), vectors(anchor, layers)
+    assert sorted(start) == sorted(names)
     averages, held = dict.fromkeys(names, START), dict.fromkeys(names, 0)
     for count in range(7):
         step = arrays(10 + count, 0.4, np.float64)
         grads = arrays(20 + count, dtype=np.float64)
         updates, state = update(step, state, params, grad=grads)
+        theta, u, g, new = (vectors(tree, layers) for tree in (params, step, grads, updates))
         for index, name in enumerate(names):
-            delta = vector_of(params, parts[name]) - vector_of(anchor, parts[name])
-            u, g = (vector_of(tree, parts[name]) for tree in (step, grads))
+            delta = theta[name] - start[name]
             expected, length, averages[name], holds = oracle(
-                delta, u, averages[name], float(slack(count))
+                delta, u[name], averages[name], float(slack(count))
             )
             held[name] += holds
-            np.testing.assert_allclose(vector_of(updates, parts[name]), expected, atol=1e-7)
+            np.testing.assert_allclose(new[name], expected, atol=1e-12)
             np.testing.assert_allclose(state.record["length"][index], length, rtol=1e-12)
-            assert state.record["descends"][index] == (np.dot(u, g) < 0)
+            assert state.record["descends"][index] == (np.dot(u[name], g[name]) < 0)
             np.testing.assert_allclose(state.memory["average"][index], averages[name], rtol=1e-12)
             assert state.memory["held"][index] == held[name]
         params = optax.apply_updates(params, updates)
@@ -170,18 +163,14 @@ def test_a_decision_for_each_row_is_tpgms_projection(layers: str) -> None:
     for path in params:
         np.testing.assert_allclose(updates[path], expected[path], rtol=1e-5, atol=1e-6)
     # The record is the mean over a layer's rows, of all its arrays.
-    names = optax_spd.layer_names(params, layers=LAYERS[layers])
-    for index, name in enumerate(names):
-        norms, sizes = [], []
-        for path, i in members(layers)[name]:
-            tentative = (np.float64(params[path]) + step[path] - anchor[path])[i]
-            rows = tentative.reshape(-1, tentative.shape[-1]) if tentative.ndim > 1 else None
-            rows = rows.T if rows is not None else tentative.reshape(1, -1)
-            norms += list(np.abs(rows).sum(axis=1))
-            sizes += [rows.shape[1]] * len(rows)
-        factor = np.minimum(1, 1.5 / np.array(norms)).mean()
+    tentative = {path: params[path] + step[path] - anchor[path] for path in params}
+    balls = ball_oracles.Balls(tentative, "mars", LAYERS[layers])
+    for index, name in enumerate(optax_spd.layer_names(params, layers=LAYERS[layers])):
+        norms = np.concatenate(balls.row_norms(name))
+        factor = np.minimum(1, 1.5 / norms).mean()
         np.testing.assert_allclose(state.record["factor"][index], factor, rtol=1e-5, err_msg=name)
-        np.testing.assert_allclose(state.record["ones"][index], np.mean(sizes), rtol=1e-6)
+        weights = sum(balls.rows[path][i].size for path, i in balls.members[name])
+        np.testing.assert_allclose(state.record["ones"][index], weights / norms.size, rtol=1e-6)
 
 
 def test_rows_take_schedules_and_keep_what_is_not_finite_apart() -> None:

@@ -135,6 +135,14 @@ def test_a_convolution_pools_the_spectra_of_its_positions() -> None:
     np.testing.assert_allclose(finger, numpy_alpha(0.25 * pooled, "fix-finger", bins=5), rtol=1e-5)
 
 
+@FITS
+def test_a_rank_deficient_weight_has_a_finite_exponent(fit: str) -> None:
+    weight = jnp.zeros((16, 16)).at[:4].set(jax.random.normal(jax.random.key(3), (4, 16)))
+    for filter_zeros in (False, True):
+        alpha = optax_spd.power_law_alpha(weight, fit=fit, filter_zeros=filter_zeros)
+        assert 1 < alpha < np.inf
+
+
 def test_weights_without_an_exponent() -> None:
     assert np.isinf(optax_spd.power_law_alpha(jnp.zeros((8, 8))))
     orthogonal = np.linalg.qr(np.random.default_rng(0).normal(size=(64, 64)))[0]

@@ -114,8 +114,8 @@ def test_invariances() -> None:
     for same in (weight.T, weight * 1e-30, weight * 1e30, weight[::-1], -weight):
         np.testing.assert_allclose(optax_spd.power_law_alpha(same), alpha, rtol=1e-5)
     # A scale that overflows is as good as the largest number where it is compared.
-    for fit in power_law.FITS:
-        assert np.isfinite(optax_spd.power_law_alpha(weight * 1e30, fit=fit, filter_zeros=True))
+    diagonal = jnp.diag(jnp.geomspace(0.1, 1, 20))
+    assert optax_spd.power_law_alpha(1e30 * diagonal, fit="fix-finger") > 1
     # In bfloat16 the weight itself is rounded, and nothing else.
     coarse = weight.astype(jnp.bfloat16)
     np.testing.assert_array_equal(

@@ -55,9 +55,10 @@ def on_arrays(layout: str) -> Callable[..., Any]:
     count = int(np.prod([shape[a] for a in spec.stacked_axes]))
 
     def run(check: Callable[..., None]) -> None:
-        # A coarse grain makes equal rows, rows that have not moved, and rows on the surface.
+        # A coarse grain makes equal rows, rows that have not moved, and rows on the surface; with
+        # tenths θ₀ + (θ - θ₀) is not always θ.
         @EXAMPLES
-        @given(st.integers(0, 2**16), st.sampled_from([1.0, 0.25, 2.0**-20]))
+        @given(st.integers(0, 2**16), st.sampled_from([1.0, 0.1, 2.0**-20]))
         def on_example(seed: int, grain: float) -> None:
             draw = np.random.default_rng(seed)
             arrays = (np.round(draw.normal(size=shape) / grain) * grain for _ in range(2))

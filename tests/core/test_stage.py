@@ -96,10 +96,11 @@ def test_match_orders_by_the_parameters_and_needs_leaves_where_the_update_is_an_
 
 @pytest.mark.parametrize("factor", [0.0, 1e-6, 0.3, 0.49, 0.51, 0.9, 1 - 1e-6, 1.0])
 def test_a_projected_step_has_no_cancellation_whatever_the_factor(factor: float) -> None:
-    # At the ends one of its two forms is the difference of nearly equal numbers.
+    # Toward either end one of its two forms is the difference of nearly equal numbers.
     draw = np.random.default_rng(0)
     delta = draw.normal(size=1000).astype(np.float32)
-    step = (1e-4 * draw.normal(size=1000)).astype(np.float32) - (delta if factor < 0.5 else 0)
+    size = 1e4 if factor < 0.01 else 1e-4
+    step = (size * draw.normal(size=1000)).astype(np.float32)
     found = stage.project_step(stage.Deviation(delta, step), jnp.float32(factor))
     f, wide, u = np.float64(np.float32(factor)), delta.astype(np.float64), step.astype(np.float64)
     exact = f * (wide + u) - wide

@@ -17,7 +17,6 @@ from optax_spd import LayerSpec
 from optax_spd.core import stage, sums
 from optax_spd.layers import plans, trees
 
-
 SHAPES = [(), (5,), (2, 3), (3, 2), (2, 3, 4), (0, 3)]
 
 

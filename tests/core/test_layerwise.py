@@ -173,9 +173,10 @@ def test_a_decision_for_each_row_is_tpgms_projection(layers: str) -> None:
         np.testing.assert_allclose(state.record["ones"][index], weights / norms.size, rtol=1e-6)
 
 
-def test_rows_take_schedules_and_keep_what_is_not_finite_apart() -> None:
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_rows_take_schedules_and_keep_what_is_not_finite_apart(poison: float) -> None:
     params, step = {"w": np.ones((3, 2), np.float32)}, {"w": np.ones((3, 2), np.float32)}
-    step["w"][0, 1] = np.nan
+    step["w"][0, 1] = poison
     tx = row_ball(lambda count: 3.0 / (1 + count), anchor="zero")
     state = tx.init(params)
     for radius in (3.0, 1.5):

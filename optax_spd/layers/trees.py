@@ -166,8 +166,8 @@ def _refuse_unknown_paths(
 
 
 def _prefix_in(path: Path, paths: set[Path]) -> Path | None:
-    """The longest prefix of ``path`` (itself included) that is one of ``paths``."""
-    for depth in range(len(path), -1, -1):
+    """The prefix of ``path`` (itself included) in ``paths``; of leaves there is at most one."""
+    for depth in range(len(path) + 1):
         if path[:depth] in paths:
             return path[:depth]
     return None

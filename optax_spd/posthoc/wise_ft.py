@@ -45,7 +45,7 @@ def wise_ft(
       are those of ``params``.
 
     Raises:
-      TypeError: a complex parameter.
+      TypeError: a complex parameter or anchor.
       ValueError: ``alpha`` is not finite or has another shape; trees or shapes that do not match.
 
     Example:
@@ -66,18 +66,17 @@ def wise_ft(
     blended = [
         theta
         if entry is None
-        else _blend(theta, theta_0, sums.spread(entry, vector, jnp.ndim(theta)))
-        for theta, theta_0, entry in zip(
-            flat.leaves, policy.match_anchor(flat, anchor), plan.arrays, strict=True
+        else _blend(path, theta, theta_0, sums.spread(entry, vector, jnp.ndim(theta)))
+        for path, theta, theta_0, entry in zip(
+            flat.paths, flat.leaves, policy.match_anchor(flat, anchor), plan.arrays, strict=True
         )
     ]
     return flat.unflatten(blended)
 
 
-def _blend(theta: Any, theta_0: Any, alpha: jax.Array) -> jax.Array:
+def _blend(path: trees.Path, theta: Any, theta_0: Any, alpha: jax.Array) -> jax.Array:
     dtype = plans.compute_dtype(theta, theta_0)
     alpha = alpha.astype(dtype)
-    mixed = (1 - alpha) * jnp.asarray(policy.on_device(theta_0), dtype) + alpha * jnp.asarray(
-        theta, dtype
-    )
+    pretrained = trees.as_real(policy.on_device(theta_0), dtype, "anchor", path)
+    mixed = (1 - alpha) * pretrained + alpha * jnp.asarray(theta, dtype)
     return mixed.astype(jnp.result_type(theta))

@@ -37,13 +37,13 @@ def arrays(seed: int) -> dict[str, np.ndarray]:
 
 
 def constraint_of(
-    deltas: dict[str, Any], norm: str, layers: Any = None, acts: Any = None
+    deltas: dict[str, Any], norm: str, layers: Any = None, active: Any = None
 ) -> bilevel.Constraint:
     flat = trees.flatten(jax.tree.map(jnp.asarray, deltas))
     plan = plans.plan_layers(flat, layers)
     (norms,) = balls.ball_norms(norm, plan, None, flat.leaves)
-    acts = jnp.isfinite(norms.largest) if acts is None else jnp.asarray(acts)
-    return bilevel.Constraint(plan, flat.leaves, norms, acts, None)
+    active = jnp.isfinite(norms.largest) if active is None else jnp.asarray(active)
+    return bilevel.Constraint(plan, flat.leaves, norms, active, None)
 
 
 # The gradient of the radii -----------------------------------------------------------------------
@@ -94,12 +94,6 @@ def test_no_gradient_flows_where_the_ratio_is_exactly_one(norm: str) -> None:
     np.testing.assert_array_equal(at(2 * constraint.norms.largest), [0.0, 0.0])
 
 
-def test_in_float64_the_gradient_flows_on_the_surface(x64: None) -> None:
-    constraint = constraint_of({"a": jnp.array([0.5, 0.25])}, "mars")
-    gradient = constraint.radius_gradient(constraint.norms.largest, [jnp.ones(2)])
-    np.testing.assert_allclose(gradient, [1.0], rtol=1e-7)
-
-
 @both_norms
 def test_no_gradient_flows_at_radius_zero_or_without_a_deviation(norm: str) -> None:
     constraint = constraint_of({"a": jnp.array([0.5, 0.25]), "b": jnp.zeros(2)}, norm)
@@ -108,23 +102,6 @@ def test_no_gradient_flows_at_radius_zero_or_without_a_deviation(norm: str) -> N
         gradient = constraint.radius_gradient(jnp.full(2, radius), slopes)
         np.testing.assert_array_equal(gradient, [0.0, 0.0])
     assert constraint.radius_gradient(jnp.full(2, 1e-9), slopes)[0] != 0
-
-
-def test_mars_counts_only_the_rows_outside_the_ball() -> None:
-    constraint = constraint_of({"w": jnp.array([[1.0, 4.0], [1.0, 4.0]])}, "mars")  # n = 2, 8
-    slopes = [jnp.array([[10.0, 1.0], [10.0, 3.0]])]
-    for radius, expected in ((1.0, 20 / 2 + 16 / 8), (3.0, 16 / 8), (9.0, 0.0)):
-        gradient = constraint.radius_gradient(jnp.array([radius]), slopes)
-        np.testing.assert_allclose(gradient, [expected], rtol=1e-6)
-
-
-def test_a_sick_gradient_stays_in_its_layer() -> None:
-    constraint = constraint_of({"a": jnp.ones(2), "b": jnp.ones(2)}, "l2")
-    gradient = constraint.radius_gradient(
-        jnp.full(2, 0.5), [jnp.array([1.0, jnp.nan]), jnp.ones(2)]
-    )
-    assert np.isnan(gradient[0])
-    np.testing.assert_allclose(gradient[1], np.sqrt(2), rtol=1e-6)
 
 
 def test_half_precision_gradients_are_summed_in_float32() -> None:
@@ -159,8 +136,8 @@ def test_clip(radius: float, largest: float, expected: float) -> None:
     np.testing.assert_array_equal(clipped, np.float32([expected]))
 
 
-def test_layers_that_take_no_part_keep_their_radii() -> None:
-    constraint = constraint_of({"a": jnp.ones(2), "b": jnp.ones(2)}, "l2", acts=[True, False])
+def test_layers_that_are_not_active_keep_their_radii() -> None:
+    constraint = constraint_of({"a": jnp.ones(2), "b": jnp.ones(2)}, "l2", active=[True, False])
     np.testing.assert_array_equal(constraint.clipped(jnp.array([9.0, 9.0]))[1], 9.0)
     np.testing.assert_array_equal(constraint.clipped(jnp.array([-1.0, -1.0]))[1], -1.0)
     radii, started = constraint.started(jnp.array([7.0, 7.0]), jnp.array([False, False]))
@@ -169,23 +146,6 @@ def test_layers_that_take_no_part_keep_their_radii() -> None:
     a, b = constraint.factors(jnp.zeros(2))
     np.testing.assert_array_equal(a, np.zeros(1))
     np.testing.assert_array_equal(b, np.ones(1))
-
-
-@both_norms
-@pytest.mark.parametrize("layers", LAYERS)
-def test_radii_start_at_half_the_smallest_row_norm(layers: str, norm: str) -> None:
-    ball = ball_oracles.Balls(arrays(0), norm, LAYERS[layers])
-    size = len(ball.members)
-
-    @jax.jit
-    def start(deltas: Any, radii: jax.Array, started: jax.Array) -> Any:
-        return constraint_of(deltas, norm, LAYERS[layers]).started(radii, started)
-
-    radii, started = start(arrays(0), jnp.zeros(size), jnp.zeros(size, bool))
-    np.testing.assert_allclose(radii, [ball.half_smallest(n) for n in ball.members], rtol=1e-5)
-    assert started.all()
-    again, _ = start(arrays(0), jnp.full(size, 5.0), started)
-    np.testing.assert_array_equal(again, np.full(size, 5.0))
 
 
 def test_a_layer_starts_when_it_moves_and_a_row_need_not() -> None:
@@ -247,13 +207,6 @@ def test_a_sick_loss_is_as_if_its_batch_had_not_been(at: int, poison: float) -> 
     assert np.max(np.abs(found.radii - np.array([2.0, 3.0]))) > 0.1
 
 
-def test_with_sick_losses_only_nothing_moves() -> None:
-    adam = optax.adam(0.1)
-    learned = learn(DELTAS, jnp.full(3, jnp.nan), adam, [2.0, 3.0], distance)
-    np.testing.assert_array_equal(learned.radii, [2.0, 3.0])
-    jax.tree.map(np.testing.assert_array_equal, learned.optimizer_state, adam.init(jnp.zeros(2)))
-
-
 @jax.custom_vjp
 def poisoned(x: jax.Array, poison: jax.Array) -> jax.Array:
     """x itself, with a gradient of ``poison`` where that is not finite."""
@@ -280,13 +233,26 @@ def test_a_sick_gradient_of_one_layer_stops_that_layer_alone(optimizer: Any, poi
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(sick.optimizer_state))
 
 
-def test_the_state_keeps_its_dtypes_under_a_scheduled_rate_in_float64(x64: None) -> None:
-    optimizer = optax.chain(optax.scale_by_schedule(lambda count: 0.5**count), optax.trace(0.9))
-    state = optimizer.init(jnp.zeros(2, jnp.float32))
-    learned = learn(DELTAS, jnp.ones(3, jnp.float32), optimizer, [2.0, 3.0], distance)
-    types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
-    assert types(learned.optimizer_state) == types(state)
-    assert learned.radii.dtype == jnp.float32
+def test_a_gradient_whose_square_overflows_or_a_step_that_is_infinite_is_not_taken() -> None:
+    huge = lambda params, batch: 1e25 * jnp.sum(params["a"]) + distance(params, batch)
+    learned = learn(DELTAS, jnp.ones(3), optax.adam(0.1), [2.0, 3.0], huge)
+    assert learned.radii[0] == 2
+    assert abs(learned.radii[1] - 3) > 0.1
+    assert np.isfinite(learned.optimizer_state[0].nu).all()
+    leap = optax.stateless(lambda grads, params: grads * jnp.array([jnp.inf, -0.1]))
+    learned = learn(DELTAS, jnp.ones(1), leap, [2.0, 3.0], distance)
+    assert learned.radii[0] == 2
+    assert learned.radii[1] != 3
+
+
+def test_the_state_keeps_its_dtypes_where_the_optimizer_widens_them(x64: None) -> None:
+    def update(grads: Any, state: Any, params: Any = None) -> Any:
+        return -0.1 * grads, state + jnp.float64(1) * grads
+
+    widening = optax.GradientTransformation(jnp.zeros_like, update)
+    learned = learn(DELTAS, jnp.ones(3, jnp.float32), widening, [2.0, 3.0], distance)
+    assert learned.optimizer_state.dtype == learned.radii.dtype == jnp.float32
+    assert np.all(learned.optimizer_state != 0)
 
 
 # What is refused ---------------------------------------------------------------------------------
@@ -295,16 +261,11 @@ def test_the_state_keeps_its_dtypes_under_a_scheduled_rate_in_float64(x64: None)
 @pytest.mark.parametrize(
     ("loss", "shown"),
     [
-        (np.ones(1, np.float32), "float32[1]"),
         (jnp.ones((2, 3)), "float32[2, 3]"),
-        (1, "int"),
         (jnp.int32(1), "int32[]"),
         (True, "bool"),
-        (1j, "complex"),
         ("0.5", "str"),
-        ((jnp.float32(1.0), {}), "float32[]"),
         ((1.0, {"accuracy": 0.5}), "accuracy"),
-        ([jnp.float32(1.0)], "float32[]"),
         (None, "None"),
     ],
     ids=repr,
@@ -313,13 +274,8 @@ def test_a_validation_loss_is_one_real_number(loss: Any, shown: str) -> None:
     with pytest.raises(ValueError, match="validation_fn must return one real number") as error:
         bilevel.scalar_loss(lambda params, batch: loss, {}, None)
     assert shown in str(error.value)
-
-
-@pytest.mark.parametrize("loss", [0.5, np.float64(0.5), np.array(0.5), jnp.bfloat16(0.5)], ids=repr)
-def test_real_numbers_of_all_kinds_are_losses(loss: Any) -> None:
-    found = bilevel.scalar_loss(lambda params, batch: loss, {}, None)
-    assert found.shape == ()
-    assert found == 0.5
+    for fine in (0.5, np.float64(0.5), np.array(0.5), jnp.bfloat16(0.5)):
+        assert bilevel.scalar_loss(lambda params, batch, x=fine: x, {}, None) == 0.5
 
 
 BATCHES_REFUSED: dict[str, tuple[Any, str]] = {
@@ -340,27 +296,17 @@ def test_batches_have_one_leading_axis(kind: str) -> None:
         bilevel.check_validation(distance, batches)
 
 
-@pytest.mark.parametrize(
-    "batches",
-    [np.ones(1), [np.ones((2, 1)), np.arange(2)], {"x": jnp.ones((3, 4)), "none": None}],
-)
-def test_any_tree_of_arrays_makes_batches(batches: Any) -> None:
-    bilevel.check_validation(distance, batches)
-
-
-def test_a_validation_function_is_a_function() -> None:
+def test_a_validation_function_is_a_function_and_any_tree_of_arrays_makes_batches() -> None:
+    for fine in (np.ones(1), [np.ones((2, 1)), np.arange(2)], {"x": jnp.ones(3), "none": None}):
+        bilevel.check_validation(distance, fine)
     for given in (None, 3.0):
         with pytest.raises(TypeError, match="validation_fn must be a function"):
             bilevel.check_validation(given, np.ones(2))
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [1e-2, "adam", optax.adam, lambda radii: radii],
-    ids=["number", "name", "maker", "function"],
-)
-def test_an_optimizer_of_the_radii_is_a_transformation(optimizer: Any) -> None:
-    for build in (bilevel.checked_optimizer, optax_spd.tpgm):
-        with pytest.raises(TypeError, match="radius_optimizer must be a gradient transformation"):
-            build(optimizer)
+def test_an_optimizer_of_the_radii_is_a_transformation() -> None:
+    for wrong in (1e-2, "adam", optax.adam, lambda radii: radii):
+        for build in (bilevel.checked_optimizer, optax_spd.tpgm):
+            with pytest.raises(TypeError, match="radius_optimizer must be a gradient transf"):
+                build(wrong)
     assert bilevel.checked_optimizer(None) is bilevel.DEFAULT_OPTIMIZER

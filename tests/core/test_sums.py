@@ -1,30 +1,21 @@
-"""Per-layer sums: against float64 NumPy, and the same under every sharding.
-
-The model of the sharding tests has a split and a replicated array, a stacked one, and groups.
-"""
+"""Per-layer sums: against float64 NumPy, and the same under every sharding."""
 
 import contextlib
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jax_support import primitives
 
 import optax_spd
 from optax_spd import LayerSpec
 from optax_spd.core import stage, sums
 from optax_spd.layers import plans, trees
-from optax_spd.sharding import manual_axes
-
-# Sums on one device ------------------------------------------------------------------------------
 
 SHAPES = [(), (5,), (2, 3), (3, 2), (2, 3, 4), (0, 3)]
 
@@ -69,17 +60,17 @@ def test_sums_equal_numpy_in_float64(
 
     flat = trees.flatten({name: np.ones(shape) for name, (shape, _) in described.items()})
     plan = plans.plan_layers(flat, lambda path, _: described[path][1])
-    sums = jax.jit(lambda terms: sums.layer_sums(plan, [terms[name] for name in described], count))(
+    totals = jax.jit(lambda terms: sums.layer_sums(plan, [terms[n] for n in described], count))(
         terms
     )
-    assert all(s.shape == (max(1, len(expected)),) for s in sums)
-    assert plan.names == tuple(expected)
+    assert all(s.shape == (max(1, len(expected)),) for s in totals)
+    assert set(plan.names) == set(expected)
     table = np.array([expected[name] for name in plan.names]).reshape(-1, count)
-    for s, column in zip(sums, table.T, strict=True):
+    for s, column in zip(totals, table.T, strict=True):
         np.testing.assert_allclose(s[: len(table)], column, rtol=0, atol=1e-5)
 
 
-def test_a_layer_that_takes_no_part_sums_to_zero() -> None:
+def test_a_layer_without_products_sums_to_zero() -> None:
     flat = trees.flatten({"a": jnp.ones(2), "b": jnp.ones((2, 2)), "n": jnp.arange(2)})
     plan = plans.plan_layers(flat, optax_spd.stacked("b"))
     products = [None, (jnp.ones((2, 2)),), None]
@@ -101,422 +92,94 @@ def test_spread_is_the_inverse_of_a_sum_over_slices() -> None:
     np.testing.assert_array_equal(spread, array.sum(axis=1, keepdims=True))
 
 
+def test_more_operands_than_one_all_reduce_merges_are_stacked() -> None:
+    assert sums.needs_stacking([(0, 0, 0)] * 86)
+    assert not sums.needs_stacking([(0, 0, 0)] * 85 + [None])
+    terms = tuple(np.float32(np.arange(6).reshape(2, 3) + k) for k in range(2))
+    for stack in (False, True):
+        found = sums.sums_over(terms, (1,), stack=stack, keepdims=True)
+        for total, term in zip(found, terms, strict=True):
+            np.testing.assert_array_equal(total, term.sum(axis=1, keepdims=True))
+
+
+def test_the_norm_of_a_square_that_rounding_made_negative_is_zero() -> None:
+    squares = jnp.array([4.0, 0.0, -1e-9])
+    np.testing.assert_array_equal(sums.norm_of(squares), [2.0, 0.0, 0.0])
+    slopes = jax.vmap(jax.grad(sums.norm_of))(squares)
+    np.testing.assert_array_equal(slopes, [0.25, 0.0, 0.0])
+
+
+def test_a_scalar_or_one_number_a_layer_becomes_a_vector() -> None:
+    plan = plans.plan_layers(trees.flatten({"a": jnp.ones(2), "b": jnp.ones(2)}))
+    np.testing.assert_array_equal(sums.per_layer("radii", 3, plan), [3.0, 3.0])
+    np.testing.assert_array_equal(sums.per_layer("radii", [1, 2], plan), [1.0, 2.0])
+    with pytest.raises(ValueError, match=r"radii must be a scalar .* the 2 layers .* shape \(3,\)"):
+        sums.per_layer("radii", np.ones(3), plan)
+    empty = plans.plan_layers(trees.flatten({}))
+    assert sums.per_layer("radii", [], empty).shape == (1,)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_halves_are_summed_in_float32(dtype: Any) -> None:
     # More than the largest float16, and no bfloat16: a sum in either would show.
     size = 70_001
     theta, zeros = np.ones(size, dtype), np.zeros(size, dtype)
     view = stage.StageOptions(anchor="zero").view([zeros], (), [theta], {})
-    product, square = view.sums(
-        2, lambda d, g: (d.delta * g, d.tentative**2), view.match([theta], "grad")
-    )
-    assert product.dtype == square.dtype == jnp.float32
-    assert float(product[0]) == float(square[0]) == size
+    products = view.map(lambda d, g: (d.delta * g, d.tentative**2), view.match([theta], "grad"))
+    for total in sums.layer_sums(view.plan, products, 2, view.axes):
+        assert total.dtype == jnp.float32
+        assert float(total[0]) == size
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_the_ratio_of_half_precision_params_has_float32_accuracy(dtype: Any) -> None:
-    draw = np.random.default_rng(0)
-    theta, theta_0 = (draw.normal(size=(200, 300)).astype(dtype) for _ in range(2))
-    delta = theta.astype(np.float64) - theta_0.astype(np.float64)
-    step = (0.03 * delta + 0.01 * draw.normal(size=delta.shape)).astype(dtype)
-    tx = optax_spd.spd(anchor=[theta_0])
-    updates, state = tx.update([step], tx.init([theta]), [theta], grad=[delta.astype(dtype)])
-
-    tentative = delta + step.astype(np.float64)
-    old, new = np.linalg.norm(delta), np.linalg.norm(tentative)
-    expected = (new - old) / new
-    assert expected > 0.01
-    np.testing.assert_allclose(state.spd_ratio, [expected], rtol=1e-4)
-    assert updates[0].dtype == dtype
-    wanted = step.astype(np.float64) - expected * tentative
-    np.testing.assert_allclose(np.asarray(updates[0], np.float64), wanted, rtol=2.0**-8, atol=1e-4)
+# Under sharding ----------------------------------------------------------------------------------
+# (Whole stages on hand-split parameters: test_layerwise.py.)
 
 
-# Sharded training --------------------------------------------------------------------------------
-
-STEPS = 8
-NAMES = {"1-D": ("d",), "2-D": ("x", "y")}
-
-
-def mesh_of(shape: str, axis_type: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
-    names = NAMES[shape]
-    sizes = {"1-D": (8,), "2-D": (4, 2)}[shape]
-    return jax.make_mesh(sizes, names, axis_types=(axis_type,) * len(names))
+def spd_step(params: Any, **options: Any) -> tuple[Any, jax.Array]:
+    """A step that doubles the deviation: each layer's ratio is 1/2, and SPD undoes the step."""
+    tx = optax_spd.spd(anchor="zero", **options)
+    updates, state = tx.update(params, tx.init(params), params, grad=params)
+    return updates, state.spd_ratio
 
 
-def model() -> Any:
-    draw = np.random.default_rng(1)
-    normal = lambda *shape: draw.normal(size=shape).astype(np.float32)
-    return {
-        "blocks": {"bias": normal(3, 8), "kernel": normal(3, 8, 16)},
-        "embed": normal(16, 4),
-        "norm": {"scale": normal(5)},
-    }
+def assert_undone(updates: Any, ratios: Any) -> None:
+    np.testing.assert_allclose(ratios, np.full_like(ratios, 0.5), rtol=1e-6)
+    jax.tree.map(lambda u: np.testing.assert_allclose(u, np.zeros_like(u), atol=1e-6), updates)
 
 
-def gradients_of(params: Any) -> Any:
-    draw = np.random.default_rng(2)
-    return jax.tree.map(lambda x: draw.normal(size=(STEPS, *x.shape)).astype(np.float32), params)
+def normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(4).normal(size=shape).astype(np.float32)
 
 
-STACKED = optax_spd.stacked("^blocks/")
-GROUPED = optax_spd.by_module(layers=STACKED)
-SPECS: dict[str, Any] = {
-    "1-D": {
-        "blocks": {"bias": P(), "kernel": P(None, "d")},
-        "embed": P("d"),
-        "norm": {"scale": P()},
-    },
-    "2-D": {
-        "blocks": {"bias": P(None, "y"), "kernel": P(None, "x", "y")},
-        "embed": P(("x", "y")),
-        "norm": {"scale": P()},
-    },
-}
-
-
-def run(
-    tx: optax.GradientTransformationExtraArgs, params: Any, state: Any, gradients: Any
-) -> tuple[Any, Any, jax.Array]:
-    """Trains on recorded gradients: params, state, and the ratios of all steps."""
-
-    def step(carry: Any, grads: Any) -> Any:
-        params, state = carry
-        updates, state = tx.update(grads, state, params)
-        return (optax.apply_updates(params, updates), state), optax.tree.get(state, "spd_ratio")
-
-    (params, state), ratios = jax.lax.scan(step, (params, state), gradients)
-    return params, state, ratios
-
-
-def pretrained() -> Any:
-    """Another model than the one trained, so that Δ is not zero at first."""
-    return jax.tree.map(lambda x: 0.5 * x, model())
-
-
-@functools.cache
-def unsharded(grouped: bool) -> tuple[Any, np.ndarray]:
-    params = model()
-    tx = optax_spd.adam_spd(0.3, anchor=pretrained(), layers=GROUPED if grouped else STACKED)
-    scan = jax.jit(functools.partial(run, tx))
-    params, _, ratios = jax.device_get(scan(params, tx.init(params), gradients_of(params)))
-    assert np.all(np.any(ratios > 0, axis=0))
-    return params, ratios
-
-
-def assert_trained_alike(params: Any, ratios: Any, grouped: bool) -> None:
-    expected, expected_ratios = unsharded(grouped)
-    np.testing.assert_allclose(ratios, expected_ratios, rtol=0, atol=1e-6)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-6),
-        jax.device_get(params),
-        expected,
-    )
-
-
-def state_specs(tx: Any, state: Any, specs: Any) -> Any:
-    """The params' specs for what is shaped like params, replicated for the rest."""
-    return optax.tree.map_params(
-        tx, lambda _, spec: spec, state, specs, transform_non_params=lambda _: P()
-    )
-
-
-def run_in_shard_map(
-    tx: Any, params: Any, specs: Any, gradients: Any, mesh: jax.sharding.Mesh
-) -> Any:
-    state = tx.init(params)
-    in_state = state_specs(tx, state, specs)
-    in_grads = jax.tree.map(lambda spec: P(None, *spec), specs, is_leaf=lambda s: isinstance(s, P))
-    sharded = jax.shard_map(
-        functools.partial(run, tx),
-        mesh=mesh,
-        in_specs=(specs, in_state, in_grads),
-        out_specs=(specs, in_state, P()),
-    )
-    return jax.jit(sharded)(params, state, gradients)
-
-
-@pytest.mark.parametrize(("mesh", "grouped"), [("1-D", True), ("2-D", False), ("2-D", True)])
-def test_shard_map_with_a_tree_of_specs_equals_one_device(mesh: str, grouped: bool) -> None:
-    # In the groups of the 2-D mesh a bias is split over one axis and its kernel over both.
-    params, specs = model(), SPECS[mesh]
-    tx = optax_spd.adam_spd(
-        0.3, anchor=pretrained(), layers=GROUPED if grouped else STACKED, axis_name=specs
-    )
-    params, _, ratios = run_in_shard_map(tx, params, specs, gradients_of(params), mesh_of(mesh))
-    assert_trained_alike(params, ratios, grouped)
-
-
-def test_shard_map_with_a_prefix_of_specs_equals_one_device() -> None:
-    params, prefix = model(), {"blocks": P(None, "d"), "embed": P("d"), "norm": P()}
-    specs = {
-        "blocks": {"bias": P(None, "d"), "kernel": P(None, "d")},
-        "embed": P("d"),
-        "norm": {"scale": P()},
-    }
-    tx = optax_spd.adam_spd(0.3, anchor=pretrained(), layers=STACKED, axis_name=prefix)
-    params, _, ratios = run_in_shard_map(tx, params, specs, gradients_of(params), mesh_of("1-D"))
-    assert_trained_alike(params, ratios, grouped=False)
-
-
-@pytest.mark.parametrize(
-    ("mesh", "axis_name"), [("1-D", "d"), ("1-D", ("d",)), ("2-D", ("x", "y"))]
-)
-def test_a_name_or_a_tuple_of_names_splits_every_array(mesh: str, axis_name: Any) -> None:
-    params = {k: v for k, v in model().items() if k != "norm"}
-    axes = NAMES[mesh]
-    specs = {"blocks": {"bias": P(None, axes), "kernel": P(None, axes)}, "embed": P(axes)}
-    tx = optax_spd.spd(anchor="zero", layers=STACKED, axis_name=axis_name)
-    grads = jax.tree.map(lambda x: x + 0.1, params)
-    args = (grads, tx.init(params), params)
-    in_state = state_specs(tx, args[1], specs)
-
-    def update(steps: Any, state: Any, params: Any) -> Any:
-        return tx.update(steps, state, params, grad=steps)
-
-    sharded = jax.shard_map(
-        update,
-        mesh=mesh_of(mesh),
-        in_specs=(specs, in_state, specs),
-        out_specs=(specs, in_state),
-    )
-    updates, state = jax.jit(sharded)(*args)
-    alone = optax_spd.spd(anchor="zero", layers=STACKED)
-    expected, one_device = jax.jit(lambda u, s, p: alone.update(u, s, p, grad=u))(*args)
-    assert np.all(one_device.spd_ratio > 0)
-    np.testing.assert_allclose(state.spd_ratio, one_device.spd_ratio, rtol=0, atol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), updates, expected)
-
-
-def stage_in_shard_map(specs: Any, mesh: jax.sharding.Mesh) -> tuple[Callable[..., Any], Any]:
-    """One update of spd, with the gradients as an argument of their own."""
-    tx = optax_spd.spd(anchor="zero", layers=STACKED, axis_name=specs)
-    state = tx.init(model())
-    in_state = state_specs(tx, state, specs)
-    sharded = jax.shard_map(
-        lambda steps, state, params, grads: tx.update(steps, state, params, grad=grads),
-        mesh=mesh,
-        in_specs=(specs, in_state, specs, specs),
-        out_specs=(specs, in_state),
-    )
-    return sharded, state
-
-
-def test_a_nan_in_a_replicated_array_reaches_no_other_layer() -> None:
-    sharded, state = stage_in_shard_map(SPECS["2-D"], mesh_of("2-D"))
-    update = jax.jit(sharded)
-    params = model()
-    sick = params | {"norm": {"scale": np.full(5, np.nan, np.float32)}}
-    updates, healthy = update(params, state, params, params)
-    assert np.all(healthy.spd_ratio > 0)
-    sick_updates, state = update(params, state, params, sick)
-    names = optax_spd.layer_names(params, layers=STACKED)
-    expected = np.where(np.array(names) == "norm/scale", 0, healthy.spd_ratio)
-    np.testing.assert_array_equal(state.spd_ratio, expected)
-    np.testing.assert_array_equal(sick_updates["norm"]["scale"], params["norm"]["scale"])
-    for part in ("blocks", "embed"):
-        jax.tree.map(np.testing.assert_array_equal, sick_updates[part], updates[part])
-
-
-def test_pmap_over_replicas_equals_one_device() -> None:
-    params = model()
-    tx = optax_spd.adam_spd(0.3, anchor=pretrained(), layers=STACKED)
-    copies = lambda tree: jax.tree.map(lambda x: np.stack([x] * 8), tree)
-    # Every replica sees its own gradient; their mean is the recorded one.
-    draw = np.random.default_rng(3)
-
-    def per_replica(g: np.ndarray) -> np.ndarray:
-        noise = draw.normal(size=(4, *g.shape)).astype(np.float32)
-        return g + np.concatenate([noise, -noise])
-
-    gradients = jax.tree.map(per_replica, gradients_of(params))
-
-    def replica(params: Any, state: Any, gradients: Any) -> Any:
-        return run(tx, params, state, jax.lax.pmean(gradients, "batch"))
-
-    result = jax.pmap(replica, axis_name="batch")(
-        copies(params), copies(tx.init(params)), gradients
-    )
-    trained, _, ratios = jax.device_get(result)
-    assert_trained_alike(jax.tree.map(lambda x: x[7], trained), ratios[7], grouped=False)
+@pytest.mark.parametrize("axis_name", ["d", ("d",), ("x", "y")])
+def test_a_name_or_a_tuple_of_names_splits_every_array(axis_name: Any) -> None:
+    names = ("x", "y") if axis_name == ("x", "y") else ("d",)
+    sizes = (4, 2) if len(names) == 2 else (8,)
+    mesh = jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
+    params = {"blocks": normal(3, 8, 2), "embed": normal(16, 4)}
+    specs = {"blocks": P(None, names), "embed": P(names)}
+    step = functools.partial(spd_step, layers=optax_spd.stacked("blocks"), axis_name=axis_name)
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(specs,), out_specs=(specs, P()))
+    assert_undone(*jax.jit(mapped)(params))
 
 
 def test_pmap_over_hand_split_arrays_equals_one_device() -> None:
-    params = {"a": model()["embed"]}
-    split = lambda tree: jax.tree.map(lambda x: x.reshape(8, 2, 4), tree)
-    tx = optax_spd.spd(anchor="zero", axis_name="shard")
-
-    def update(params: Any) -> Any:
-        return tx.update(params, tx.init(params), params, grad=params)
-
-    updates, state = jax.pmap(update, axis_name="shard")(split(params))
-    # ‖Δ̃‖ = 2‖Δ‖: the ratio is one half, and the projection undoes the step.
-    np.testing.assert_allclose(state.spd_ratio, np.full((8, 1), 0.5), rtol=1e-6)
-    np.testing.assert_allclose(updates["a"], np.zeros((8, 2, 4)), atol=1e-6)
+    step = functools.partial(spd_step, axis_name="shard")
+    assert_undone(*jax.pmap(step, axis_name="shard")({"a": normal(8, 2, 4)}))
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["no mesh set", "set_mesh"])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
 def test_jit_may_split_a_stacked_axis_itself(axis_type: AxisType, inside: bool) -> None:
-    draw = np.random.default_rng(4)
-    normal = lambda *shape: draw.normal(size=shape).astype(np.float32)
     params = {"blocks": {"bias": normal(8, 3), "kernel": normal(2, 8, 3)}, "head": normal(5)}
     specs = {"blocks": {"bias": P("d"), "kernel": P(None, "d")}, "head": P()}
     stacked = optax_spd.stacked("kernel", 1, layers=optax_spd.stacked("bias", 0))
-    tx = optax_spd.spd(anchor="zero", layers=optax_spd.by_module(layers=stacked))
-    update = jax.jit(lambda params: tx.update(params, tx.init(params), params, grad=params))
-    mesh = mesh_of("1-D", axis_type)
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(axis_type,))
     sharded = jax.tree.map(
         lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), params, specs
     )
+    step = functools.partial(spd_step, layers=optax_spd.by_module(layers=stacked))
     with jax.set_mesh(mesh) if inside else contextlib.nullcontext():
-        updates, state = update(sharded)
-    # ‖Δ̃‖ = 2‖Δ‖ in all nine layers, eight blocks and the head.
-    np.testing.assert_allclose(state.spd_ratio, np.full(9, 0.5), rtol=1e-6)
-    expected, _ = update(params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), updates, expected)
-
-
-# Rows of arrays that are split by hand ------------------------------------------------------------
-
-
-class Split(NamedTuple):
-    """An array's shape, what its axes are, and how a mesh of 2 x 2 x 2 devices splits it."""
-
-    shape: tuple[int, ...]
-    spec: P
-    layer: LayerSpec = LayerSpec()
-    dtype: Any = np.float32
-
-    @property
-    def rows(self) -> P:
-        """How its rows are split: as the array, but along the axes that are summed."""
-        rest = [a for a in range(len(self.shape)) if a not in self.layer.stacked_axes]
-        outputs = {a % len(self.shape) for a in self.layer.output_axes} if len(rest) > 1 else set()
-        return P(*(part if a in outputs else None for a, part in enumerate(self.spec)))
-
-
-MODULE = LayerSpec(group="module")
-HEADS = LayerSpec(output_axes=(1, 2))
-BLOCKS = LayerSpec(stacked_axes=(0,), group="blocks")
-# Rows and units split in all ways: a row's parts over one mesh axis or two, in either order; units
-# over one, over two, or along two axes of the array; both, or neither.
-SPLITS = {
-    "rows x": Split((4, 3), P("x"), MODULE),
-    "rows y": Split((2, 3), P("y")),
-    "rows z x": Split((8, 3), P(("z", "x"))),
-    "units x": Split((3, 4), P(None, "x"), MODULE),
-    "units z y": Split((3, 8), P(None, ("z", "y")), MODULE),
-    "units of two axes": Split((3, 2, 4), P(None, "y", "x"), HEADS),
-    "rows x, units y": Split((4, 6), P("x", "y"), MODULE),
-    "rows y, units x": Split((6, 4), P("y", "x")),
-    "rows z, units y x": Split((4, 8), P("z", ("y", "x"))),
-    "rows z, units x y": Split((8, 2), P(("x", "y"), "z"), LayerSpec(output_axes=(0,))),
-    "rows y, units of two axes": Split((2, 2, 6), P("y", "z", "x"), HEADS),
-    "blocks": Split((3, 4, 6), P(None, "x", "z"), BLOCKS),
-    "blocks behind": Split((4, 3, 2), P("y", None), LayerSpec(stacked_axes=(2,))),
-    "block biases": Split((3, 4), P(), BLOCKS),
-    "split bias": Split((6,), P("z")),
-    "bias": Split((5,), P(), MODULE),
-    "scale": Split((), P()),
-}
-DOUBLES = ("rows x, units y", "units x", "bias")
-
-
-def row_terms(splits: dict[str, Split]) -> dict[str, tuple[np.ndarray, ...]]:
-    draw = np.random.default_rng(5)
-    return {
-        name: tuple(np.asarray(draw.normal(size=split.shape), split.dtype) for _ in range(2))
-        for name, split in splits.items()
-    }
-
-
-def rows_of(splits: dict[str, Split], by_hand: bool) -> Callable[..., Any]:
-    """From terms to each array's rows, each layer's smallest and largest of them, and a total."""
-
-    def measure(terms: Any) -> Any:
-        flat = trees.flatten({name: first for name, (first, _) in terms.items()})
-        plan = plans.plan_layers(flat, lambda path, _: splits[path].layer)
-        specs = {name: split.spec for name, split in splits.items()}
-        axes = manual_axes.sharded_axes(specs, flat, plan) if by_hand else None
-        # Not linear: it takes a row's whole sums.
-        ratio = lambda a, b: a / (1 + b**2)
-        # In the tree's order, which is that of its sorted keys.
-        listed = [terms[name] for name in sorted(terms)]
-        rows = sums.row_sums(plan, listed, axes, ratio)
-        firsts = [None if known is None else known[0] for known in rows.known]
-        extremes = sums.layer_extremes(plan, firsts, rows.differing)
-        return dict(zip(sorted(terms), rows.own, strict=True)), extremes, rows.totals
-
-    return measure
-
-
-def rows_in_shard_map(splits: dict[str, Split], check_vma: bool = True) -> Callable[..., Any]:
-    mesh = jax.make_mesh((2, 2, 2), ("x", "y", "z"), axis_types=(AxisType.Auto,) * 3)
-    specs = {name: (split.spec,) * 2 for name, split in splits.items()}
-    rows = {name: (split.rows,) * 2 for name, split in splits.items()}
-    return jax.shard_map(
-        rows_of(splits, by_hand=True),
-        mesh=mesh,
-        in_specs=(specs,),
-        out_specs=(rows, P(), P()),
-        check_vma=check_vma,
-    )
-
-
-@pytest.mark.parametrize("check_vma", [True, False], ids=["checked", "unchecked"])
-def test_rows_of_arrays_split_in_all_ways_are_those_of_one_device(check_vma: bool) -> None:
-    terms = row_terms(SPLITS)
-    mapped = jax.jit(rows_in_shard_map(SPLITS, check_vma)).trace(terms)
-    collectives = [n for n in primitives(mapped.jaxpr) if n.startswith(("psum", "pmax", "all_"))]
-    assert sorted(name[:4] for name in collectives) == ["pmax", "psum"]
-    found = mapped.lower().compile()(terms)
-    expected = jax.jit(rows_of(SPLITS, by_hand=False))(terms)
-    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, expected)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), found, expected)
-
-
-@pytest.mark.usefixtures("x64")
-def test_rows_in_float64_share_a_sum_with_rows_in_float32() -> None:
-    names = [*DOUBLES, "rows y, units x", "rows x", "split bias"]
-    splits = {
-        name: SPLITS[name]._replace(dtype=np.float64 if name in DOUBLES else np.float32)
-        for name in names
-    }
-    terms = row_terms(splits)
-    found = jax.jit(rows_in_shard_map(splits))(terms)
-    for name, split in splits.items():
-        assert {x.dtype for x in found[0][name]} == {np.dtype(split.dtype)}
-    for name in DOUBLES:
-        kept = splits[name].rows
-        over = tuple(a for a in range(len(splits[name].shape)) if a >= len(kept) or not kept[a])
-        for x, y in zip(found[0][name], terms[name], strict=True):
-            np.testing.assert_allclose(x, y.sum(axis=over, keepdims=True), rtol=1e-13)
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_row_that_is_not_finite_reaches_no_other_row(bad: float) -> None:
-    update = jax.jit(rows_in_shard_map(SPLITS))
-    terms = row_terms(SPLITS)
-    rows, (lowest, highest), totals = jax.tree.map(np.array, update(terms))
-    sick = {
-        "rows z, units y x": ((3, 5), (0, 5)),  # where in the array, and in its rows
-        "units of two axes": ((1, 1, 2), (0, 1, 2)),
-        "blocks": ((1, 0, 4), (1, 0, 4)),
-        "scale": ((), ()),
-    }
-    flat = trees.flatten({name: first for name, (first, _) in terms.items()})
-    plan = plans.plan_layers(flat, lambda path, _: SPLITS[path].layer)
-    layers = ["rows z, units y x", "units of two axes", "blocks[1]", "scale"]
-    hit = np.isin(plan.names, layers)
-    assert hit.sum() == len(layers)
-    for name, (place, row) in sick.items():
-        terms[name][0][place] = bad
-        rows[name][0][row] = bad
-    sick_rows, (low, high), sick_totals = jax.device_get(update(terms))
-    jax.tree.map(np.testing.assert_array_equal, sick_rows, rows)
-    for found, healthy in ((low, lowest), (high, highest), (sick_totals, totals)):
-        np.testing.assert_array_equal(found[~hit], healthy[~hit])
-    assert not np.isfinite(high[hit]).any()
-    assert not np.isfinite(sick_totals[hit]).any()
+        updates, ratios = jax.jit(step)(sharded)
+    assert ratios.shape == (9,)  # eight blocks and the head
+    assert_undone(updates, ratios)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from optax_spd.layers import checks
+from optax_spd.layers.spec import checks
 
 ONE_IN_MANY_TYPES = [1, 1.0, np.float32(1), np.float64(1), np.array(1.0), np.int64(1), jnp.ones(())]
 
@@ -36,10 +36,10 @@ def test_what_is_no_number_is_a_type_error_that_names_the_argument(value: Any) -
         checks.check_scalar("decay", value)
 
 
-@pytest.mark.parametrize("value", [[1.0], np.ones(1), jnp.ones(1)])
-def test_an_array_is_refused_with_its_shape(value: Any) -> None:
-    with pytest.raises(ValueError, match=r"decay must be a scalar .* shape \(1,\)"):
-        checks.check_scalar("decay", value)
+def test_an_array_is_refused_with_its_shape() -> None:
+    for value in ([1.0], np.ones(1), jnp.ones(1)):
+        with pytest.raises(ValueError, match=r"decay must be a scalar .* shape \(1,\)"):
+            checks.check_scalar("decay", value)
 
 
 def test_tracers_and_schedules_are_not_looked_at() -> None:

@@ -11,19 +11,9 @@ import optax
 import pytest
 from flax import nnx
 from flax.core import freeze
-from tpgm_steps import (
-    Counter,
-    arrays,
-    assert_close,
-    assert_same_bits,
-    half_distance,
-    radii_of,
-    stepper,
-)
+from tpgm_steps import arrays, assert_close, assert_same_bits, half_distance, radii_of, stepper
 
 import optax_spd
-
-# The parameters that validation_fn sees -----------------------------------------------------------
 
 
 def nested(seed: int, box: Any = lambda x: x) -> dict[str, Any]:
@@ -94,41 +84,6 @@ def test_an_array_without_an_update_is_seen_as_it_is(gap: Any) -> None:
     np.testing.assert_array_equal(radii_of(state) == 0, np.arange(5) == still)
 
 
-def test_batches_may_be_numpy_and_any_tree() -> None:
-    params, updates = arrays(0), arrays(1)
-    data = np.random.default_rng(2).normal(size=(3, 8, 4)).astype(np.float32)
-    labels = np.random.default_rng(3).integers(0, 4, (3, 8))
-
-    def loss(now: Any, batch: Any) -> jax.Array:
-        x, (y, nothing) = batch["x"], batch["y"]
-        assert nothing is None
-        logits = x @ now["dense/kernel"].T @ now["dense/kernel"] + now["dense/bias"]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-
-    tx = optax_spd.tpgm()
-    step, state = stepper(tx, loss), tx.init(params)
-    host = {"x": data, "y": (labels, None)}
-    found = step(params, state, updates, host)
-    assert_same_bits(found, step(params, state, updates, jax.tree.map(jnp.asarray, host)))
-
-
-def test_validation_gradients_stop_nothing_else() -> None:
-    # The loss may itself use grad, vmap and loops.
-    params, updates = arrays(0), arrays(1)
-
-    def loss(now: Any, batch: Any) -> jax.Array:
-        per_example = jax.vmap(lambda row: jnp.sum(jnp.tanh(row @ now["dense/kernel"])))
-        slope = jax.grad(lambda x: jnp.sum(per_example(x)))(batch)
-        return jax.lax.fori_loop(0, 2, lambda i, total: total + jnp.sum(slope**2), 0.0)
-
-    tx = optax_spd.tpgm(optax.sgd(0.01))
-    _, state = stepper(tx, loss)(params, tx.init(params), updates, np.ones((2, 5, 3), np.float32))
-    assert np.all(np.isfinite(radii_of(state)))
-
-
-# Sick losses and gradients ------------------------------------------------------------------------
-
-
 def sick(batches: Any, poison: float) -> Any:
     return jax.tree.map(lambda x: np.full_like(x, poison), batches)
 
@@ -165,53 +120,6 @@ def test_training_goes_on_after_a_sick_validation(poison: float, norm: str) -> N
     assert np.all(np.isfinite(radii_of(state)))
     assert np.all(np.abs(radii_of(state) - before) > 1e-3)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((params, state)))
-
-
-def test_a_first_validation_that_is_sick_leaves_the_start() -> None:
-    anchor, updates = arrays(0), arrays(1)
-    tx, alone = optax_spd.tpgm(), optax_spd.tpgm()
-    params, state = stepper(tx)(anchor, tx.init(anchor), updates, sick(arrays(2, 3), np.nan))
-    expected, started = stepper(alone)(anchor, alone.init(anchor), updates)
-    assert_close(params, expected)
-    np.testing.assert_allclose(radii_of(state), started.tpgm_radii, rtol=1e-6)
-
-
-@jax.custom_vjp
-def with_gradient_of(x: jax.Array, poison: jax.Array) -> jax.Array:
-    """x itself; where ``poison`` is not finite it is the gradient."""
-    return x
-
-
-with_gradient_of.defvjp(
-    lambda x, poison: (x, poison),
-    lambda poison, g: (jnp.where(jnp.isfinite(poison), g, poison), jnp.zeros_like(poison)),
-)
-
-
-def poisoned_distance(params: Any, batch: Any) -> Any:
-    target, poison = batch
-    kernel = with_gradient_of(params["dense/kernel"], poison)
-    return half_distance(params | {"dense/kernel": kernel}, target)
-
-
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
-def test_a_sick_gradient_of_one_layer_touches_no_other(poison: float) -> None:
-    anchor = arrays(0)
-    tx, step = adam_steps("mars", poisoned_distance)
-    victim = optax_spd.layer_names(anchor).index("dense/kernel")
-    healthy = (anchor, tx.init(anchor))
-    ill = healthy
-    for count, value in enumerate((0.0, poison, poison, 0.0)):
-        updates, batches = arrays(10 + count, scale=0.5), arrays(20 + count, 3)
-        healthy = step(*healthy, updates, (batches, np.zeros(3, np.float32)))
-        before = radii_of(ill[1])
-        ill = step(*ill, updates, (batches, np.full(3, value, np.float32)))
-        found, expected = radii_of(ill[1]), radii_of(healthy[1])
-        np.testing.assert_array_equal(np.delete(found, victim), np.delete(expected, victim))
-        assert (found[victim] == before[victim]) == (value != 0)
-        others = lambda params: {p: x for p, x in params.items() if p != "dense/kernel"}
-        assert_same_bits(others(ill[0]), others(healthy[0]))
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(ill))
 
 
 SICK = "blocks/kernel"
@@ -271,26 +179,14 @@ def test_a_layer_that_is_sick_at_first_starts_later() -> None:
     np.testing.assert_allclose(radii_of(state)[names.index("dense/bias")], half, rtol=1e-6)
 
 
-# What is refused ----------------------------------------------------------------------------------
-
-
-def update(tx: Any, params: Any = None, **extra: Any) -> Any:
-    params = arrays(0) if params is None else params
-    return tx.update(params, tx.init(params), params, **extra)
-
-
+BATCHES = arrays(1, 2)
 EXTRAS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no batches": ({"validation_fn": half_distance}, ValueError, "but no validation_batches"),
-    "no function": ({"validation_batches": arrays(1, 2)}, ValueError, "but no validation_fn"),
+    "no function": ({"validation_batches": BATCHES}, ValueError, "but no validation_fn"),
     "not callable": (
-        {"validation_fn": 0.5, "validation_batches": arrays(1, 2)},
+        {"validation_fn": 0.5, "validation_batches": BATCHES},
         TypeError,
         "validation_fn must be a function",
-    ),
-    "unequal axes": (
-        {"validation_fn": half_distance, "validation_batches": (np.ones(2), np.ones(3))},
-        ValueError,
-        "leading axes that differ: 2 at '0', 3 at '1'",
     ),
     "no steps": (
         {"validation_fn": half_distance, "validation_batches": np.ones((0, 3))},
@@ -302,121 +198,40 @@ EXTRAS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         r"must return one real number.*float32\[4\]",
     ),
-    "auxiliary output": (
-        {"validation_fn": lambda p, b: (b, p), "validation_batches": np.ones(2)},
-        ValueError,
-        "must return one real number",
-    ),
-    "an integer": (
-        {"validation_fn": lambda p, b: jnp.int32(1), "validation_batches": np.ones(2)},
-        ValueError,
-        r"must return one real number.*int32\[\]",
-    ),
 }
 
 
-@pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("case", EXTRAS)
-def test_wrong_validation_is_refused(case: str, every: int) -> None:
+def test_wrong_validation_is_refused(case: str) -> None:
     extra, error, message = EXTRAS[case]
-    for tx in (optax_spd.tpgm(every=every), optax_spd.adam_tpgm(0.1, every=every)):
+    params = arrays(0)
+    for tx in (optax_spd.tpgm(), optax_spd.adam_tpgm(0.1, every=2)):
+        update = lambda tx=tx: tx.update(params, tx.init(params), params, **extra)
         with pytest.raises(error, match=message):
-            jax.eval_shape(lambda tx=tx: update(tx, **extra))
+            jax.eval_shape(update)
 
 
 @pytest.mark.parametrize(
     ("every", "error"),
     [
         (0, ValueError),
-        (-3, ValueError),
-        (np.int64(0), ValueError),
-        (1.0, TypeError),
+        (np.int64(-3), ValueError),
         (np.float32(2), TypeError),
-        ("1", TypeError),
         (None, TypeError),
         (True, TypeError),
-        (False, TypeError),
-        (np.True_, TypeError),
         (jnp.array(True), TypeError),
     ],
     ids=repr,
 )
-@pytest.mark.parametrize("build", [optax_spd.tpgm, lambda **o: optax_spd.adam_tpgm(0.1, **o)])
-def test_every_is_a_positive_integer(build: Any, every: Any, error: Any) -> None:
-    with pytest.raises(error, match="every must be"):
-        build(every=every)
+def test_every_is_a_positive_integer(every: Any, error: Any) -> None:
+    for build in (optax_spd.tpgm, functools.partial(optax_spd.adam_tpgm, 0.1)):
+        with pytest.raises(error, match="every must be"):
+            build(every=every)
 
 
-@pytest.mark.parametrize("radii", [-0.1, np.nan, [1.0, -1.0, 1.0, 1.0, 1.0]], ids=repr)
-def test_radii_are_checked_when_the_stage_is_built(radii: Any) -> None:
-    with pytest.raises(ValueError, match="radii must not be negative or NaN"):
-        optax_spd.tpgm(radii=radii)
-
-
-def test_radii_of_another_number_are_refused_by_init() -> None:
+def test_radii_are_checked() -> None:
+    for radii in (-0.1, np.nan, [1.0, -1.0, 1.0, 1.0, 1.0]):
+        with pytest.raises(ValueError, match="radii must not be negative or NaN"):
+            optax_spd.tpgm(radii=radii)
     with pytest.raises(ValueError, match="radii must be a scalar or hold one value for each of"):
         optax_spd.tpgm(radii=[1.0, 2.0]).init(arrays(0))
-
-
-@pytest.mark.parametrize("build", [optax_spd.tpgm, lambda **o: optax_spd.adam_tpgm(0.1, **o)])
-def test_wrong_options_are_refused_when_built(build: Any) -> None:
-    with pytest.raises(ValueError, match="norm must be 'l2' or 'mars', got 'linf'"):
-        build(norm="linf")
-    with pytest.raises(ValueError, match="anchor must be one of"):
-        build(anchor="pretrained")
-    with pytest.raises(ValueError, match=r"norm='mars'.*axis_name='d' does not tell"):
-        build(norm="mars", axis_name="d")
-    with pytest.raises(ValueError, match="norm='mars'"):
-        build(axis_name=("x", "y"))
-    build(norm="l2", axis_name="d")
-
-
-def test_wrong_trees_are_refused() -> None:
-    params, tx = arrays(0), optax_spd.tpgm()
-    state = tx.init(params)
-    with pytest.raises(ValueError, match="params"):
-        tx.update(params, state, None)
-    with pytest.raises(ValueError, match="tpgm_radii has shape"):
-        tx.update(params, optax_spd.tpgm(layers=optax_spd.by_module()).init(params), params)
-    with pytest.raises(TypeError, match="complex"):
-        tx.init({"a": np.ones(2, np.complex64)})
-
-
-PARTS = {path: "constrained" if "kernel" in path else "free" for path in arrays(0)}
-
-
-def outside(tx: Any, wrapper: str) -> Any:
-    if wrapper == "masked":
-        return optax.masked(tx, {path: part == "constrained" for path, part in PARTS.items()})
-    return optax.partition({"constrained": tx, "free": optax.identity()}, PARTS)
-
-
-@pytest.mark.parametrize("wrapper", ["masked", "partition"])
-def test_validation_inside_masked_or_partition_is_refused(wrapper: str) -> None:
-    tx = outside(optax_spd.tpgm(), wrapper)
-    with pytest.raises(ValueError, match=r"params is masked at .*mask=") as error:
-        update(tx, validation_fn=half_distance, validation_batches=arrays(1, 2))
-    assert "'blocks/bias'" in str(error.value)
-
-
-@pytest.mark.parametrize("wrapper", ["masked", "partition"])
-def test_projection_only_inside_masked_is_that_of_a_mask(wrapper: str) -> None:
-    anchor = arrays(0)
-    mask = {path: part == "constrained" for path, part in PARTS.items()}
-    runs = []
-    for tx in (outside(optax_spd.tpgm(), wrapper), optax_spd.tpgm(mask=mask)):
-        step, params, state = stepper(tx), anchor, tx.init(anchor)
-        for count in range(2):
-            params, state = step(params, state, arrays(10 + count))
-        runs.append((params, radii_of(state)))
-    assert_same_bits(*runs)
-    assert len(runs[0][1]) == 2
-
-
-def test_a_counter_counts() -> None:
-    # What the tests of every= and MultiSteps rest on.
-    params, count = arrays(0), Counter()
-    step = jax.jit(lambda p, b: jax.lax.cond(b > 0, lambda: count(p, p), lambda: b))
-    for batch, runs in ((1.0, 1), (-1.0, 0), (1.0, 1)):
-        step(params, jnp.float32(batch))
-        assert count.taken() == runs

@@ -4,14 +4,11 @@ import functools
 from typing import Any
 
 import ball_oracles
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
-from flax.core import freeze
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from tpgm_steps import (
     LAYERS,
@@ -62,26 +59,6 @@ def test_equals_the_learning_step_of_tpgm_and_numpy(layers: str, norm: str) -> N
     np.testing.assert_array_equal(fitted.params["dense/bias"], params["dense/bias"])
 
 
-def test_losses_are_of_the_projections_before_each_step() -> None:
-    norm = "mars"
-    params, anchor, batches = arrays(0), arrays(1), arrays(2, 4)
-    fit = lambda batches: optax_spd.fit_radii(
-        params, anchor, half_distance, batches, radius_optimizer=ADAM, norm=norm
-    )
-    fitted = fit(batches)
-    assert fitted.losses.shape == (4,)
-    deltas = jax.tree.map(np.subtract, params, anchor)
-    ball = ball_oracles.Balls(deltas, norm)
-    start = {name: ball.half_smallest(name) for name in ball.members}
-    shorter = fit(jax.tree.map(lambda x: x[:2], batches))
-    for index, radii in ((0, start), (2, dict(zip(start, shorter.radii, strict=True)))):
-        projected = ball_oracles.projected(params, anchor, radii, norm)
-        batch = jax.tree.map(lambda x, i=index: x[i], batches)
-        loss = sum(np.sum((projected[p] - batch[p]) ** 2) / 2 for p in projected)
-        np.testing.assert_allclose(fitted.losses[index], loss, rtol=1e-5)
-    np.testing.assert_allclose(fitted.losses[:2], shorter.losses, rtol=1e-6)
-
-
 def test_it_rescues_an_overfitted_checkpoint() -> None:
     # A linear model, pretrained near the truth and fine-tuned on few noisy examples.
     draw = np.random.default_rng(0)
@@ -107,28 +84,7 @@ def test_it_rescues_an_overfitted_checkpoint() -> None:
     np.testing.assert_array_less(fitted.losses[-1], fitted.losses[0])
 
 
-# Checkpoints of all kinds -------------------------------------------------------------------------
-
-
-def as_state(tree: Any) -> nnx.State:
-    return nnx.State({path: nnx.Param(jnp.asarray(x)) for path, x in tree.items()})
-
-
-@pytest.mark.parametrize(
-    ("coat", "anchor_coat"),
-    [("dict", "nnx.State"), ("FrozenDict", "dict"), ("nnx.State", "FrozenDict")],
-)
-def test_any_pair_of_containers(coat: str, anchor_coat: str) -> None:
-    coats = {"dict": dict, "FrozenDict": freeze, "nnx.State": as_state}
-    params, anchor = coats[coat](arrays(0)), coats[anchor_coat](arrays(1))
-    fitted = optax_spd.fit_radii(params, anchor, half_distance, arrays(2, 3))
-    expected = optax_spd.fit_radii(arrays(0), arrays(1), half_distance, arrays(2, 3))
-    assert type(fitted.params) is type(params)
-    assert_close(fitted.params, jax.tree.map(jnp.asarray, coats[coat](expected.params)))
-    np.testing.assert_allclose(fitted.radii, expected.radii, rtol=1e-6)
-
-
-def test_gaps_and_integers_are_seen_and_come_back() -> None:
+def test_missing_leaves_and_integers_are_seen_and_come_back() -> None:
     params: dict[str, Any] = {
         "empty": jnp.ones((0, 2)),
         "masked": optax.MaskedNode(),
@@ -151,42 +107,6 @@ def test_gaps_and_integers_are_seen_and_come_back() -> None:
     np.testing.assert_allclose(fitted.radii, [2.5 - 3 * 0.05], rtol=1e-4)
 
 
-def test_equinox_models() -> None:
-    build = lambda seed: eqx.nn.MLP(2, 2, 4, 1, key=jax.random.key(seed))
-    (params, static), (anchor, _) = (
-        eqx.partition(build(seed), eqx.is_inexact_array) for seed in (0, 1)
-    )
-
-    def loss(now: Any, batch: Any) -> jax.Array:
-        return jnp.mean(jax.vmap(eqx.combine(now, static))(batch) ** 2)
-
-    batches = np.random.default_rng(0).normal(size=(30, 8, 2)).astype(np.float32)
-    layers = optax_spd.outputs("weight", 0)
-    fitted = optax_spd.fit_radii(
-        params, anchor, loss, batches, radius_optimizer=ADAM, layers=layers
-    )
-    assert isinstance(fitted.params, eqx.nn.MLP)
-    expected = optax_spd.project(params, anchor, fitted.radii, layers=layers)
-    assert_close(fitted.params, expected)
-
-
-def test_bfloat16_checkpoints_have_float32_radii() -> None:
-    narrow = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tree)
-    params, anchor = narrow(arrays(0)), narrow(arrays(1))
-    fitted = optax_spd.fit_radii(
-        params, anchor, half_distance, arrays(2, 4), radius_optimizer=optax.sgd(0.02)
-    )
-    assert fitted.radii.dtype == jnp.float32
-    assert {x.dtype for x in fitted.params.values()} == {jnp.dtype(jnp.bfloat16)}
-    reference = ball_oracles.Tpgm(anchor, "mars", 0.02)
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape), params)
-    expected = reference.step(params, zeros, arrays(2, 4))
-    for path, array in fitted.params.items():
-        np.testing.assert_allclose(
-            np.asarray(array, float), expected[path], rtol=2.0**-8, atol=2.0**-8
-        )
-
-
 def test_identical_checkpoints_and_sick_layers_come_back() -> None:
     params = arrays(0)
     fitted = optax_spd.fit_radii(params, params, half_distance, arrays(2, 3))
@@ -200,10 +120,8 @@ def test_identical_checkpoints_and_sick_layers_come_back() -> None:
     fitted = optax_spd.fit_radii(sick, arrays(1), loss, arrays(2, 3))
     healthy = optax_spd.fit_radii(params, arrays(1), loss, arrays(2, 3))
     np.testing.assert_array_equal(fitted.params["dense/kernel"], sick["dense/kernel"])
+    assert np.isfinite(fitted.radii).all()
     assert_close(others(fitted.params), others(healthy.params))
-
-
-# Compilation and sharding -------------------------------------------------------------------------
 
 
 def test_a_second_call_compiles_nothing() -> None:
@@ -213,7 +131,7 @@ def test_a_second_call_compiles_nothing() -> None:
     traces = count.traces
     assert traces > 0
     second = fit(arrays(3), arrays(4), validation_batches=arrays(5, 3))
-    # Descriptions of layers made anew, with the same meaning, compile nothing either.
+    # New descriptions of layers with the same meaning compile nothing either.
     fit(arrays(0), arrays(1), validation_batches=arrays(2, 3), layers=optax_spd.stacked("^none"))
     assert count.traces == traces
     assert count.taken() == 9
@@ -221,14 +139,6 @@ def test_a_second_call_compiles_nothing() -> None:
         arrays(3), arrays(4), half_distance, arrays(5, 3), radius_optimizer=ADAM
     )
     np.testing.assert_allclose(second.radii, alone.radii, rtol=1e-6)
-
-
-def test_it_runs_under_an_outer_jit() -> None:
-    fit = lambda params, anchor, batches: optax_spd.fit_radii(
-        params, anchor, half_distance, batches
-    )
-    arguments = (arrays(0), arrays(1), arrays(2, 3))
-    assert_close(tuple(jax.jit(fit)(*arguments)), tuple(fit(*arguments)))
 
 
 SPECS = {"blocks": P(None, "x", "y"), "dense": P("x", "y"), "head": P(None, ("x", "y"))}
@@ -263,9 +173,6 @@ def test_sharded_checkpoints_stay_sharded(axis_type: AxisType, norm: str) -> Non
         assert x.sharding.is_equivalent_to(NamedSharding(mesh, SPECS[name]), x.ndim), name
 
 
-# What is refused ----------------------------------------------------------------------------------
-
-
 class Unhashable:
     """A validation function that defines equality and no hash."""
 
@@ -281,37 +188,18 @@ class Unhashable:
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unhashable": ({"validation_fn": Unhashable()}, TypeError, "validation_fn must be hashable"),
     "no function": ({"validation_fn": 1.0}, TypeError, "validation_fn must be a function"),
+    "None": ({"validation_fn": None}, TypeError, "validation_fn must be a function"),
     "not a scalar": (
         {"validation_fn": lambda params, batch: batch["dense/bias"]},
         ValueError,
         "must return one real number",
     ),
-    "auxiliary output": (
-        {"validation_fn": lambda params, batch: (batch["scale"], None)},
-        ValueError,
-        "must return one real number",
-    ),
-    "unequal axes": (
-        {"validation_batches": arrays(2, 3) | {"scale": np.ones(2)}},
-        ValueError,
-        "leading axes that differ",
-    ),
-    "scalars": ({"validation_batches": np.float32(1)}, ValueError, "must have a leading axis"),
     "no batches": ({"validation_batches": arrays(2, 0)}, ValueError, "must have a leading axis"),
-    "no arrays": ({"validation_batches": {}}, ValueError, "holds no array"),
+    "no arrays": ({"validation_batches": None}, ValueError, "validation_batches holds no array"),
     "norm": ({"norm": "linf"}, ValueError, "norm must be 'l2' or 'mars'"),
     "optimizer": ({"radius_optimizer": 0.1}, TypeError, "radius_optimizer must be"),
     "other tree": ({"anchor": {"scale": 1.0}}, ValueError, "anchor does not match params"),
-    "other shape": (
-        {"anchor": arrays(1) | {"scale": np.ones(2)}},
-        ValueError,
-        r"'scale': anchor has shape \(2,\)",
-    ),
-    "complex": (
-        {"params": arrays(0) | {"scale": np.complex64(1)}},
-        TypeError,
-        "'scale' is complex",
-    ),
+    "complex": ({"params": arrays(0) | {"scale": 1j}}, TypeError, "'scale' is complex"),
     "layers": ({"layers": "dense"}, TypeError, "layers must be a function"),
     "mask": ({"mask": optax_spd.path_mask("embed")}, ValueError, "embed"),
 }
@@ -326,13 +214,6 @@ def test_wrong_input_is_refused(case: str) -> None:
         "validation_fn": half_distance,
         "validation_batches": arrays(2, 3),
     }
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as raised:
         optax_spd.fit_radii(**(arguments | change))
-
-
-@pytest.mark.parametrize("missing", ["validation_fn", "validation_batches"])
-def test_the_message_for_a_missing_argument_names_it(missing: str) -> None:
-    arguments: dict[str, Any] = {"validation_fn": half_distance, "validation_batches": np.ones(2)}
-    with pytest.raises((TypeError, ValueError), match=missing) as error:
-        optax_spd.fit_radii(arrays(0), arrays(1), **(arguments | {missing: None}))
-    assert "update got" not in str(error.value)  # there is no update here
+    assert "update got" not in str(raised.value)  # there is no update here

@@ -1,4 +1,4 @@
-"""What ``axis_name=`` may say, and what is read from it. (How sums use it: test_deviations.py.)"""
+"""What ``axis_name=`` may say, and what is read from it. (How sums use it: test_rows.py.)"""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,10 @@ import optax_spd
 from optax_spd.layers import plans, trees
 from optax_spd.sharding import manual_axes
 
-# What is refused ---------------------------------------------------------------------------------
+
+def planned(params: Any, layers: Any = None) -> tuple[trees.FlatTree, plans.LayerPlan]:
+    flat = trees.flatten(params)
+    return flat, plans.plan_layers(flat, layers)
 
 
 @pytest.mark.parametrize("axis_name", [3, (), ("d", 3), {"a": "d"}, {}], ids=repr)
@@ -20,28 +23,6 @@ def test_axis_name_is_names_or_specs(axis_name: Any) -> None:
     with pytest.raises(ValueError, match="axis_name must be a mesh axis name") as error:
         optax_spd.spd(axis_name=axis_name)
     assert repr(axis_name) in str(error.value)
-
-
-def test_specs_must_fit_the_parameters() -> None:
-    flat = trees.flatten({"a": jnp.ones(8), "b": jnp.ones(8)})
-    plan = plans.plan_layers(flat)
-    with pytest.raises(ValueError, match="axis_name has no entry for the parameter 'b'"):
-        manual_axes.sharded_axes({"a": P("d")}, flat, plan)
-    with pytest.raises(ValueError, match="axis_name has an entry at 'c'"):
-        manual_axes.sharded_axes({"a": P("d"), "b": P(), "c": P()}, flat, plan)
-    # shard_map refuses None for an array too: it is no way to write P().
-    with pytest.raises(ValueError, match=r"axis_name .*'b'"):
-        manual_axes.sharded_axes({"a": P("d"), "b": None}, flat, plan)
-
-
-def test_a_stacked_axis_cannot_be_split_by_hand() -> None:
-    flat = trees.flatten({"blocks": jnp.ones((8, 4)), "head": jnp.ones(8)})
-    plan = plans.plan_layers(flat, optax_spd.stacked("blocks"))
-    specs = {"blocks": P("d"), "head": P("d")}
-    with pytest.raises(ValueError, match=r"splits 'blocks' over \('d',\) along axis 0"):
-        manual_axes.sharded_axes(specs, flat, plan)
-    specs["blocks"] = P(None, "d")
-    assert manual_axes.sharded_axes(specs, flat, plan) == [{"d": 1}, {"d": 0}]
 
 
 @pytest.mark.parametrize(
@@ -54,48 +35,34 @@ def test_names_and_specs_pass(axis_name: Any) -> None:
     assert manual_axes.is_names(axis_name) == (axis_name in ["d", ("x", "y")])
 
 
-# What is read ------------------------------------------------------------------------------------
+def test_specs_must_fit_the_parameters() -> None:
+    flat, plan = planned({"a": jnp.ones((8, 4)), "b": jnp.ones(8)}, optax_spd.stacked("a"))
+    for specs, message in (
+        ({"a": P(None, "d")}, "axis_name has no entry for the parameter 'b'"),
+        ({"a": P(None, "d"), "b": P(), "c": P()}, "axis_name has an entry at 'c'"),
+        # shard_map refuses None for an array too: it is no way to write P().
+        ({"a": P(None, "d"), "b": None}, "axis_name .*'b'"),
+        ({"a": P("d"), "b": P()}, r"splits 'a' over \('d',\) along axis 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            manual_axes.sharded_axes(specs, flat, plan)
 
 
-def planned(params: Any, layers: Any = None) -> tuple[trees.FlatTree, plans.LayerPlan]:
-    flat = trees.flatten(params)
-    return flat, plans.plan_layers(flat, layers)
-
-
-def test_a_bare_name_splits_every_array_along_an_axis_it_does_not_tell() -> None:
-    flat, plan = planned({"a": jnp.ones(8), "b": jnp.ones((8, 2))})
-    assert manual_axes.sharded_axes("d", flat, plan) == [{"d": None}] * 2
-    assert manual_axes.sharded_axes(("x", "y"), flat, plan) == [{"x": None, "y": None}] * 2
-
-
-def test_a_spec_says_which_axis_each_name_splits() -> None:
-    flat, plan = planned({"a": jnp.ones((8, 2, 8)), "b": jnp.ones(8), "c": jnp.ones((2, 8))})
-    specs = {"a": P("x", None, ("y", "z")), "b": P(), "c": P(None, "x")}
-    assert manual_axes.sharded_axes(specs, flat, plan) == [
-        {"x": 0, "y": 2, "z": 2},
-        {},
-        {"x": 1},
-    ]
+def test_names_split_every_array_and_specs_say_along_which_axis() -> None:
+    flat, plan = planned({"a": jnp.ones((8, 2, 8)), "b": jnp.ones(8), "ids": jnp.arange(8)})
+    read = lambda axis_name: manual_axes.sharded_axes(axis_name, flat, plan)
+    assert read(None) is None
+    assert read("d") == [{"d": None}] * 3
+    assert read(("x", "y")) == [{"x": None, "y": None}] * 3
+    specs = {"a": P("x", None, ("y", "z")), "b": P(), "ids": P("z")}
+    assert read(specs) == [{"x": 0, "y": 2, "z": 2}, {}, {}]  # integers are no layer
+    assert read(P("d")) == [{"d": 0}, {"d": 0}, {}]
 
 
 def test_a_prefix_of_specs_covers_what_is_below() -> None:
     flat, plan = planned({"blocks": {"bias": jnp.ones(8), "kernel": jnp.ones((8, 2))}, "b": 1.0})
     specs = {"blocks": P("d"), "b": P()}
     assert manual_axes.sharded_axes(specs, flat, plan) == [{}, {"d": 0}, {"d": 0}]
-    assert manual_axes.sharded_axes(P("d"), flat, plan) == [{"d": 0}] * 3
-
-
-def test_the_axes_of_a_leaf_that_is_no_layer_do_not_matter() -> None:
-    flat = trees.flatten({"a": jnp.ones(8), "ids": jnp.arange(8)})
-    plan = plans.plan_layers(flat)
-    assert manual_axes.sharded_axes({"a": P(("x", "y")), "ids": P("z")}, flat, plan) == [
-        {"x": 0, "y": 0},
-        {},
-    ]
-    assert manual_axes.sharded_axes(None, flat, plan) is None
-
-
-# What shard_map knows ----------------------------------------------------------------------------
 
 
 def seen_inside(map_over: Callable[..., Any]) -> list[frozenset[str]]:

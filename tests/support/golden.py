@@ -2,11 +2,13 @@
 
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
 # The steps of the longest case; shorter ones go on without gradients or a learning rate.
@@ -68,6 +70,32 @@ class Task(NamedTuple):
             name: self.pull[name] * (theta[name] - self.target[name]) + self.rows[name][step]
             for name in theta
         }
+
+
+def replayed(
+    tx: optax.GradientTransformationExtraArgs,
+    task: Task,
+    pass_grad: bool,
+    read: Callable[[Any], Any],
+) -> tuple[Any, Any]:
+    """The parameters after every step, and what ``read`` finds in the state.
+
+    Args:
+      tx: the optimizer.
+      task: what it is run on.
+      pass_grad: whether the caller passes ``grad=``.
+      read: from the optimizer's state to what the test compares.
+    """
+
+    def step(carry: Any, index: jax.Array) -> Any:
+        params, state = carry
+        grads = task.gradient(index, params)
+        extra = {"grad": grads} if pass_grad else {}
+        updates, state = tx.update(grads, state, params, **extra)
+        params = optax.apply_updates(params, updates)
+        return (params, state), (params, read(state))
+
+    return jax.lax.scan(step, (task.theta0, tx.init(task.theta0)), jnp.arange(LONGEST))[1]
 
 
 def settings(method: str) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import ball_oracles
 import jax
 import numpy as np
 import optax
@@ -39,28 +40,12 @@ def rows_by_layer(
       tree: arrays by name.
       specs: how each divides into layers. Default output axes are the last that is not stacked.
     """
-    layers: dict[str, Rows] = {}
-    for name, value in tree.items():
-        array, spec = np.asarray(value, np.float64), specs[name]
-        if array.size == 0:
-            continue
-        stacked = sorted(a % array.ndim for a in spec.stacked_axes)
-        rest = [a for a in range(array.ndim) if a not in stacked]
-        units = (
-            [a % array.ndim for a in spec.output_axes]
-            if tuple(spec.output_axes) != (-1,)
-            else rest[-1:]
-        )
-        units = sorted(units) if len(rest) > 1 else []
-        inputs = [a for a in rest if a not in units]
-        ordered = array.transpose(*stacked, *units, *inputs)
-        sizes = [array.shape[a] for a in stacked]
-        count = int(np.prod([array.shape[a] for a in units], dtype=int))
-        for index in np.ndindex(*sizes):
-            key = name if spec.group is None else str(spec.group)
-            key += f"[{','.join(map(str, index))}]" if stacked else ""
-            layers.setdefault(key, []).append(ordered[index].reshape(count, -1))
-    return layers
+    arrays = {name: array for name, array in tree.items() if np.size(array)}
+    balls = ball_oracles.Balls(arrays, "mars", lambda path, _: specs[path])
+    return {
+        layer: [balls.rows[path][number] for path, number in parts]
+        for layer, parts in balls.members.items()
+    }
 
 
 def row_norms(deviation: Rows, norm: str) -> Rows:

@@ -182,8 +182,10 @@ def select(
             counted[weight.layers] = True
             weights.append(weight)
     present = np.flatnonzero(matrices)
-    counted[present[: int(skip_first)]] = False
-    counted[present[present.size - int(skip_last) :]] = False
+    if skip_first:
+        counted[present[:1]] = False
+    if skip_last:
+        counted[present[-1:]] = False
     return Selection(plan, tuple(w for w in weights if counted[w.layers].any()), counted)
 
 

@@ -1,6 +1,5 @@
 """Power-law exponents of weights, against the original's numbers and plain NumPy."""
 
-import functools
 from typing import Any
 
 import jax
@@ -114,6 +113,9 @@ def test_invariances() -> None:
     alpha = optax_spd.power_law_alpha(weight)
     for same in (weight.T, weight * 1e-30, weight * 1e30, weight[::-1], -weight):
         np.testing.assert_allclose(optax_spd.power_law_alpha(same), alpha, rtol=1e-5)
+    # A scale that overflows is as good as the largest number where it is compared.
+    diagonal = jnp.diag(jnp.geomspace(0.1, 1, 20))
+    assert optax_spd.power_law_alpha(1e30 * diagonal, fit="fix-finger") > 1
     # In bfloat16 the weight itself is rounded, and nothing else.
     coarse = weight.astype(jnp.bfloat16)
     np.testing.assert_array_equal(
@@ -134,13 +136,11 @@ def test_a_convolution_pools_the_spectra_of_its_positions() -> None:
 
 
 @FITS
-def test_jit_and_vmap_change_nothing(fit: str) -> None:
-    weights = (
-        jax.random.normal(jax.random.key(2), (3, 12, 20)) * jnp.array([1, 5, 0.1])[:, None, None]
-    )
-    alpha = functools.partial(optax_spd.power_law_alpha, fit=fit)
-    one_by_one = [alpha(weight) for weight in weights]
-    np.testing.assert_allclose(jax.jit(jax.vmap(alpha))(weights), one_by_one, rtol=1e-5)
+def test_a_rank_deficient_weight_has_a_finite_exponent(fit: str) -> None:
+    weight = jnp.zeros((16, 16)).at[:4].set(jax.random.normal(jax.random.key(3), (4, 16)))
+    for filter_zeros in (False, True):
+        alpha = optax_spd.power_law_alpha(weight, fit=fit, filter_zeros=filter_zeros)
+        assert 1 < alpha < np.inf
 
 
 def test_weights_without_an_exponent() -> None:
@@ -153,15 +153,6 @@ def test_weights_without_an_exponent() -> None:
         for fit in power_law.FITS:
             broken = jnp.eye(8).at[2, 3].set(bad)
             assert np.isnan(optax_spd.power_law_alpha(broken, fit=fit))
-
-
-@FITS
-def test_a_rank_deficient_weight_has_a_finite_exponent(fit: str) -> None:
-    weight = jnp.zeros((16, 16)).at[:4].set(jax.random.normal(jax.random.key(3), (4, 16)))
-    for filter_zeros in (False, True):
-        alpha = optax_spd.power_law_alpha(weight, fit=fit, filter_zeros=filter_zeros)
-        assert np.isfinite(alpha)
-        assert alpha > 1
 
 
 @pytest.mark.parametrize(
@@ -184,16 +175,3 @@ def test_a_rank_deficient_weight_has_a_finite_exponent(fit: str) -> None:
 def test_bad_arguments(weight: Any, options: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         optax_spd.power_law_alpha(weight, **options)
-
-
-def test_numbers_of_any_kind_are_plain_numbers_inside() -> None:
-    weight = np.diag(np.arange(1.0, 9)).astype(np.float32)
-    plain = optax_spd.power_law_alpha(weight, fit="fix-finger", xmin_pos=2, bins=7)
-    same = optax_spd.power_law_alpha(
-        weight,
-        fit="fix-finger",
-        xmin_pos=np.array(2.0),
-        conv_norm=jnp.float32(0.5),
-        bins=jnp.int32(7),
-    )
-    assert plain == same

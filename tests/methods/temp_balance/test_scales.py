@@ -16,30 +16,26 @@ NAMES = {"tb_linear_map": "linear", "tb_sqrt": "sqrt", "tb_log2": "log2", "tb_st
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("case", golden.cases("assign"), ids=lambda c: c["name"])
-@pytest.mark.parametrize("function", NAMES)
+@pytest.mark.parametrize(
+    ("case", "function"),
+    [
+        *((case, function) for case in golden.cases("assign") for function in NAMES),
+        *((case, "lr") for case in golden.cases("sigmoid_layerwise")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value["name"],
+)
 def test_assignments_of_the_original(case: dict[str, Any], function: str) -> None:
-    found = optax_spd.balance_scales(
-        golden.array(case["name"], "alpha"),
-        assign=NAMES[function],
-        min_scale=case["lr_min_ratio"],
-        max_scale=case["lr_max_ratio"],
-    )
+    options = {
+        "min_scale": case.get("lr_min_ratio", 0.5),
+        "max_scale": case.get("lr_max_ratio", 1.5),
+        "sigmoid_min": case.get("sigmoid_min", 2.0),
+        "sigmoid_max": case.get("sigmoid_max", 1.0),
+        "temperature": case.get("exp_temp", 10.0),
+    }
+    assign = NAMES.get(function, "sigmoid")
+    alpha = golden.array(case["name"], "alpha")
+    found = optax_spd.balance_scales(alpha, assign=assign, **options)
     expected = golden.array(case["name"], function) / case["untuned_lr"]
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
-
-
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("case", golden.cases("sigmoid_layerwise"), ids=lambda c: c["name"])
-def test_sigmoid_of_the_original(case: dict[str, Any]) -> None:
-    found = optax_spd.balance_scales(
-        golden.array(case["name"], "alpha"),
-        assign="sigmoid",
-        sigmoid_min=case["sigmoid_min"],
-        sigmoid_max=case["sigmoid_max"],
-        temperature=case["exp_temp"],
-    )
-    expected = golden.array(case["name"], "lr") / case["untuned_lr"]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
 
 
@@ -99,6 +95,8 @@ def test_logarithms_that_add_up_to_nothing_leave_the_layers_alone() -> None:
     np.testing.assert_array_equal(optax_spd.balance_scales(jnp.zeros(3), assign="sqrt"), np.ones(3))
     found = optax_spd.balance_scales(jnp.array([-4.0, 4.0, 4.0]), assign="sqrt")
     np.testing.assert_array_equal(found, np.ones(3))  # the negative one does not count
+    found = optax_spd.balance_scales(jnp.array([0.0, 2.0, 8.0]), assign="log2")
+    np.testing.assert_allclose(found, [1, 0.5, 1.5])  # nor does one without a logarithm
 
 
 @pytest.mark.parametrize("assign", ASSIGNMENTS)

@@ -63,6 +63,13 @@ def test_a_broken_layer_is_marked_and_leaves_the_batch_alone() -> None:
     np.testing.assert_array_equal(values(found)[3], np.zeros(5))
 
 
+def test_eigenvalues_that_rounding_made_negative_are_zero() -> None:
+    draw = np.random.default_rng(0)
+    stack = draw.normal(size=(20, 1, 16, 1)) * draw.normal(size=(20, 1, 1, 16))
+    found = spectra.decomposed(jnp.asarray(stack, jnp.float32), exact=False)
+    assert np.asarray(found.relative).min() == 0
+
+
 def test_a_stack_beyond_one_batch_is_taken_layer_by_layer() -> None:
     # 32 layers of 1 MB: the temporaries are of a few, not of the stack.
     shape, layers = (1, 512, 512), 32

@@ -30,12 +30,7 @@ def assert_scales(tree: Any, parameters: list[str], expected: Any, tolerance: fl
 
 # The original's numbers ---------------------------------------------------------------------------
 
-ASSIGN = {
-    "tb_linear_map": "linear",
-    "tb_sqrt": "sqrt",
-    "tb_log2": "log2",
-    "tb_step": "step",
-}
+ASSIGN = {"tb_linear_map": "linear", "tb_sqrt": "sqrt", "tb_log2": "log2", "tb_step": "step"}
 
 
 def follows_in(case: dict[str, Any]) -> Any:
@@ -315,59 +310,7 @@ def test_a_nan_in_one_layer_reaches_no_other() -> None:
     assert np.isfinite(optax.tree.get(state, "temp_balance_alpha")).all()
 
 
-def test_a_gradient_that_is_not_finite_stays_in_its_array() -> None:
-    bad = ONES | {"layer_0": jax.tree.map(lambda x: x * jnp.nan, ONES["layer_0"])}
-    updates, _ = STEP(bad, STAGE.init(PARAMS), PARAMS)
-    assert np.isnan(updates["layer_0"]["kernel"]).all()
-    fine, _ = STEP(ONES, STAGE.init(PARAMS), PARAMS)
-    jax.tree.map(np.testing.assert_array_equal, updates["layer_1"], fine["layer_1"])
-
-
-def stacked_form(tree: Any) -> Any:
-    return {"layers": jax.tree.map(lambda *leaves: jnp.stack(leaves, 1), *tree.values())}
-
-
-@pytest.mark.parametrize("unit", ["layer", "block"])
-def test_scanned_layers_train_as_unrolled_ones(unit: str) -> None:
-    options = {"min_eigenvalues": 5, "unit": unit, "normalize": True}
-    whole, _ = optax_spd.temp_balance(**options).update(
-        ONES, optax_spd.temp_balance(**options).init(PARAMS), PARAMS
-    )
-    tx = optax_spd.temp_balance(**options, layers=optax_spd.stacked("^layers", axis=1))
-    params = stacked_form(PARAMS)
-    updates, _ = jax.jit(tx.update)(stacked_form(ONES), tx.init(params), params)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates, stacked_form(whole)
-    )
-
-
 MESH_KINDS = pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-
-
-@MESH_KINDS
-def test_sharded_equals_unsharded(kind: str) -> None:
-    P, axis = jax.sharding.PartitionSpec, getattr(jax.sharding.AxisType, kind)
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis, axis))
-    params = {
-        "conv": jax.random.normal(jax.random.key(1), (2, 2, 4, 8)),
-        "tall": jax.random.normal(jax.random.key(2), (8, 4)),
-        "wide": jax.random.normal(jax.random.key(3), (4, 16)),
-    }
-    specs = {"conv": P(None, None, "y", "x"), "tall": P("x", "y"), "wide": P(None, ("x", "y"))}
-    tx = optax_spd.temp_balance(min_eigenvalues=4)
-    step = jax.jit(tx.update)
-    expected, plain = step(params, tx.init(params), params)
-    with jax.set_mesh(mesh):
-        placed = jax.device_put(
-            params, jax.tree.map(lambda s: jax.sharding.NamedSharding(mesh, s), specs)
-        )
-        state = jax.jit(tx.init)(placed)
-        updates, new_state = step(placed, state, placed)
-        assert jax.tree.map(jax.typeof, new_state) == jax.tree.map(jax.typeof, state)
-    for name in params:
-        assert updates[name].sharding.is_equivalent_to(placed[name].sharding, params[name].ndim)
-        np.testing.assert_allclose(updates[name], expected[name], rtol=1e-5)
-    np.testing.assert_allclose(new_state.temp_balance_alpha, plain.temp_balance_alpha, rtol=1e-5)
 
 
 @MESH_KINDS
@@ -376,7 +319,7 @@ def test_a_sharded_stack_is_gathered_a_few_layers_at_a_time(
 ) -> None:
     # Compiled and not run: the loop's collectives on eight virtual devices that share two cores can
     # wait for each other forever.
-    monkeypatch.setattr("optax_spd.spectra.BATCH_BYTES", 2**18)
+    monkeypatch.setattr("optax_spd.methods.temp_balance.spectra.BATCH_BYTES", 2**18)
     P, axis = jax.sharding.PartitionSpec, getattr(jax.sharding.AxisType, kind)
     mesh = jax.make_mesh((8,), ("x",), axis_types=(axis,))
     tx = optax_spd.temp_balance(layers=optax_spd.stacked("w", 1))
@@ -387,61 +330,6 @@ def test_a_sharded_stack_is_gathered_a_few_layers_at_a_time(
     gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather", step.as_text())
     sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in gathered]
     assert max(sizes, default=0) < params["w"].size / 2, gathered
-
-
-def test_step_runs_in_a_scan_and_is_traced_once() -> None:
-    traces = []
-
-    def update(updates: Any, state: Any, params: Any) -> Any:
-        traces.append(1)
-        return STAGE.update(updates, state, params)
-
-    step = jax.jit(update, donate_argnums=(0, 1))
-    state, looped = STAGE.init(PARAMS), []
-    for _ in range(4):
-        updates, state = step(jax.tree.map(jnp.copy, ONES), state, PARAMS)
-        looped.append(updates)
-    assert len(traces) == 1
-
-    def body(carry: Any, _: Any) -> Any:
-        updates, carry = STAGE.update(ONES, carry, PARAMS)
-        return carry, updates
-
-    last, scanned = jax.jit(lambda s: jax.lax.scan(body, s, length=4))(STAGE.init(PARAMS))
-    jax.tree.map(np.testing.assert_array_equal, last, state)
-    jax.tree.map(
-        np.testing.assert_array_equal, scanned, jax.tree.map(lambda *x: jnp.stack(x), *looped)
-    )
-
-
-def test_dtypes_and_leaves_that_pass_through() -> None:
-    params = PARAMS | {
-        "empty": jnp.zeros((0, 9)),
-        "none": None,
-        "table": jnp.ones((9, 9), jnp.int32),
-    }
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, params)
-    grads = jax.tree.map(jnp.ones_like, half)
-    grads["layer_0"]["bias"] = None  # no gradient for an array that has a parameter
-    updates, state = jax.jit(STAGE.update)(grads, STAGE.init(half), half)
-    assert jax.tree.map(lambda x: x.dtype, updates) == jax.tree.map(lambda x: x.dtype, grads)
-    assert updates["none"] is None
-    np.testing.assert_array_equal(updates["table"], grads["table"])
-    factors = expected(jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS))
-    np.testing.assert_allclose(
-        updates["layer_2"]["kernel"].astype(np.float32), factors["layer_2/kernel"], rtol=5e-3
-    )
-    assert state.temp_balance_scale.dtype == jnp.float32
-
-
-def test_state_on_shapes_and_placeholders() -> None:
-    shapes = jax.eval_shape(lambda: PARAMS)
-    state = STAGE.init(PARAMS)
-    assert jax.eval_shape(STAGE.init, shapes) == jax.eval_shape(lambda: state)
-    jax.tree.map(np.testing.assert_array_equal, STAGE.init(shapes), state)
-    # The state has nothing of the parameters' shape, so that all of it is passed over.
-    mapped = optax.tree_utils.tree_map_params(STAGE, lambda x: x + 1, state)
-    jax.tree.map(np.testing.assert_array_equal, mapped, state)
 
 
 def test_a_tree_without_weights_that_count_passes_through() -> None:
@@ -476,17 +364,3 @@ def test_a_tree_without_weights_that_count_passes_through() -> None:
 def test_bad_arguments(options: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         optax_spd.temp_balance(**options)
-
-
-def test_bad_trees() -> None:
-    state = STAGE.init(PARAMS)
-    with pytest.raises(ValueError, match="params"):
-        STAGE.update(ONES, state)
-    with pytest.raises(ValueError, match="updates does not match params"):
-        STAGE.update({"layer_0": ONES["layer_0"]}, state, PARAMS)
-    with pytest.raises(ValueError, match="temp_balance_scale has shape"):
-        STAGE.update(ONES["layer_0"], state, PARAMS["layer_0"])
-    with pytest.raises(TypeError, match="complex"):
-        STAGE.init({"w": jnp.ones((3, 3), jnp.complex64)})
-    with pytest.raises(ValueError, match="matches no parameter path"):
-        optax_spd.temp_balance(mask=optax_spd.path_mask("nowhere")).init(PARAMS)

@@ -84,11 +84,7 @@ SPECS = {
         optax_spd.LayerSpec(stacked_axes=(1,)),
         lambda w: list(w.transpose(1, 0, 2)),
     ),
-    "stacked convolution": (
-        (2, 2, 3, 8, 6),
-        optax_spd.LayerSpec(stacked_axes=(0,)),
-        list,
-    ),
+    "stacked convolution": ((2, 2, 3, 8, 6), optax_spd.LayerSpec(stacked_axes=(0,)), list),
     "PyTorch's convolution": (
         (6, 8, 2, 2),
         optax_spd.LayerSpec(output_axes=(0,), spatial_axes=(2, 3)),
@@ -138,7 +134,7 @@ def test_biases_have_no_spectrum_whatever_their_axes() -> None:
 def test_stacks_beyond_a_batch_are_the_same_on_any_stacked_axis(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("optax_spd.spectra.BATCH_BYTES", 1000)
+    monkeypatch.setattr("optax_spd.methods.temp_balance.spectra.BATCH_BYTES", 1000)
     w = normal(7, 5, 4, 6, 3)  # two stacked axes around the matrix: layer 0 to 14
     params = {"w": w, "x": normal(8, 6, 6)}
     spec = optax_spd.LayerSpec(stacked_axes=(0, 3))
@@ -170,6 +166,16 @@ def test_broken_weights_have_no_exponent() -> None:
     alpha, found = alphas(selected(params), params)
     assert found.tolist() == [False, True, False, False, False]
     np.testing.assert_allclose(alpha, [0, alpha_of(params["fine"]), 0, 0, 0], rtol=1e-4)
+
+
+def test_no_tail_and_a_layer_that_is_left_out_are_no_exponents() -> None:
+    params = {"blocks": normal(4, 3, 8, 8), "one": jnp.ones((1, 8))}
+    selection = selected(params, optax_spd.stacked("blocks"), skip_first=True)
+    fit = power_law.Fit(fit="goodness-of-fit")  # finds no candidate in one eigenvalue
+    alpha, found = selection.alphas(list(params.values()), fit)
+    assert found.tolist() == [False, True, True, False]
+    assert [bool(a > 1) for a in alpha] == found.tolist()
+    assert alpha[0] == alpha[3] == 0
 
 
 def test_means_by_segment() -> None:

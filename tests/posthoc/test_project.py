@@ -1,0 +1,393 @@
+"""project(): against float64 NumPy, its properties as a projection, layouts, layers and inputs."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import ball_oracles
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.core import FrozenDict, freeze
+from hypothesis import given, settings, strategies as st
+
+import optax_spd
+from optax_spd import LayerSpec
+
+both_norms = pytest.mark.parametrize("norm", ["l2", "mars"])
+# Eager calls are tested with the input that they refuse; most of the time they would only compile.
+project = jax.jit(optax_spd.project, static_argnames=("norm", "layers"))
+EXAMPLES = settings(max_examples=15, deadline=None, derandomize=True)
+
+# Where kernels of all kinds keep their output units and their layers.
+LAYOUTS: dict[str, tuple[tuple[int, ...], LayerSpec]] = {
+    "scalar": ((), LayerSpec()),
+    "bias": ((5,), LayerSpec()),
+    "bias, called an output": ((5,), LayerSpec(output_axes=(0,))),
+    "dense": ((3, 4), LayerSpec()),
+    "dense in torch": ((4, 3), LayerSpec(output_axes=(0,))),
+    "conv HWIO": ((2, 2, 3, 4), LayerSpec()),
+    "attention": ((4, 2, 3), LayerSpec(output_axes=(1, 2))),
+    "stacked": ((3, 2, 4), LayerSpec(stacked_axes=(0,))),
+    "stacked on axis 1": ((2, 3, 4), LayerSpec(stacked_axes=(1,))),
+    "stacked biases": ((3, 4), LayerSpec(stacked_axes=(0,))),
+    "stacked on two axes": ((2, 3, 2, 4), LayerSpec(stacked_axes=(0, 2))),
+    "stacked attention": ((4, 2, 2, 3), LayerSpec(stacked_axes=(1,), output_axes=(-2, -1))),
+}
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@functools.cache
+def describe(layout: str) -> Any:
+    return lambda path, array: LAYOUTS[layout][1]
+
+
+def projection(layout: str, norm: str) -> Callable[..., Any]:
+    return functools.partial(project, norm=norm, layers=describe(layout))
+
+
+def on_arrays(layout: str) -> Callable[..., Any]:
+    """Runs a check on (params, anchor, one share of the largest norm per layer)."""
+    shape, spec = LAYOUTS[layout]
+    count = int(np.prod([shape[a] for a in spec.stacked_axes]))
+
+    def run(check: Callable[..., None]) -> None:
+        # A coarse grain makes equal rows, rows that have not moved, and rows on the surface; with
+        # tenths θ₀ + (θ - θ₀) is not always θ.
+        @EXAMPLES
+        @given(st.integers(0, 2**16), st.sampled_from([1.0, 0.1, 2.0**-20]))
+        def on_example(seed: int, grain: float) -> None:
+            draw = np.random.default_rng(seed)
+            arrays = (np.round(draw.normal(size=shape) / grain) * grain for _ in range(2))
+            shares = draw.choice([0.0, 0.3, 0.7, 1.0, 1.2], count)
+            check(*(np.asarray(x, np.float32) for x in (*arrays, shares)))
+
+        on_example()
+
+    return run
+
+
+def deviation(params: Any, anchor: Any, layout: str, norm: str) -> ball_oracles.Balls:
+    delta = np.asarray(params, np.float64) - np.asarray(anchor, np.float64)
+    return ball_oracles.Balls({"w": delta}, norm, describe(layout))
+
+
+def radii_of(ball: ball_oracles.Balls, shares: Any) -> Any:
+    """Radii as shares of each layer's norm."""
+    largest = [ball.largest(name) for name in ball.members]
+    return (np.asarray(shares, np.float64) * largest).astype(shares.dtype)
+
+
+# Against NumPy, and what makes it a projection ---------------------------------------------------
+
+
+@both_norms
+@every_layout
+def test_equals_numpy(layout: str, norm: str, x64: None) -> None:
+    shape, spec = LAYOUTS[layout]
+    count = int(np.prod([shape[a] for a in spec.stacked_axes]))
+    inside = outside = 0
+    for seed in range(5):
+        draw = np.random.default_rng(seed)
+        params, anchor = draw.normal(size=shape), draw.normal(size=shape)
+        ball = deviation(params, anchor, layout, norm)
+        radii = radii_of(ball, draw.uniform(0.1, 1.1, count) if seed else np.full(count, 1.1))
+        by_name = dict(zip(ball.members, radii, strict=True))
+        expected = ball_oracles.projected(
+            {"w": params}, {"w": anchor}, by_name, norm, describe(layout)
+        )
+        result = projection(layout, norm)({"w": params}, {"w": anchor}, radii)["w"]
+        # The documented 1e-8: what the denominator's 1e-8 moves a row by at most.
+        np.testing.assert_allclose(result, expected["w"], rtol=0, atol=1.01e-8)
+        for name, radius in by_name.items():
+            rows = np.concatenate(ball.row_norms(name))
+            inside, outside = inside + (rows < radius).sum(), outside + (rows > radius).sum()
+    assert inside > 0
+    assert outside > 0
+
+
+@both_norms
+@every_layout
+def test_lands_inside_the_ball_and_stays(layout: str, norm: str) -> None:
+    """What is inside keeps every bit; radius 0 gives the anchor, no bound the parameters."""
+    kept = 0
+
+    def check(params: np.ndarray, anchor: np.ndarray, shares: np.ndarray) -> None:
+        nonlocal kept
+        run = functools.partial(projection(layout, norm), {"w": params}, {"w": anchor})
+        before = deviation(params, anchor, layout, norm)
+        radii = radii_of(before, shares)
+        once = run(radii)
+        after = deviation(once["w"], anchor, layout, norm)
+        old, new = (
+            ball_oracles.to_rows(array, LAYOUTS[layout][1])[0] for array in (params, once["w"])
+        )
+        for number, (name, radius) in enumerate(zip(before.members, radii, strict=True)):
+            # Each of up to 24 weights of a row is rounded at the size of θ.
+            assert after.largest(name) <= radius * (1 + 1e-6) + 24 * 4 * 2.0**-23
+            (norms,) = before.row_norms(name)
+            inside = norms[:, 0] < radius * (1 - 1e-5)
+            np.testing.assert_array_equal(new[number][inside], old[number][inside])
+            kept += inside.sum()
+        twice = projection(layout, norm)(once, {"w": anchor}, radii)
+        np.testing.assert_allclose(twice["w"], once["w"], rtol=0, atol=5e-6)
+        np.testing.assert_array_equal(run(np.zeros_like(shares))["w"], anchor)
+        np.testing.assert_array_equal(run(np.full_like(shares, np.inf))["w"], params)
+
+    on_arrays(layout)(check)
+    assert kept > 0
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_row_on_the_surface_keeps_every_bit(dtype: Any, x64: None) -> None:
+    # In float64 γ / (n + 1e-8) is below 1 there.
+    params, anchor = {"w": np.array([3.0, 4.0], dtype)}, {"w": np.zeros(2, dtype)}
+    for norm, radius in (("l2", 5.0), ("mars", 7.0)):
+        result = project(params, anchor, radius, norm=norm)
+        np.testing.assert_array_equal(result["w"], params["w"])
+
+
+# Layouts -----------------------------------------------------------------------------------------
+
+
+def numbers(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def close(actual: Any, expected: Any) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+# Groups and radii --------------------------------------------------------------------------------
+
+
+def network() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    shapes = {
+        "blocks/bias": (2, 4),
+        "blocks/kernel": (2, 3, 4),
+        "dense/bias": (4,),
+        "dense/kernel": (3, 4),
+        "scale": (),
+    }
+    params = {p: numbers(*s, seed=i) for i, (p, s) in enumerate(shapes.items())}
+    return params, {p: numbers(*s, seed=i + 50) for i, (p, s) in enumerate(shapes.items())}
+
+
+NETWORK_LAYERS: dict[str, Any] = {
+    "per array": None,
+    "stacked": optax_spd.stacked("^blocks/"),
+    "by module": optax_spd.by_module(layers=optax_spd.stacked("^blocks/")),
+}
+
+
+@both_norms
+@pytest.mark.parametrize("layers", NETWORK_LAYERS)
+def test_radii_are_one_per_layer_in_the_order_of_layer_names(layers: str, norm: str) -> None:
+    params, anchor = network()
+    names = optax_spd.layer_names(params, layers=NETWORK_LAYERS[layers])
+    assert len(names) == {"per array": 5, "stacked": 7, "by module": 4}[layers]
+    radii = np.random.default_rng(3).uniform(0.2, 3, len(names))
+    result = project(params, anchor, radii, norm=norm, layers=NETWORK_LAYERS[layers])
+    by_name = dict(zip(names, radii, strict=True))
+    expected = ball_oracles.projected(params, anchor, by_name, norm, NETWORK_LAYERS[layers])
+    for path, array in expected.items():
+        close(result[path], array)
+
+
+def test_a_group_shares_the_radius_and_each_array_keeps_its_rows() -> None:
+    params = {"dense": {"bias": jnp.array([3.0, 0.0]), "kernel": jnp.array([[4.0, 1.0]])}}
+    anchor = jax.tree.map(jnp.zeros_like, params)
+    layers = optax_spd.by_module()
+    mars = project(params, anchor, 2.0, norm="mars", layers=layers)
+    l2 = project(params, anchor, 2.0, norm="l2", layers=layers)
+    close(mars["dense"]["bias"], [2.0, 0.0])
+    close(mars["dense"]["kernel"], [[2.0, 1.0]])
+    factor = 2 / np.sqrt(3**2 + 4**2 + 1)  # one norm of all
+    jax.tree.map(lambda new, old: close(new, factor * old), l2, params)
+
+
+@pytest.mark.parametrize("radius", [2, np.float64(2.0), np.array(2), jnp.bfloat16(2.0)], ids=repr)
+def test_radii_may_be_any_kind_of_number(radius: Any) -> None:
+    result = optax_spd.project(jnp.array([3.0, 5.0]), jnp.zeros(2), radius)
+    np.testing.assert_allclose(result, [0.75, 1.25], rtol=1e-6)
+
+
+# Under JAX's transformations ---------------------------------------------------------------------
+
+
+@both_norms
+@pytest.mark.parametrize("radius", [0.0, 1e-30, 1.0, np.inf])
+@pytest.mark.parametrize("moved", [False, True])
+def test_gradients_are_finite_everywhere(radius: float, moved: bool, norm: str) -> None:
+    anchor = {"w": jnp.asarray(numbers(3, 4))}
+    params = {"w": anchor["w"].at[:, 1:].add(0.5 if moved else 0.0)}  # unit 0 has not moved
+
+    def score(params: Any, anchor: Any, radii: Any) -> jax.Array:
+        return jnp.sum(optax_spd.project(params, anchor, radii, norm=norm)["w"] ** 2)
+
+    gradients = jax.jit(jax.grad(score, argnums=(0, 1, 2)))(params, anchor, jnp.float32(radius))
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(gradients))
+
+
+def test_a_radius_that_is_no_number_leaves_its_layer_alone() -> None:
+    params = {"a": jnp.array([3.0, 4.0])}
+    found = jax.jit(lambda r: optax_spd.project(params, {"a": jnp.zeros(2)}, r))(jnp.nan)
+    np.testing.assert_array_equal(found["a"], params["a"])
+
+
+# Dtypes, containers and what is no layer --------------------------------------------------------
+
+
+def model(seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
+    return {
+        "dense": {"bias": numbers(3, seed=seed), "kernel": numbers(4, 3, seed=seed + 1)},
+        "head": {"kernel": numbers(3, 2, seed=seed + 2)},
+    }
+
+
+def assert_equal(actual: Any, expected: Any) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@both_norms
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_is_projected_in_float32(dtype: Any, norm: str) -> None:
+    params, anchor = (jnp.asarray(numbers(300, 4, seed=s), dtype) for s in (0, 1))
+    delta = np.asarray(params, np.float64) - np.asarray(anchor, np.float64)
+    radius = 0.9 * ball_oracles.Balls({"w": delta}, norm).largest("w")
+    result = project({"w": params}, {"w": anchor}, radius, norm=norm)["w"]
+    assert result.dtype == dtype
+    expected = ball_oracles.projected({"w": params}, {"w": anchor}, {"w": radius}, norm)["w"]
+    assert np.max(np.abs(expected - np.asarray(params, float))) > 0.05
+    # Rounded once, at the end; a sum of 300 terms in the half type would be off by per cents.
+    half_ulp = float(jnp.finfo(dtype).eps) / 2
+    np.testing.assert_allclose(
+        np.asarray(result, np.float64), expected, rtol=1.01 * half_ulp, atol=1e-6
+    )
+
+
+def test_an_anchor_of_another_dtype_is_used_as_it_is() -> None:
+    params = jnp.asarray(numbers(4), jnp.bfloat16)
+    anchor = numbers(4, seed=1)
+    np.testing.assert_array_equal(project(params, anchor, 0.0), anchor.astype(jnp.bfloat16))
+    narrow = jnp.asarray(anchor, jnp.bfloat16)
+    result = project(numbers(4), narrow, 0.0)
+    assert result.dtype == jnp.float32
+    np.testing.assert_array_equal(result, np.asarray(narrow, np.float32))
+
+
+def test_radii_keep_float64_for_float64_layers_only(x64: None) -> None:
+    params = {"narrow": numbers(4), "wide": numbers(4, seed=1).astype(np.float64)}
+    anchor = jax.tree.map(np.zeros_like, params)
+    radii = np.array([1 / 3, 1 / 3])
+    result = project(params, anchor, radii, norm="l2")
+    assert {k: x.dtype for k, x in result.items()} == {"narrow": np.float32, "wide": np.float64}
+    np.testing.assert_allclose(np.linalg.norm(result["wide"]), 1 / 3, rtol=0, atol=1.01e-8)
+    np.testing.assert_allclose(np.linalg.norm(result["narrow"]), 1 / 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("coat", "anchor_coat"),
+    [("dict", "nnx.State"), ("FrozenDict", "dict"), ("nnx.State", "FrozenDict")],
+)
+def test_the_result_has_the_containers_of_params(coat: str, anchor_coat: str) -> None:
+    coats: dict[str, Any] = {
+        "dict": lambda tree: tree,
+        "FrozenDict": freeze,
+        "nnx.State": lambda tree: nnx.State(jax.tree.map(nnx.Param, tree)),
+    }
+    result = project(coats[coat](model()), coats[anchor_coat](model(seed=5)), 0.5)
+    expected = project(model(), model(seed=5), 0.5)
+    assert type(result) is {"dict": dict, "FrozenDict": FrozenDict, "nnx.State": nnx.State}[coat]
+    assert_equal(result, coats[coat](expected))
+
+
+def test_what_is_no_layer_comes_back_as_the_same_object() -> None:
+    params: dict[str, Any] = {
+        "count": jnp.arange(3),
+        "empty": jnp.ones((0, 4)),
+        "flag": np.array(True),
+        "left out": jnp.ones(2),
+        "masked": optax.MaskedNode(),
+        "none": None,
+        "weight": jnp.full(2, 3.0),
+    }
+    anchor = params | {"weight": jnp.zeros(2), "left out": None, "count": None}
+    mask = {name: name != "left out" for name in params}
+    result = optax_spd.project(params, anchor, [2.0], mask=mask)
+    np.testing.assert_array_equal(result["weight"], [1.0, 1.0])
+    for name in params.keys() - {"weight"}:
+        assert result[name] is params[name], name
+
+
+@pytest.mark.parametrize("params", [{}, {"none": None}, {"count": np.arange(3)}], ids=repr)
+def test_a_tree_without_layers_comes_back(params: Any) -> None:
+    assert_equal(optax_spd.project(params, params, 1.0), params)
+    assert_equal(optax_spd.project(params, params, np.zeros(0)), params)
+
+
+@both_norms
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["params", "anchor", "both"])
+def test_a_layer_that_is_not_finite_passes_through(where: str, poison: float, norm: str) -> None:
+    params, anchor = model(), model(seed=5)
+    healthy = project(params, anchor, 0.5, norm=norm)
+    if where != "anchor":
+        params["dense"]["kernel"][1, 2] = poison
+    if where != "params":
+        anchor["dense"]["kernel"][1, 2] = poison
+    result = project(params, anchor, 0.5, norm=norm)
+    np.testing.assert_array_equal(result["dense"]["kernel"], params["dense"]["kernel"])
+    np.testing.assert_array_equal(result["dense"]["bias"], healthy["dense"]["bias"])
+    assert_equal(result["head"], healthy["head"])
+    assert not np.array_equal(healthy["head"]["kernel"], params["head"]["kernel"])
+
+
+# What is refused ---------------------------------------------------------------------------------
+
+
+def call(params: Any = None, anchor: Any = None, radii: Any = 1.0, **options: Any) -> Any:
+    params = model() if params is None else params
+    return optax_spd.project(params, model() if anchor is None else anchor, radii, **options)
+
+
+@pytest.mark.parametrize("shape", [(2,), (4,), (1,), (3, 1), (0,)])
+def test_radii_of_another_number_are_refused(shape: tuple[int, ...]) -> None:
+    message = "radii must be a scalar or hold one value for each of the 3 layers"
+    with pytest.raises(ValueError, match=message) as error:
+        call(radii=np.ones(shape))
+    assert str(shape) in str(error.value)
+    with pytest.raises(ValueError, match="radii must not be negative or NaN"):
+        call(radii=-1.0)
+    with pytest.raises(ValueError, match="norm must be"):
+        call(norm="linf")
+
+
+def test_trees_that_do_not_match_are_refused_unless_masked() -> None:
+    lacking = {"dense": model()["dense"]}
+    other = model() | {"head": {"kernel": np.ones((2, 3))}}
+    for anchor, message in (
+        (lacking, r"anchor does not match params: .*'head/kernel'"),
+        (other, r"'head/kernel': anchor has shape \(2, 3\), params has shape \(3, 2\)"),
+        (model() | {"head": {"kernel": None}}, "anchor is None at 'head/kernel'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(anchor=anchor)
+        result = call(anchor=anchor, mask=optax_spd.path_mask("dense"))
+        assert_equal(result["head"], model()["head"])
+    with pytest.raises(ValueError, match="'more/kernel'"):
+        call(anchor=model() | {"more": {"kernel": np.ones(2)}})
+
+
+def test_complex_arrays_are_refused() -> None:
+    sick = model() | {"head": {"kernel": np.ones((3, 2), np.complex64)}}
+    with pytest.raises(TypeError, match=r"'head/kernel' is complex.*split_real_and_imaginary"):
+        call(params=sick)
+    with pytest.raises(TypeError, match="anchor is complex at 'head/kernel'"):
+        call(anchor=sick)
+    mask = optax_spd.path_mask("dense")
+    assert_equal(call(params=sick, anchor=sick, mask=mask)["head"], sick["head"])

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import optax_spd
-from optax_spd.anchors.policy import policy
+from optax_spd.anchors import policy
 
 PARAMS = {"bias": jnp.arange(3.0), "kernel": jnp.arange(6.0).reshape(2, 3) - 2}
 PRETRAINED = jax.tree.map(lambda x: 0.5 * x + 1, PARAMS)

@@ -407,7 +407,7 @@ def test_what_does_not_fit_together_is_named() -> None:
     with pytest.raises(ValueError, match="leash needs the raw gradient"):
         leash().update(params, leash().init(params), params)
     stacked = leash(layers=LAYERS["stacked"])
-    with pytest.raises(ValueError, match=r"The state's average has shape \(5,\).* 9 layers"):
+    with pytest.raises(ValueError, match=r"The state's descends has shape \(5,\).* 9 layers"):
         stacked.update(params, leash().init(params), params, grad=params)
     rows = row_ball(1.0, layers=LAYERS["stacked"])
     with pytest.raises(ValueError, match=r"The state's factor has shape \(5,\).* 9 layers"):

@@ -13,7 +13,7 @@ from jax_support import host_memory_works, primitives
 
 import optax_spd
 from optax_spd.core import recompute, stage
-from optax_spd.layers.spec import spec
+from optax_spd.layers import spec
 
 PARAMS = {
     "a": jnp.arange(6.0).reshape(2, 3),

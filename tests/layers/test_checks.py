@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from optax_spd.layers.spec import checks
+from optax_spd.layers import checks
 
 ONE_IN_MANY_TYPES = [1, 1.0, np.float32(1), np.float64(1), np.array(1.0), np.int64(1), jnp.ones(())]
 

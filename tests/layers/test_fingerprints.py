@@ -11,7 +11,7 @@ import pytest
 from flax.core import freeze
 
 import optax_spd
-from optax_spd.layers.spec import fingerprints, plans
+from optax_spd.layers import fingerprints, plans
 
 PARAMS = {
     "blocks": jnp.ones((2, 3)),

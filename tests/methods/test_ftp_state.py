@@ -188,6 +188,4 @@ def test_bytes_a_parameter(dtype: Any, options: dict[str, Any], expected: int) -
     tx = optax_spd.ftp(**options)
     sizes = [state_bytes(tx, {"w": jax.ShapeDtypeStruct((n, 10), dtype)}) for n in (100, 300)]
     assert sizes[1] - sizes[0] == 2000 * expected
-    assert (
-        sizes[0] - 1000 * expected == 2 * 4 + 4 * 4
-    )  # count, fingerprint; radius, steps, two moments
+    assert sizes[0] - 1000 * expected == 2 * 4 + 4 * 4  # two scalars, four vectors

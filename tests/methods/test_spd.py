@@ -244,11 +244,7 @@ def test_large_steps_stay_within_a_millionth(relative_step: float, size: int, x6
         (1.0, -4.0, 4.0, 0.0),  # lands on the anchor
         (1.0, -4.0000005, 4.0, 0.0),  # the same, rounded to the other side
         (1.0, 0.0, 0.0, 0.0),  # 0/0
-        (np.inf, 5.0, 4.0, 0.0),
         (np.nan, 5.0, 4.0, 0.0),
-        (1.0, np.inf, 4.0, 0.0),
-        (1.0, 5.0, np.inf, 0.0),
-        (1.0, -np.inf, np.inf, 0.0),
         (1.0, np.nan, 4.0, 0.0),
         (1.0, 3e38, 3e38, 0.0),  # the sum overflows
     ],

@@ -157,7 +157,7 @@ def with_anchor(
 def _check_stage(stage: Any, where: str) -> None:
     if isinstance(stage, optax.MultiSteps):
         raise ValueError(
-            f"{where} around optax.MultiSteps would hand over the micro-step's gradient, if any. "
+            f"{where} around optax.MultiSteps would pass on the micro-step's gradient, if any. "
             "Put it inside: optax.MultiSteps(optax_spd.chain(...), k)."
         )
     if not (hasattr(stage, "init") and hasattr(stage, "update")):

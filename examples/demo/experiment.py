@@ -125,7 +125,7 @@ def run(settings: Settings, bench: Workbench, progress: Progress) -> list[Outcom
                     label += f", seed {seed}"
                 try:
                     if name not in outcome.diverged:
-                        score = _try(name, label, settings, material, fitted, progress)
+                        score = _train_and_score(name, label, settings, material, fitted, progress)
                         outcome.results[name].append(score)
                 except DivergedError as error:
                     outcome.diverged[name] = f"{label}: {error}"
@@ -167,7 +167,7 @@ def prepare(bench: Workbench, held_out: HeldOut, examples: int, seed: int) -> Ma
     return Material(seed, start, texts, validation, held_out.tests, held_out.frozen)
 
 
-def _try(
+def _train_and_score(
     name: str,
     label: str,
     settings: Settings,

@@ -124,9 +124,10 @@ def statement(settings: Settings, curve: Curve) -> str:
     if settings.seeds == 1:
         caution = " One training set says nothing about others: --seeds 3 draws three."
     return (
-        f"Points of accuracy gained on {label(BASELINE)}. With {few} examples: "
-        f"{_said(at_few, 'better', 'worse')}. With {many}: {_said(at_many, 'better', 'worse')}. "
-        f"The gain with {few} less the gain with {many}: {_said(change, 'larger', 'smaller')}. "
+        f"Points of accuracy gained on {label(BASELINE)}. "
+        f"With {few} examples: {_verdicts(at_few, 'better', 'worse')}. "
+        f"With {many}: {_verdicts(at_many, 'better', 'worse')}. "
+        f"The gain with {few} less the gain with {many}: {_verdicts(change, 'larger', 'smaller')}. "
         "After ±: the standard error from the choice of test snippets, not of training snippets; "
         "noise is what lies within twice that, or changes its sign from seed to seed. Even where "
         f"nothing differs, one in twenty of these {6 * len(compared)} would lie beyond.{caution}"
@@ -142,7 +143,7 @@ def gains(curve: Curve, examples: int, name: str) -> tuple[Gain, Gain]:
     )
 
 
-def _said(found: Mapping[str, tuple[Gain, Gain]], up: str, down: str) -> str:
+def _verdicts(found: Mapping[str, tuple[Gain, Gain]], up: str, down: str) -> str:
     """The gains of all methods, in and out of distribution, each marked as noise or not."""
 
     def one(each: Gain) -> str:

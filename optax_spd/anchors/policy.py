@@ -184,7 +184,7 @@ def resolve_anchor(
     for path, leaf, need in zip(flat_params.paths, leaves, needed, strict=True):
         if need and is_anchor_leaf(leaf):
             raise ValueError(
-                f"There is no anchor at {trees.shown(path)} ({leaf!r} stands there): the anchor "
+                f"There is no anchor at {trees.shown(path)} (found {leaf!r}): the anchor "
                 "was dropped; call set_anchor(state, pretrained_params) before the next update. "
                 "(It is missing after drop_anchor, or when a checkpoint was saved without it.)"
             )

@@ -4,7 +4,7 @@
     decision = decide(*sums, *memory)          values to record, coefficients, where to change u
     update   = act(deviation, *coefficients)   elementwise, used where the decision changes u
 
-Everything else is here and in the modules below, once for all methods: matching trees, the anchor,
+Everything else is here and in the modules it imports, once for all methods: matching trees, the anchor,
 masks, stacked layers, groups, sharding and hand-split axes, dtypes, schedules, the step count, and
 isolation of layers that are not finite.
 """
@@ -323,8 +323,9 @@ def _memory_dtype(value: Any, plan: LayerPlan) -> Any:
 
 def _field(state: Any, kind: str, key: str) -> jax.Array:
     """A vector of the state; ``kind`` is "record" or "memory"."""
-    values = getattr(state, kind) if isinstance(state, LayerwiseState) else state._asdict()
-    vector: jax.Array = values[key]
+    vector: jax.Array = (
+        getattr(state, kind)[key] if isinstance(state, LayerwiseState) else getattr(state, key)
+    )
     return vector
 
 

@@ -197,7 +197,7 @@ def _normalized(
         if not -len(shape) <= axis < len(shape):
             raise ValueError(
                 f"layers= names the {kind} axis {axis} of {name!r}, which has shape {shape}. "
-                "Narrow the pattern or mend the axis."
+                "Narrow the pattern or fix the axis."
             )
     normalized = sorted(axis % len(shape) for axis in axes)
     if len(set(normalized)) != len(normalized):

@@ -246,7 +246,7 @@ def _validation(view: stage.StageView, params: PyTree, extra_args: dict[str, Any
         if isinstance(leaf, optax.MaskedNode):
             raise ValueError(
                 f"validation_fn needs the full parameter tree, but params is masked at "
-                f"{trees.shown(path)}: tpgm stands inside optax.masked or optax.partition. Put it "
+                f"{trees.shown(path)}: tpgm is inside optax.masked or optax.partition. Put it "
                 "outside and give it mask= (optax.chain(optax.masked(...), tpgm(mask=...)))."
             )
     others = {

@@ -61,8 +61,8 @@ def _axes_of_spec(spec: Any, entry: ArrayLayers) -> MeshAxes:
         if parts and axis in entry.stacked_axes:
             raise ValueError(
                 f"axis_name= splits {entry.name!r} over {parts} along axis {axis}, which layers= "
-                "calls stacked. Under shard_map each device would hold other layers; split another "
-                "axis, or use jit with NamedSharding."
+                "calls stacked. Under shard_map each device would hold different layers; split "
+                "another axis, or use jit with NamedSharding."
             )
         axes.update(dict.fromkeys(parts, axis))
     return axes

@@ -48,7 +48,7 @@ FitMethod = Literal["median", "goodness-of-fit", "fix-finger"]
 FITS = get_args(FitMethod)
 ZERO = 1e-5  # ``filter_zeros`` drops eigenvalues up to this, as in the authors' code
 
-SMALL = 256  # how many starts of the tail are tried at once
+STARTS = 256  # how many starts of the tail are tried at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +115,10 @@ class Fit:
         if self.fit == "fix-finger":
             x = _fullest_bin(jnp.log10(jnp.maximum(eigenvalues, tiny)), i >= first, self.bins)
             candidate &= (eigenvalues >= jnp.log10(0.95 * x)) & (eigenvalues <= 1.5 * x)
-        if N <= SMALL:
+        if N <= STARTS:
             alphas, distances = jax.vmap(lambda start: hill(e, start))(i)
         else:  # in batches: all pairs (i, j) at once would need N² numbers
-            alphas, distances = jax.lax.map(lambda start: hill(e, start), i, batch_size=SMALL)
+            alphas, distances = jax.lax.map(lambda start: hill(e, start), i, batch_size=STARTS)
         best = jnp.argmin(jnp.where(candidate, distances, jnp.inf))
         return jnp.where(jnp.any(candidate), alphas[best], 0)
 
@@ -277,8 +277,8 @@ def _fitted(relative: jax.Array, scale: jax.Array, first: jax.Array, options: Fi
     # A scale is infinite only by overflow. The largest number compares the same way.
     bounded = jnp.where(is_finite, jnp.minimum(scale, jnp.finfo(scale.dtype).max), 1)
     N = relative.shape[1]
-    # "median" needs N numbers a layer, the other fits SMALL N.
-    batch_size = spectra.BATCH_BYTES // (min(N, SMALL) * N * relative.dtype.itemsize)
+    # "median" needs N numbers a layer, the other fits STARTS N.
+    batch_size = spectra.BATCH_BYTES // (min(N, STARTS) * N * relative.dtype.itemsize)
     if options.fit == "median" or len(relative) <= batch_size:
         alphas = jax.vmap(options.alpha)(relative, bounded, first)
     else:

@@ -4,9 +4,9 @@
     decision = decide(*sums, *memory)          values to record, coefficients, where to change u
     update   = act(deviation, *coefficients)   elementwise, used where the decision changes u
 
-Everything else is here and in the modules it imports, once for all methods: matching trees, the anchor,
-masks, stacked layers, groups, sharding and hand-split axes, dtypes, schedules, the step count, and
-isolation of layers that are not finite.
+Everything else is here and in the modules it imports, once for all methods: matching trees, the
+anchor, masks, stacked layers, groups, sharding and hand-split axes, dtypes, schedules, the step
+count, and isolation of layers that are not finite.
 """
 
 import functools

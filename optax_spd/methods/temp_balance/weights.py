@@ -83,8 +83,8 @@ def as_weight(index: int, entry: plans.ArrayLayers, shape: tuple[int, ...]) -> W
     Arrays without a spectrum have fewer than two axes, or only output axes, or are named "bias" (an
     attention bias has two axes). If ``layers=`` names no spatial axes, an array with one output
     axis and at least four axes is a convolution, and its input is the last axis that is not the
-    output. In all other arrays every axis that is not an output is an input. (An attention kernel
-    has three axes, or several outputs.)
+    output. In all other arrays every axis that is neither output nor spatial is an input. (An
+    attention kernel has three axes, or several outputs.)
     """
     rest = [axis for axis in range(len(shape)) if axis not in entry.stacked_axes]
     inputs = [axis for axis in rest if axis not in entry.output_axes]

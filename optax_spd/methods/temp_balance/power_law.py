@@ -222,8 +222,8 @@ def power_law_alpha(
     array = jnp.asarray(weight)
     if array.ndim < 2 or array.size == 0:
         raise ValueError(
-            f"weight must have at least two axes and not be empty, got shape {array.shape}: only "
-            "matrices and convolutions have a spectrum."
+            f"weight must be an array of at least two axes, not empty, got shape {array.shape}: "
+            "only matrices and convolutions have a spectrum."
         )
     matrices = array.astype(plans.compute_dtype(array)).reshape(1, -1, *array.shape[-2:])
     alpha: jax.Array = _alpha_of(matrices, options, array.ndim > 2)

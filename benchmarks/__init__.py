@@ -1,1 +1,1 @@
-"""Measurements of what the methods cost beside plain Optax optimizers."""
+"""Measurements of the methods' cost compared with plain Optax optimizers."""

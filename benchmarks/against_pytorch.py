@@ -1,17 +1,16 @@
 """``adam_spd`` and AdamSPD in PyTorch, on the CPU: ``python -m benchmarks.against_pytorch``.
 
 The authors' AdamSPD is a loop over arrays in PyTorch. ``benchmarks.one_optimizer`` has such a loop,
-written from the equations; it steps here on the same ViT-shaped tree and gradients as
-``optax_spd.adam_spd``, and with as many threads, SPD firing in about half of the arrays. AdamW of
-both sides is there for comparison. Every optimizer runs in a process of its own, since neither
-framework's threads should be there while the other computes; the processes take turns, in several
-rounds. Before that, on a small tree, both sides step on the same gradients, and the table says how
-far apart they end.
+written from the equations. It runs on the same ViT-shaped tree and gradients as
+``optax_spd.adam_spd``, with as many threads; SPD fires in about half of the arrays. AdamW of both
+frameworks is included for comparison. Every optimizer runs in its own process, so that the other
+framework's threads do not interfere; the processes alternate, in several rounds. First both sides
+step on the same gradients of a small tree, and the table shows how far apart they end.
 
-Run it on an idle machine. PyTorch's threads wait for each other after every operation on an array,
-so another program slows it down far more than it does JAX.
+Run it on an idle machine. PyTorch's threads synchronise after every operation on an array, so
+another program slows it down far more than JAX.
 
-PyTorch is needed by this benchmark alone: ``pip install torch``.
+Only this benchmark needs PyTorch: ``pip install torch``.
 """
 
 import argparse
@@ -41,30 +40,30 @@ from benchmarks.one_optimizer import (
 
 FIRE = 0.5
 
-# What must agree, after steps on these multiples of the gradients, each about a tenth as long as
-# the way from the anchor.
+# Pairs of optimizers that must agree after steps on these multiples of the gradients. Each step is
+# about a tenth of the distance from the anchor.
 SAME = ((JAX_SPD, TORCH_SPD), (JAX_ADAMW, TORCH_ADAMW), (JAX_ADAMW, TORCH_FUSED))
 CHECK_FACTORS = (1.0, 0.5, 2.0, -0.5, 1.0, 1.5)
 CHECK_LEARNING_RATE = 1e-3
 TOLERANCE = 1e-6
 
-# A load average from which on the times say little.
+# The times are unreliable at this load average or above.
 BUSY = 1.0
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
 
 def available_threads() -> int:
-    """The processors that this process may use."""
+    """The number of processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def run_child(name: str, folder: pathlib.Path, threads: int, *arguments: str) -> dict[str, Any]:
-    """What ``benchmarks.one_optimizer`` prints in a process of its own."""
+    """Runs ``benchmarks.one_optimizer`` in a new process; the result that it prints."""
     command = [sys.executable, "-m", "benchmarks.one_optimizer", name, str(folder)]
-    # Where there is a GPU, JAX shall not take it: PyTorch runs on the CPU here.
+    # JAX must not use a GPU, since PyTorch runs on the CPU here.
     ended = subprocess.run(
         [*command, "--threads", str(threads), *arguments],
         cwd=REPOSITORY,
@@ -80,7 +79,7 @@ def run_child(name: str, folder: pathlib.Path, threads: int, *arguments: str) ->
 
 
 def save_trees(folder: pathlib.Path, scale: vit.Scale) -> list[int]:
-    """Writes anchor, parameters and gradients for the processes; the arrays' sizes."""
+    """Writes anchor, parameters and gradients for the processes; returns the arrays' sizes."""
     names = (one_optimizer.ANCHOR, one_optimizer.PARAMS, one_optimizer.GRADS)
     for name, tree in zip(names, vit.make_trees(scale, FIRE), strict=True):
         leaves = jax.tree.leaves(tree)
@@ -89,16 +88,16 @@ def save_trees(folder: pathlib.Path, scale: vit.Scale) -> list[int]:
 
 
 def learning_rate(steps: int) -> float:
-    """The rate with which all steps together go a third of the way between anchor and parameters.
+    """The rate with which all steps together cover a third of the distance to the anchor.
 
-    So the same layers fire all along. A smaller rate would not do: PyTorch's sum of the squares of
-    an array has few correct digits in float32, the growth of the distance must be more than that.
+    So the same layers fire in all steps. The rate must not be smaller: the growth of the distance
+    must exceed the rounding error of PyTorch's float32 sums of squares.
     """
     return vit.OFFSET / (3 * steps)
 
 
 def check(threads: int) -> list[dict[str, Any]]:
-    """How far apart the two sides are after some steps on the same gradients."""
+    """How far apart the two frameworks are after several steps on the same gradients."""
     factors = [str(factor) for factor in CHECK_FACTORS]
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -126,9 +125,9 @@ def compared(
 
 
 def refuse_differences(checks: list[dict[str, Any]]) -> None:
-    """Ends the program if two optimizers that are compared do not do the same."""
+    """Ends the program if two optimizers that must agree do not."""
     for found in checks:
-        # Written so that NaN is refused, too.
+        # Not ">", so that NaN fails too.
         if not found["largest_difference"] <= TOLERANCE:
             one, other = found["optimizers"]
             sys.exit(
@@ -139,9 +138,9 @@ def refuse_differences(checks: list[dict[str, Any]]) -> None:
 
 
 def summarize(rounds: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Per optimizer the spread of all its steps, and of its ratio to PyTorch's AdamSPD.
+    """Per optimizer the spread of its step times, and of their ratio to PyTorch's AdamSPD.
 
-    Ratios are of the medians of one round, so that what slows a whole round cancels.
+    A ratio is of the medians of one round, so that anything that slows a whole round cancels.
     """
 
     def medians(name: str) -> list[float]:
@@ -158,7 +157,7 @@ def summarize(rounds: Sequence[dict[str, dict[str, Any]]]) -> dict[str, dict[str
 
 
 def compare(*, scale: str, rounds: int, steps: int, warm_up: int, threads: int) -> dict[str, Any]:
-    """Checks and measures everything the table shows, as JSON values."""
+    """Checks and measures everything that the table shows, as JSON values."""
     if importlib.util.find_spec("torch") is None:
         sys.exit("benchmarks.against_pytorch needs PyTorch: pip install torch")
     before = reporting.environment()
@@ -170,7 +169,7 @@ def compare(*, scale: str, rounds: int, steps: int, warm_up: int, threads: int) 
     with tempfile.TemporaryDirectory() as folder:
         sizes = save_trees(pathlib.Path(folder), vit.SCALES[scale])
         for index in range(rounds):
-            # Turn about, so that none always comes first after a pause.
+            # In alternating order, so that no optimizer always runs first.
             order = [*RUNS] if index % 2 == 0 else [*RUNS][::-1]
             found = {
                 name: run_child(name, pathlib.Path(folder), threads, *arguments) for name in order
@@ -243,7 +242,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-# argparse shows the name of such a function: "invalid threads value".
+# argparse shows this function's name: "invalid threads value".
 def threads(text: str) -> int:
     value = reporting.count(text)
     if value > available_threads():

@@ -1,17 +1,17 @@
-"""Bytes of an optimizer step on an accelerator that is not there.
+"""Bytes of an optimizer step on an accelerator, without the accelerator.
 
     python -m benchmarks.ahead_of_time tpu v5e:2x2               # one chip of it
     python -m benchmarks.ahead_of_time tpu v5e:2x4 --devices 8   # FSDP over eight
     python -m benchmarks.ahead_of_time cuda h100 --devices 8
     python -m benchmarks.ahead_of_time cpu cpu
 
-JAX runs on CPU; the accelerator's compiler, which needs none of its devices, compiles the step of
+JAX runs on CPU. The accelerator's compiler, which needs no device, compiles the step of
 ``benchmarks.memory`` for a ViT's tree in float32. It comes with ``pip install "jax[tpu]"`` or
-``pip install "jax[cuda12]"``, best in an environment of its own: nothing else here needs it.
+``pip install "jax[cuda12]"``; install it in a separate environment, since nothing else needs it.
 
-All sizes are of one device, in bytes per parameter of its share. With several devices, arrays of
-two or more axes are split over all of them, along the longest axis that divides; others stay whole.
-Nothing runs, so nothing here is a time but that of compiling.
+All sizes are for one device, in bytes per parameter of its share. With several devices, arrays of
+two or more axes are split over all devices, along the longest divisible axis; others stay whole.
+Nothing runs, so the only time measured is that of compiling.
 """
 
 import argparse
@@ -48,20 +48,20 @@ OPTIMIZERS = {
     )
 }
 
-# What brings the compiler.
+# The package with the compiler.
 PACKAGES = {"tpu": "jax[tpu]", "cuda": "jax[cuda12]", "cpu": "jax"}
 
-# Without a TPU libtpu fails to find out about its host, and says so at length; the third lets two
-# of these benchmarks run at once.
+# Without a TPU, libtpu cannot detect its host and prints long messages; the first two settings
+# avoid that. The third allows two of these benchmarks to run at the same time.
 LIBTPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
-# XLA's compiler for GPUs asks the driver what it compiles for, or reads a text like this. XLA's
-# sources have one for each common GPU (xla/backends/gpu/target_config/specs); these are the values
-# of the H100 SXM with 80 GB.
+# XLA's GPU compiler gets its target from the driver, or from a description like this one. XLA's
+# sources have one for each common GPU (xla/backends/gpu/target_config/specs); this is the H100 SXM
+# with 80 GB.
 GPUS = {
     "h100": """
 platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
@@ -81,7 +81,7 @@ gpu_device_info {
 
 
 def devices_of(platform: str, topology: str, count: int) -> Sequence[Any]:
-    """The first devices of a topology to compile for; ends the program where there is none."""
+    """The devices to compile for; ends the program if there are not enough."""
     known = {"cuda": [*GPUS], "cpu": ["cpu"]}.get(platform, [topology])
     if topology not in known:
         sys.exit(f"for {platform} the topology is one of {known}, got {topology!r}")
@@ -118,7 +118,7 @@ def _all_devices(platform: str, topology: str, count: int) -> Sequence[Any]:
 
 
 def spec_of(shape: tuple[int, ...], devices: int) -> PartitionSpec:
-    """How an array is split: along the longest axis that the number of devices divides."""
+    """Splits an array along the longest axis that the number of devices divides."""
     dividing = [axis for axis, size in enumerate(shape) if size % devices == 0]
     if devices == 1 or len(shape) < 2 or not dividing:
         return PartitionSpec()
@@ -127,7 +127,7 @@ def spec_of(shape: tuple[int, ...], devices: int) -> PartitionSpec:
 
 
 def placed(tree: Tree, mesh: Mesh, memory_kind: str | None = None) -> Tree:
-    """The shapes of a tree's arrays, split over the mesh."""
+    """A tree's arrays as ``ShapeDtypeStruct``, split over the mesh."""
 
     def place(array: Any) -> jax.ShapeDtypeStruct:
         spec = spec_of(array.shape, mesh.size)
@@ -138,7 +138,7 @@ def placed(tree: Tree, mesh: Mesh, memory_kind: str | None = None) -> Tree:
 
 
 def share(tree: Tree) -> tuple[int, int]:
-    """Parameters of one device, and their bytes."""
+    """The number of parameters on one device, and their bytes."""
     sizes = [
         (math.prod(array.sharding.shard_shape(array.shape)), array.dtype.itemsize)
         for array in jax.tree.leaves(tree)
@@ -147,7 +147,7 @@ def share(tree: Tree) -> tuple[int, int]:
 
 
 def count(name: str, params: Tree, mesh: Mesh) -> dict[str, Any]:
-    """Compiles the step of one optimizer and counts what one device does; bytes in all."""
+    """Compiles the step of one optimizer; its total bytes and collectives on one device."""
     tx = OPTIMIZERS[name]()
     state, host_bytes = placed(jax.eval_shape(tx.init, params), mesh), 0
     if name == memory.HOST:
@@ -159,7 +159,7 @@ def count(name: str, params: Tree, mesh: Mesh) -> dict[str, Any]:
     text = candidate.step.as_text()
     in_main_memory = hlo_bytes.temporary_bytes(text)
     if step is not None:
-        # The text does not tell which of them are written over arguments and results.
+        # The text does not show which of them share memory with arguments or results.
         in_main_memory = min(in_main_memory, step["temporaries"])
     return {
         "step": step,
@@ -174,7 +174,7 @@ def count(name: str, params: Tree, mesh: Mesh) -> dict[str, Any]:
 def compare(
     *, platform: str, topology: str, devices: int, scale: str, only: Sequence[str] | None
 ) -> dict[str, Any]:
-    """Counts everything the table shows, as JSON values; the first optimizer always."""
+    """Measures everything that the table shows, as JSON values; always includes the baseline."""
     before = reporting.environment()
     settings = {"platform": platform, "topology": topology, "devices": devices, "scale": scale}
     found = devices_of(platform, topology, devices)
@@ -271,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # An accelerator of this machine would only be in the way.
+    # Do not use an accelerator of this machine.
     if "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")
     main()

@@ -1,11 +1,11 @@
-"""What TempBalance's spectra cost, and how exact they are: ``python -m benchmarks.balancing``.
+"""Cost and accuracy of TempBalance's spectra: ``python -m benchmarks.balancing``.
 
-Three updates of a ViT's parameters, in one process and in turn: Adam's; Adam's and TempBalance's on
-a step that is not due; and on one that is, which takes the spectra of all weights. Then a whole
-training step of the same ViT with Adam (loss and gradient on random images), to say what share of a
-run the spectra take at ``every=100``. At last the exponents of
-all weights in float32 against those in float64: of random weights, or with ``--weights minilm`` of
-those of the demo's pretrained encoder.
+Three updates of a ViT's parameters alternate in one process: Adam; Adam with TempBalance on a step
+that is not due; and on a step that is due, which computes the spectra of all weights. Then a whole
+training step of the same ViT with Adam (loss and gradient on random images) gives the spectra's
+share of a run at ``every=100``. Last, the exponents of all weights in float32 are compared with
+those in float64, for random weights or, with ``--weights minilm``, for the demo's pretrained
+encoder.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import optax_spd
 from benchmarks import measuring, reporting, vit
 from examples.demo import assets
 from examples.demo.minilm import load_encoder
+from optax_spd.methods.temp_balance import power_law
 
 Tree = Any
 
@@ -29,7 +30,7 @@ LEARNING_RATE = 1e-6
 EVERY = 100
 PLAIN, BETWEEN, DUE = "adam", "temp_balance, not due", "temp_balance, due"
 NEVER = 2**30  # updates after the first
-FITS = ("median", "goodness-of-fit", "fix-finger")
+FITS = power_law.FITS
 
 
 def load_minilm() -> Tree:
@@ -52,7 +53,7 @@ def updates_of(params: Tree, samples: int, min_eigenvalues: int) -> dict[str, me
         for name, stage in stages.items()
     }
     grads = jax.tree.map(lambda x: jnp.full_like(x, 1e-3), params)
-    # The warm-up has the first step of all, on which spectra are always taken.
+    # The very first step, on which spectra are always computed, is part of the warm-up.
     measuring.measure([*candidates.values()], grads, samples=samples, steps=1, compilations=1)
     return candidates
 
@@ -80,7 +81,7 @@ def errors_of(params: Tree) -> dict[str, float]:
         if leaf.ndim == 2 and min(leaf.shape) > 2
     ]
 
-    def alphas(dtype: type, fit: str) -> np.ndarray:
+    def alphas(dtype: type, fit: power_law.FitMethod) -> np.ndarray:
         return np.array(
             [float(optax_spd.power_law_alpha(w.astype(dtype), fit=fit)) for w in weights]
         )
@@ -95,7 +96,7 @@ def errors_of(params: Tree) -> dict[str, float]:
 
 
 def compare(*, scale: str, weights: str, batch: int, samples: int) -> dict[str, Any]:
-    """Measures everything the table shows, as JSON values."""
+    """Measures everything that the table shows, as JSON values."""
     before = reporting.environment()
     size = vit.SCALES[scale]
     anchor, _, _ = vit.make_trees(size, fire=0)

@@ -1,13 +1,13 @@
 """Bytes in a device's main memory, from the text of a compiled program.
 
-XLA's own account does not tell a TPU's main memory from its on-chip memories, and says on a GPU
-nothing of what a program reads and writes. The text of a compiled program does: it lists the
-kernels in the order in which they run, with the shapes of what they take and give. An array's
-layout ends in the memory's number, as in ``f32[8,128]{1,0:T(8,128)S(1)}``: none is the main memory
-(a CPU has no other), 5 the host's, the others a TPU's on-chip ones.
+XLA's own analysis does not distinguish a TPU's main memory from its on-chip memories, and on a GPU
+does not count what a program reads and writes. The text of a compiled program contains both: it
+lists the kernels in execution order, with the shapes of their operands and results. An array's
+layout ends in the number of its memory, as in ``f32[8,128]{1,0:T(8,128)S(1)}``. Without a number it
+is in main memory (a CPU has no other); 5 is the host's memory, the others are a TPU's on-chip ones.
 
-Read from the main program, and where it branches from the costliest branch; a loop or a call is one
-kernel. Every kernel is taken to read each operand once and to write each result once, whole and
+Only the main program is read, and the costliest branch where it branches; a loop or a call is one
+kernel. Every kernel is assumed to read each operand once and to write each result once, whole and
 without padding.
 """
 
@@ -29,9 +29,9 @@ COLLECTIVES = (
     "ragged-all-to-all",
     "reduce-scatter",
 )
-# Kernels that give what they take, under another name or shape.
+# Kernels that return their operands under another name or shape.
 VIEWS = {"bitcast", "ConcatBitcast", "get-tuple-element", "optimization-barrier", "tuple"}
-# Kernels that move nothing, but have a buffer of their own.
+# Kernels that move nothing but allocate a buffer.
 UNMOVED = {"AllocateBuffer"}
 OUTSIDE = {"after-all", "constant", "parameter", "partition-id", "replica-id"}
 
@@ -43,14 +43,14 @@ _BRANCHES = re.compile(r"branch_computations=\{[^}]*\}|(?:true|false)_computatio
 
 
 class Array(NamedTuple):
-    """A part of a kernel's result: its size, and the number of the memory that it is in."""
+    """A part of a kernel's result: its size, and the number of its memory."""
 
     bytes: int
     memory: int
 
 
 class Instruction(NamedTuple):
-    """A line of the text. Its kind is the operation or, of a custom call, the target."""
+    """A line of the text. Its kind is the operation, or the target of a custom call."""
 
     name: str
     kind: str
@@ -63,8 +63,8 @@ class Instruction(NamedTuple):
 def moved_bytes(text: str) -> int:
     """Bytes that the program reads from main memory and writes to it.
 
-    An asynchronous kernel counts where it is done, and reads of each operand no more than it
-    gives: a slice of an array, say.
+    An asynchronous kernel is counted where it is done. Of each operand it reads at most as much as
+    its result takes (it may be a slice).
     """
     return _moved(main_program(text), text)
 
@@ -91,15 +91,15 @@ def _moved(program: Iterable[Instruction], text: str) -> int:
 
 
 def temporary_bytes(text: str) -> int:
-    """The most bytes of main memory that intermediate results take at a time.
+    """The largest number of bytes of main memory in use by intermediate results at any time.
 
-    Results of the program do not count, nor what a kernel takes for itself.
+    The program's results and a kernel's internal buffers are not included.
     """
     return _temporary(list(main_program(text)), text)
 
 
 def _temporary(program: Sequence[Instruction], text: str) -> int:
-    buffers: dict[str, list[list[int]]] = {}  # of each part of a result
+    buffers: dict[str, list[list[int]]] = {}  # for each part of a result
     sizes: list[int] = []
     born: list[int] = []
     dies: list[int] = []
@@ -142,7 +142,7 @@ def _temporary(program: Sequence[Instruction], text: str) -> int:
 
 
 def collectives(text: str) -> dict[str, list[int]]:
-    """Bytes of the results of each collective operation, of all parts of the program, by kind."""
+    """Bytes of the results of each collective operation, in the whole program, by kind."""
     found: dict[str, list[int]] = collections.defaultdict(list)
     for each in _instructions(text):
         kind = each.kind.removesuffix("-done")
@@ -152,7 +152,7 @@ def collectives(text: str) -> dict[str, list[int]]:
 
 
 def main_program(text: str) -> Iterator[Instruction]:
-    """The instructions that run one after the other when the program is called."""
+    """The instructions of the main program, in execution order."""
     main = _computation("ENTRY", text)
     if main is None:
         raise ValueError("this is no text of a compiled program: no line begins with ENTRY")

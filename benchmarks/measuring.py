@@ -1,4 +1,4 @@
-"""Training steps measured side by side: time of a step, compile time, and memory."""
+"""Measures several optimizers' training steps: step time, compile time and memory."""
 
 import dataclasses
 import statistics
@@ -18,7 +18,7 @@ Tree = Any
 WARMUP_STEPS = 2
 
 BASELINE = "adamw"
-# What is compared with it, given a learning rate: each recipe, then the same chain written by hand.
+# The optimizers compared with it: each recipe, then the same chain written by hand.
 RECIPES: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "adam_spd": optax_spd.adam_spd,
     "chain(adam, spd)": lambda rate: optax_spd.chain(optax.adam(rate), optax_spd.spd()),
@@ -29,13 +29,13 @@ RECIPES: dict[str, Callable[[float], optax.GradientTransformation]] = {
     "adamw_l2_sp": optax_spd.adamw_l2_sp,
 }
 
-# JAX leaves it without annotations.
+# JAX does not annotate this function.
 wait_for: Callable[[Tree], Tree] = jax.block_until_ready
 
 
 @dataclasses.dataclass
 class Candidate:
-    """One optimizer under measurement: what its next step needs, and what was measured so far.
+    """An optimizer to measure, with its training state and the measurements so far.
 
     Every step donates parameters and state.
 
@@ -45,10 +45,10 @@ class Candidate:
       params: its own copy of the parameters.
       state: its state.
       step: the compiled step.
-      trace_seconds: of each compilation, the part in Python (tracing and lowering).
-      compile_seconds: of each compilation, the part in XLA.
-      trace_cpu_seconds: CPU time of the part in Python.
-      compile_cpu_seconds: CPU time of the part in XLA, all threads together.
+      trace_seconds: per compilation, the time in Python (tracing and lowering).
+      compile_seconds: per compilation, the time in XLA.
+      trace_cpu_seconds: per compilation, the CPU time in Python.
+      compile_cpu_seconds: per compilation, the CPU time in XLA, of all threads.
       step_seconds: per sample, the time of one step.
       fired: per sample, the shares of layers and of parameters where SPD fired.
     """
@@ -72,9 +72,9 @@ def make_candidate(
     params: Tree,
     function: Callable[..., tuple[Tree, Tree]] | None = None,
 ) -> Candidate:
-    """A candidate that was initialized at ``anchor`` and stands at ``params`` now.
+    """A candidate that was initialized at ``anchor`` and is now at ``params``.
 
-    Its step is the optimizer's update of given gradients, or ``function``.
+    Its step is ``function``, by default the optimizer's update with given gradients.
     """
     state = tx.init(jax.tree.map(jnp.array, anchor))
     params = jax.tree.map(jnp.array, params)
@@ -82,7 +82,7 @@ def make_candidate(
 
 
 def update_only(tx: optax.GradientTransformation) -> Callable[..., tuple[Tree, Tree]]:
-    """The step that applies given gradients; no model runs."""
+    """A step that applies given gradients, without a model."""
 
     def step(params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
         updates, state = tx.update(grads, state, params)
@@ -92,7 +92,7 @@ def update_only(tx: optax.GradientTransformation) -> Callable[..., tuple[Tree, T
 
 
 def compile_step(candidate: Candidate, *arguments: Tree) -> None:
-    """Compiles the candidate's step, anew at every call, and notes how long that took."""
+    """Compiles the candidate's step, without a cache, and records how long that took."""
 
     def step(params: Tree, state: Tree, *arguments: Tree) -> tuple[Tree, Tree]:
         return candidate.function(params, state, *arguments)
@@ -109,7 +109,7 @@ def compile_step(candidate: Candidate, *arguments: Tree) -> None:
 
 
 def take_steps(candidate: Candidate, steps: int, *arguments: Tree) -> float:
-    """Seconds per step, from dispatch until the result is there."""
+    """Takes steps; returns the seconds per step, from dispatch until the result is ready."""
     start = time.perf_counter()
     for _ in range(steps):
         candidate.params, candidate.state = candidate.step(
@@ -120,7 +120,10 @@ def take_steps(candidate: Candidate, steps: int, *arguments: Tree) -> float:
 
 
 def fired_shares(candidate: Candidate) -> tuple[float, float] | None:
-    """Shares of layers, and of the parameters in them, where the last step fired; None: no SPD."""
+    """Shares of layers, and of their parameters, where SPD fired in the last step.
+
+    None for an optimizer without SPD.
+    """
     ratio = optax.tree_utils.tree_get(candidate.state, "spd_ratio")
     if ratio is None:
         return None
@@ -137,13 +140,13 @@ def measure(
     compilations: int,
     warm_up: int = WARMUP_STEPS,
 ) -> None:
-    """Compiles all candidates and times their steps in turn, all with the same arguments."""
+    """Compiles all candidates and times their steps alternately, with the same arguments."""
     for candidate in [*candidates] * compilations:
         compile_step(candidate, *arguments)
     for candidate in candidates:
         take_steps(candidate, warm_up, *arguments)
     for sample in range(samples):
-        # In alternating order, so that none always finds the caches as the same other left them.
+        # In alternating order, so that no candidate always follows the same other one.
         for candidate in candidates if sample % 2 == 0 else reversed(candidates):
             candidate.step_seconds.append(take_steps(candidate, steps, *arguments))
             shares = fired_shares(candidate)
@@ -152,13 +155,13 @@ def measure(
 
 
 def distinct_bytes(tree: Tree) -> int:
-    """Bytes of the buffers in a tree, each counted once."""
+    """Bytes of the distinct buffers in a tree."""
     buffers = {leaf.unsafe_buffer_pointer(): leaf.nbytes for leaf in jax.tree.leaves(tree)}
     return sum(buffers.values())
 
 
 def bytes_by_memory(tree: Tree) -> tuple[int, int]:
-    """Bytes of the distinct buffers in a tree: of those in the device's memory, in the host's."""
+    """Bytes of the distinct buffers in a tree, as (in device memory, in host memory)."""
     kinds = {device.default_memory().kind for device in jax.devices()}
     on_host = [leaf for leaf in jax.tree.leaves(tree) if leaf.sharding.memory_kind not in kinds]
     host_bytes = distinct_bytes(on_host)
@@ -166,7 +169,7 @@ def bytes_by_memory(tree: Tree) -> tuple[int, int]:
 
 
 def state_bytes(candidate: Candidate) -> tuple[int, int]:
-    """Bytes of the state's distinct buffers: of those shaped like parameters, and of the others."""
+    """Bytes of the state's distinct buffers, as (shaped like parameters, others)."""
     like_params = optax.tree_utils.tree_map_params(
         candidate.tx, lambda leaf: leaf, candidate.state, transform_non_params=lambda _: None
     )
@@ -183,13 +186,13 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def ratio(times: Sequence[float], base: Sequence[float]) -> dict[str, float]:
     """Spread of the ratios to another candidate's times.
 
-    Each pair was measured in the same round, so whatever slows down both cancels.
+    Both times of a pair are from the same round, so anything that slows down both cancels.
     """
     return spread([one / other for one, other in zip(times, base, strict=True)])
 
 
 def summary(candidate: Candidate) -> dict[str, Any]:
-    """All that was measured of one candidate, as JSON values."""
+    """All measurements of one candidate, as JSON values."""
     parameters = sum(leaf.size for leaf in jax.tree.leaves(candidate.params))
     like_params, other = state_bytes(candidate)
     memory = candidate.step.memory_analysis()
@@ -202,7 +205,7 @@ def summary(candidate: Candidate) -> dict[str, Any]:
         "compile_cpu_seconds": statistics.median(candidate.compile_cpu_seconds),
         "state_bytes_per_parameter": like_params / parameters,
         "state_bytes_other": other,
-        # Not every backend tells.
+        # Some backends have no memory analysis.
         "temporary_bytes": None if memory is None else memory.temp_size_in_bytes,
         "share_of_layers_fired": statistics.mean(layers) if layers else None,
         "share_of_parameters_in_them": statistics.mean(inside) if inside else None,

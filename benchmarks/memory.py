@@ -1,14 +1,14 @@
-"""Bytes a parameter that training takes: ``python -m benchmarks.memory``.
+"""Memory of training, in bytes a parameter: ``python -m benchmarks.memory``.
 
-Two accounts, for a ViT's tree in float32. From the buffers that exist, each once: parameters,
-gradients, and the optimizer's state after ``init``, in the device's memory and in the host's. And
-XLA's account of the compiled step, ``tx.update`` and ``optax.apply_updates`` in one jitted function
-that donates parameters and state; its peak is
+Two measurements, for a ViT's tree in float32. First, the existing buffers: parameters, gradients,
+and the optimizer's state after ``init``, in device and in host memory. Second, XLA's analysis of
+the compiled step (``tx.update`` and ``optax.apply_updates`` in one jitted function that donates
+parameters and state), whose peak is
 
     arguments + outputs - outputs written into donated arguments + temporaries
 
-Gradients are among the arguments; what a step does not read, such as a frozen array's gradient, is
-not. No model runs, and TPGM gets no validation batch, so these peaks are the optimizer's alone.
+The arguments include the gradients, except those that the step does not read, such as a frozen
+array's. No model runs, and TPGM gets no validation batch: the peaks are the optimizer's alone.
 """
 
 import argparse
@@ -57,7 +57,7 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
 
 
 def host_memory_missing() -> str | None:
-    """Why an anchor cannot be kept in host memory here; None: it can."""
+    """Why an anchor cannot be kept in host memory here; None if it can."""
     device = jax.devices()[0]
     if "pinned_host" not in [memory.kind for memory in device.addressable_memories()]:
         return f"{device.platform} devices have no memory of the kind pinned_host"
@@ -67,23 +67,23 @@ def host_memory_missing() -> str | None:
 
 
 def move_anchor_to_host(state: Tree, params: Tree) -> Tree:
-    """The state with its anchor, here the parameters, in the host's memory."""
+    """The state with its anchor, here the parameters, in host memory."""
     on_host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
     return optax_spd.set_anchor(state, jax.device_put(params, on_host))
 
 
 def step_memory(compiled: Any, host_bytes: int) -> dict[str, int] | None:
-    """Bytes that a compiled step takes, by XLA's account; None where the backend gives none.
+    """XLA's memory analysis of a compiled step, in bytes; None if the backend has none.
 
     Args:
       compiled: the step.
-      host_bytes: bytes of its arguments in the host's memory.
+      host_bytes: bytes of its arguments in host memory.
 
     Returns:
-      Of the device's memory ``arguments``, ``outputs``, ``aliased`` (outputs that are written into
-      donated arguments), ``temporaries`` and the ``peak`` of all; ``host_peak``, the same of the
-      host's memory; and ``misplaced``: the bytes of arguments in the host's memory that XLA counts
-      as the device's, as its CPU backend does. ``arguments`` and the peaks are without that error.
+      For device memory: ``arguments``, ``outputs``, ``aliased`` (outputs that are written into
+      donated arguments), ``temporaries`` and the ``peak``. For host memory: ``host_peak``. And
+      ``misplaced``: the bytes of arguments in host memory that XLA attributes to the device, as its
+      CPU backend does. ``arguments`` and the peaks are corrected for it.
     """
     found = compiled.memory_analysis()
     if found is None:
@@ -105,7 +105,7 @@ def step_memory(compiled: Any, host_bytes: int) -> dict[str, int] | None:
 
 
 def count(name: str, params: Tree, grads: Tree) -> dict[str, Any]:
-    """Bytes a parameter for one optimizer, by both accounts."""
+    """Both measurements for one optimizer, in bytes a parameter."""
     parameters = sum(x.size for x in jax.tree.leaves(params))
     candidate = measuring.make_candidate(OPTIMIZERS[name](), params, params)
     if name == HOST:
@@ -123,7 +123,7 @@ def count(name: str, params: Tree, grads: Tree) -> dict[str, Any]:
 
 
 def compare(*, scale: str) -> dict[str, Any]:
-    """Counts everything the table shows, as JSON values."""
+    """Measures everything that the table shows, as JSON values."""
     before = reporting.environment()
     anchor, _, _ = vit.make_trees(vit.SCALES[scale], fire=0)
     params = jax.tree.map(jnp.asarray, anchor)

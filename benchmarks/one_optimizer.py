@@ -1,10 +1,10 @@
-"""One optimizer of one framework in a process of its own, for ``benchmarks.against_pytorch``.
+"""Runs one optimizer of JAX or PyTorch in a process, for ``benchmarks.against_pytorch``.
 
-JAX or PyTorch is imported only where it runs, so that the other's threads are not there. A folder
-holds the arrays; what was measured is printed as JSON.
+Only the framework that runs is imported, so that the other has no threads. The arrays are read from
+a folder; the measurements are printed as JSON.
 
-AdamSPD in PyTorch is written from the equations in ``optax_spd.spd`` and works the way the authors'
-code does: array after array, with SPD's condition read by Python. After t steps, for each array,
+AdamSPD in PyTorch is written from the equations in ``optax_spd.spd`` and works like the authors'
+code: array by array, with SPD's condition read by Python. In step t, for each array,
 
     m = b1 m + (1 - b1) g,    v = b2 v + (1 - b2) g²
     y = θ - η/(1 - b1^t) · m / (√v/√(1 - b2^t) + ε)
@@ -32,18 +32,18 @@ JAX_SPD, TORCH_SPD = "optax_spd.adam_spd", "AdamSPD in plain PyTorch"
 JAX_ADAMW, TORCH_ADAMW = "optax.adamw", "torch.optim.AdamW"
 TORCH_FUSED = "torch.optim.AdamW, fused"
 
-# Files of arrays.
+# Names of the files of arrays.
 ANCHOR, PARAMS, GRADS = "anchor", "params", "grads"
 
 
 def save_arrays(folder: pathlib.Path, name: str, arrays: Sequence[Any]) -> None:
-    """Writes arrays into one file, one after the other."""
+    """Writes arrays into one file."""
     np.save(folder / f"{name}.npy", np.concatenate([np.ravel(array) for array in arrays]))
     (folder / "shapes.json").write_text(json.dumps([np.shape(array) for array in arrays]))
 
 
 def load_arrays(folder: pathlib.Path, name: str) -> list[np.ndarray]:
-    """What :func:`save_arrays` wrote."""
+    """Reads the arrays that :func:`save_arrays` wrote."""
     shapes = json.loads((folder / "shapes.json").read_text())
     ends = np.cumsum([math.prod(shape) for shape in shapes])
     parts = np.split(np.load(folder / f"{name}.npy"), ends[:-1])
@@ -52,15 +52,15 @@ def load_arrays(folder: pathlib.Path, name: str) -> list[np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An optimizer with its parameters, and with gradients that stay as they are.
+    """An optimizer with its parameters and constant gradients.
 
     Attributes:
-      step: one step; when it returns, the step is done.
-      set_gradients: takes other gradients, for all steps from now on.
-      params: the parameters as they are now.
-      fired: the share of arrays that SPD projected in the last step; None without SPD.
-      version: the framework's.
-      device: where it runs.
+      step: takes one step, and returns when it is done.
+      set_gradients: replaces the gradients for the following steps.
+      params: returns the current parameters.
+      fired: returns the share of arrays that SPD projected in the last step; None without SPD.
+      version: the framework's version.
+      device: the device it runs on.
     """
 
     step: Callable[[], Any]
@@ -109,7 +109,7 @@ def jax_run(name: str, folder: pathlib.Path, learning_rate: float) -> Run:
 
 def torch_run(name: str, folder: pathlib.Path, learning_rate: float) -> Run:
     """AdamSPD of this module or ``torch.optim.AdamW``, on the CPU."""
-    # By name, since type checkers run where there is no torch.
+    # Imported by name, since type checkers run without torch.
     torch: Any = importlib.import_module("torch")
     params = [torch.tensor(array, requires_grad=True) for array in load_arrays(folder, PARAMS)]
     optimizer: Any
@@ -138,7 +138,7 @@ def torch_run(name: str, folder: pathlib.Path, learning_rate: float) -> Run:
 
 
 class TorchAdamSPD:
-    """AdamSPD in PyTorch; ``fired`` says for each array whether the last step projected it."""
+    """AdamSPD in PyTorch; ``fired``: for each array whether the last step projected it."""
 
     def __init__(
         self, torch: Any, params: Sequence[Any], anchor: Sequence[Any], learning_rate: float
@@ -186,7 +186,7 @@ RUNS: dict[str, Callable[[str, pathlib.Path, float], Run]] = {
 
 
 def timed(run: Run, steps: int, warm_up: int) -> list[float]:
-    """Seconds of each step after the first ones."""
+    """Seconds of each step after the warm-up steps."""
     seconds = []
     for _ in range(warm_up + steps):
         start = time.perf_counter()
@@ -204,7 +204,7 @@ def stepped(run: Run, grads: list[np.ndarray], factors: Sequence[float]) -> list
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one optimizer as the command line says."""
+    """Runs the optimizer that the command line names."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.one_optimizer", description=__doc__.splitlines()[0]
     )
@@ -218,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--factors", type=float, nargs="+", help="in place of timing, steps on these multiples of")
     add("--result", default="result", help="the gradients; their parameters go to this file")
     options = parser.parse_args(argv)
-    # Before either framework is imported. JAX has no other measure of how many threads to start.
+    # Before either framework is imported. JAX takes its number of threads from the affinity only.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     os.environ["OMP_NUM_THREADS"] = str(options.threads)

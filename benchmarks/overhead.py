@@ -1,9 +1,9 @@
-"""What share of a training step SPD takes: ``python -m benchmarks.overhead``.
+"""SPD's share of the time of a training step: ``python -m benchmarks.overhead``.
 
-The demo's model (random weights, which take the same time) at 32 x 128 tokens. Two measurements, in
-one process and in turn: whole training steps with Adam and with Adam and SPD; and their updates of
-given gradients alone, whose difference is what SPD adds. The second tells small shares apart, which
-the first cannot where steps take seconds and vary by per cents.
+The model is the demo's, with random weights, at 32 x 128 tokens. Two measurements alternate in one
+process: whole training steps with Adam, and with Adam and SPD; and only their updates with given
+gradients. The difference of the updates is SPD's cost. It resolves small shares, which whole steps
+do not, because they take seconds and vary by several per cent.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def compare(*, batch: int, length: int, samples: int, updates: int) -> dict[str,
     measuring.measure(
         [*steps.values()],
         examples,
-        examples,  # a validation batch that no optimizer here looks at
+        examples,  # a validation batch, unused by these optimizers
         samples=samples,
         steps=1,
         warm_up=1,

@@ -1,13 +1,12 @@
-"""What learned radii cost a training step: ``python -m benchmarks.radii``.
+"""The cost of learned radii in a training step: ``python -m benchmarks.radii``.
 
-Whole training steps on the demo's model (all-MiniLM-L6-v2 with a head; random weights, which take
-the same time): loss, gradient, optimizer, one jitted function that donates parameters and state.
-Plain Adam, Adam with FTP, Adam with TPGM learning on every step with one inner step, and the same
-on every tenth step, in one process and in turn. A TPGM learning step runs the model forward and
-backward once more, on a validation batch as large as the training batch; FTP learns its radii from
-the gradient it has.
+Whole training steps on the demo's model (all-MiniLM-L6-v2 with a head, random weights): loss,
+gradient and optimizer in one jitted function that donates parameters and state. Plain Adam, Adam
+with FTP, Adam with TPGM that learns with one inner step on every step, and the same on every tenth
+step alternate in one process. When TPGM learns, the model runs forward and backward once more, on a
+validation batch as large as the training batch. FTP learns its radii from the training gradient.
 
-TPGM's paper has no such figure; FTP's claims 35 % less time a step than TPGM.
+TPGM's paper has no such figure; FTP's paper claims 35 % less time a step than TPGM.
 """
 
 import argparse
@@ -56,7 +55,7 @@ def make_params() -> Tree:
 def training_step(
     tx: optax.GradientTransformation, *, validates: bool
 ) -> Callable[..., tuple[Tree, Tree]]:
-    """One step on a training batch, for TPGM with validation batches; others get them in vain."""
+    """A step on a training batch; only TPGM (``validates``) uses the validation batches."""
 
     def step(params: Tree, state: Tree, batch: Batch, validation: Batch) -> tuple[Tree, Tree]:
         grads = jax.grad(loss_fn)(params, batch)
@@ -68,7 +67,7 @@ def training_step(
 
 
 def make_optimizers() -> dict[str, optax.GradientTransformation]:
-    """What is compared, by name."""
+    """The optimizers to compare, by name."""
     return {
         PLAIN: optax.adam(LEARNING_RATE),
         FTP: optax_spd.adam_ftp(LEARNING_RATE),
@@ -78,7 +77,7 @@ def make_optimizers() -> dict[str, optax.GradientTransformation]:
 
 
 def compare(*, batch: int, length: int, samples: int) -> dict[str, Any]:
-    """Measures all optimizers; everything the table shows, as JSON values."""
+    """Measures everything that the table shows, as JSON values."""
     before = reporting.environment()
     params = make_params()
     candidates = {
@@ -93,7 +92,7 @@ def compare(*, batch: int, length: int, samples: int) -> dict[str, Any]:
         make_batch(batch, length, seed=1),
         validation,
         samples=samples,
-        # A whole period of the one that learns seldom, so that each timing has one learning step.
+        # EVERY steps, so that each timing of SELDOM includes one step that learns.
         steps=EVERY,
         warm_up=EVERY,
         compilations=1,

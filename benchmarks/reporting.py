@@ -1,4 +1,4 @@
-"""What the benchmarks' tables and command lines share."""
+"""Helpers for the benchmarks' tables and command lines."""
 
 import argparse
 import importlib.metadata
@@ -17,7 +17,7 @@ PACKAGES = ("jax", "jaxlib", "optax", "optax_spd")
 
 
 def environment() -> dict[str, Any]:
-    """The machine, as busy as it is now, and the versions."""
+    """The machine, its current load, and the versions of the packages."""
     device = jax.devices()[0]
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -50,13 +50,13 @@ def header(env: dict[str, Any]) -> list[str]:
 
 
 def quartiles(values: dict[str, float], scale: float = 1.0, digits: int = 2) -> str:
-    """The middle half of a spread, as text."""
+    """The quartiles of a spread, as text."""
     low, high = (scale * values[key] for key in ("lower_quartile", "upper_quartile"))
     return f"{low:.{digits}f}-{high:.{digits}f}"
 
 
 def megabytes(size: int | None, digits: int = 1) -> str:
-    """A number of bytes, where the backend tells it."""
+    """A number of bytes in MB; "unknown" if the backend does not give it."""
     return "unknown" if size is None else f"{size / 1e6:.{digits}f}"
 
 
@@ -67,7 +67,7 @@ def run(
     table: Callable[[dict[str, Any]], str],
     plot: Callable[[dict[str, Any], pathlib.Path], None] | None = None,
 ) -> None:
-    """Measures with the command line's options, prints the table and writes JSON and picture."""
+    """Measures with the command line's options, prints the table, writes JSON and picture."""
     parser.add_argument(
         "--json", type=output, metavar="FILE", help="also write all numbers to this file"
     )
@@ -85,9 +85,9 @@ def run(
         plot(result, drawing)
 
 
-# argparse shows the name of such a function: "invalid count value".
+# argparse shows this function's name: "invalid count value".
 def count(text: str) -> int:
-    """A whole number of at least 1, from a command line."""
+    """Parses a whole number of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"at least 1 is needed, got {text}")
@@ -95,16 +95,16 @@ def count(text: str) -> int:
 
 
 def picture(text: str) -> pathlib.Path:
-    """A file to draw in, from a command line; that needs matplotlib."""
+    """Parses the path of a picture to write; needs matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         raise argparse.ArgumentTypeError("needs matplotlib: pip install matplotlib")
     return output(text)
 
 
 def output(text: str) -> pathlib.Path:
-    """A file to write, from a command line; its folder must exist."""
+    """Parses the path of a file to write; its folder must exist."""
     path = pathlib.Path(text)
-    # Better now than when the measurement is done.
+    # Fail before the measurement, not after it.
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {str(path.parent)!r} to write to")
     return path

@@ -1,12 +1,12 @@
 """How cost grows with arrays and with parameters: ``python -m benchmarks.scaling --plot FILE``.
 
-The step of adam_spd beside that of ``optax.adamw``, as ``step_time`` measures them: in one process
-and in turn, gradients given, parameters and state donated, SPD firing in half of the arrays. Once
-with as many parameters in more and more arrays, once with more and more parameters in as many
-arrays, and with 300 and 1000 arrays of 100 x 100, for which there is a goal. The arrays of a tree
-are square and all alike. Tracing is the part of a compilation that is Python's work (lowering
-included), the rest is XLA's. Their CPU time, of all threads, says what compiling costs whatever
-else the machine does.
+Compares the steps of ``adam_spd`` and ``optax.adamw``, measured as in ``step_time``: alternately in
+one process, with given gradients and donated parameters and state; SPD fires in half of the arrays.
+One sweep varies the number of arrays at a fixed number of parameters, one the number of parameters
+at a fixed number of arrays, and one has 300 and 1000 arrays of 100 x 100, for which there is a
+goal. The arrays of a tree are equal squares. Tracing is the Python part of a compilation, including
+lowering; the rest is XLA's. The CPU time of all threads measures compilation even on a busy
+machine.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from benchmarks import measuring, reporting, vit
 
 BASELINE, SPD = measuring.BASELINE, "adam_spd"
 OPTIMIZERS = {BASELINE: optax.adamw, SPD: measuring.RECIPES[SPD]}
-LEARNING_RATE = 1e-6  # as in step_time: the same layers fire all along
+LEARNING_RATE = 1e-6  # as in step_time: so small that the same layers fire in all steps
 FIRE = 0.5
 
 # Sizes as (arrays, parameters).
@@ -43,7 +43,7 @@ DRAWN = ("arrays", "parameters")
 
 
 def shapes_of(size: Size) -> dict[str, tuple[int, int]]:
-    """Square arrays, so many that together they have about as many parameters as asked for."""
+    """The given number of equal square arrays, with about the given number of parameters."""
     arrays, parameters = size
     side = max(1, math.isqrt(parameters // arrays))
     return {f"array_{i:04}": (side, side) for i in range(arrays)}
@@ -83,7 +83,7 @@ def measure(size: Size, samples: int, compilations: int) -> dict[str, Any]:
 
 
 def _ready_cpu(candidate: measuring.Candidate) -> list[float]:
-    """CPU time until the first step is ready to run, of each compilation."""
+    """Per compilation the CPU time until the first step is ready to run."""
     return _sums(candidate.trace_cpu_seconds, candidate.compile_cpu_seconds)
 
 
@@ -92,10 +92,10 @@ def _sums(one: Sequence[float], other: Sequence[float]) -> list[float]:
 
 
 def compare(*, quick: bool, samples: int, compilations: int) -> dict[str, Any]:
-    """Measures both sweeps; everything the table and the picture show, as JSON values."""
+    """Measures everything that the table and the picture show, as JSON values."""
     before = reporting.environment()
     sweeps = QUICK_SWEEPS if quick else SWEEPS
-    measure((2, 8), samples=1, compilations=1)  # what JAX does once in a process
+    measure((2, 8), samples=1, compilations=1)  # so that JAX's one-time set-up is not measured
     measured: dict[Size, dict[str, Any]] = {}
     for size in [size for sizes in sweeps.values() for size in sizes]:
         if size not in measured:

@@ -1,27 +1,27 @@
-"""What a recipe's step costs beside ``optax.adamw``'s: ``python -m benchmarks.step_time``.
+"""The cost of a recipe's step compared with ``optax.adamw``: ``python -m benchmarks.step_time``.
 
-All optimizers step on a tree with the shapes of a ViT, in one process and in turn, so that
-whatever else the machine does affects all of them; parameters and state are donated, as in
-training. Only the optimizer is timed: the gradients are made once and are arguments of the step.
+All optimizers step on a tree with the shapes of a ViT, alternately in one process, so that other
+load affects them all alike. Parameters and state are donated, as in training. Only the optimizer is
+timed: the gradients are made once and are arguments of the step.
 
-An update of data larger than the caches takes the time of moving it. In float32 AdamW reads a
+An update of data larger than the caches is limited by memory bandwidth. In float32 AdamW reads a
 parameter, its gradient and two moments and writes all but the gradient: 7 numbers, 28 bytes a
 parameter. The other methods also read the anchor. What they must move, in numbers a parameter:
 
 - L2-SP needs one pass: 8.
-- SPD knows a layer's ratio only when all of the layer was read. The first pass reads parameter,
+- SPD knows a layer's ratio only after reading the whole layer. The first pass reads parameter,
   gradient, both moments and anchor and writes the moments: 7. The second pass reads parameter,
   anchor and the two new moments (or writes and reads the step: as many), and writes the parameter:
-  5. Together 12. If the second pass finds the layer in a cache, its 4 reads are free: 8.
-- TPGM, without validation data, has the same two passes. It knows the radius only when all row
-  norms are known: 12, or 8.
+  5. The total is 12. If the layer is still in a cache, the second pass's 4 reads are free: 8.
+- TPGM, without validation data, has the same two passes, since the radius depends on all row
+  norms: 12, or 8.
 - FTP also reads the last deviation in the first pass: 8. Its second pass also writes the new
-  deviation. It reads the last one again, because a layer with numbers that are not finite keeps
-  it: 7. Together 15. If the second pass finds the layer in a cache, its 5 reads are free: 10.
+  deviation, and rereads the last one, because a layer with numbers that are not finite keeps it: 7.
+  The total is 15. If the layer is still in a cache, the second pass's 5 reads are free: 10.
 
-At the limit of memory a step therefore takes 12/7 = 1.71 (8/7 = 1.14 from a cache) of AdamW's time
-with SPD or TPGM, 15/7 = 2.14 (10/7 = 1.43) with FTP, and 8/7 with L2-SP. A chain written by hand
-has to move as much as its recipe.
+So at the limit of memory bandwidth a step takes 12/7 = 1.71 (8/7 = 1.14 from a cache) of AdamW's
+time with SPD or TPGM, 15/7 = 2.14 (10/7 = 1.43) with FTP, and 8/7 with L2-SP. A chain written by
+hand must move as much as its recipe.
 """
 
 import argparse
@@ -35,12 +35,12 @@ import optax
 from benchmarks import measuring, reporting, vit
 from benchmarks.measuring import BASELINE, RECIPES
 
-# Small beside the parameters' distance from the anchor, so that the same layers fire all along.
+# Small compared with the distance from the anchor, so that the same layers fire in all steps.
 LEARNING_RATE = 1e-6
 
 ALL = "all"
-# Numbers moved per parameter and step, by the argument above: where a second pass goes to memory,
-# and where it does not.
+# Numbers moved per parameter and step, as derived above: if the second pass reads from memory, and
+# if it reads from a cache.
 NUMBERS_MOVED = {
     BASELINE: (7, 7),
     "adam_spd": (12, 8),
@@ -63,7 +63,7 @@ def compare(
     steps: int,
     compilations: int,
 ) -> dict[str, Any]:
-    """Measures the baseline and the recipes; everything the table shows, as JSON values."""
+    """Measures everything that the table shows, as JSON values."""
     before = reporting.environment()
     names = [name for name in RECIPES if name in recipe or ALL in recipe]
     anchor, params, grads = vit.make_trees(vit.SCALES[scale], fire)
@@ -162,7 +162,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-# argparse shows the name of such a function: "invalid share value".
+# argparse shows this function's name: "invalid share value".
 def share(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:

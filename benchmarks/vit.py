@@ -1,4 +1,4 @@
-"""A ViT's parameter tree, and gradients with which SPD fires in as many layers as asked."""
+"""A ViT's parameter tree, with gradients for which SPD fires in a given share of its layers."""
 
 import dataclasses
 import math
@@ -10,7 +10,7 @@ import numpy as np
 
 Tree = Any
 
-# How far the parameters stand from the anchor: so far that no run's steps close the gap.
+# The parameters' distance from the anchor, too large for any run's steps to cover.
 OFFSET = 1e-2
 
 
@@ -29,7 +29,7 @@ class Scale:
 SCALES = {
     "vit-b16": Scale(),
     "small": Scale(32, 128, 1, 4, 65, 10),
-    # 0.99 billion parameters, with which AdamW's step in float32 fills 15.8 of a TPU v5e's 16.9 GB.
+    # 0.99 billion parameters. AdamW's float32 step then fills 15.8 of a TPU v5e's 16.9 GB.
     "vit-1b": Scale(1280, 5120, 50),
 }
 
@@ -60,7 +60,7 @@ def vit_shapes(scale: Scale) -> Tree:
 
 
 def image_shape(scale: Scale) -> tuple[int, int, int]:
-    """Height, width and channels of the images; one token a patch, and one for the class."""
+    """Height, width and channels of the images, for one token per patch and a class token."""
     side = math.isqrt(scale.tokens - 1) * scale.patch
     return side, side, 3
 
@@ -110,12 +110,12 @@ def make_trees(scale: Scale, fire: float) -> tuple[Tree, Tree, Tree]:
 
 
 def trees_of(shapes_tree: Tree, fire: float) -> tuple[Tree, Tree, Tree]:
-    """Anchor, parameters and gradients (NumPy) with which SPD fires in a share of the arrays.
+    """Anchor, parameters and gradients (NumPy) for which SPD fires in a share of the arrays.
 
-    SPD fires where the gradient points along the deviation while the step makes it longer. With
-    Adam and one gradient for all steps that holds forever if few coordinates with large gradients
-    point along Δ and many small ones against it: the sum follows the few, but Adam's step, which
-    is about -η sign(g), follows the many. Where SPD shall not fire, the gradient is negated.
+    SPD fires where the gradient points along the deviation Δ although the step makes Δ longer. With
+    Adam and a constant gradient this holds in every step if a few large gradient entries point
+    along Δ and many small ones against it: the few dominate ⟨g, Δ⟩, but Adam's step, about
+    -η sign(g), follows the many. Where SPD must not fire, the gradient is negated.
     """
     shapes, treedef = jax.tree.flatten(shapes_tree, is_leaf=is_shape)
     rng = np.random.default_rng(0)

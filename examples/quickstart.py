@@ -1,4 +1,4 @@
-"""SPD in a plain training loop; against the same loop without SPD, only `tx` differs."""
+"""SPD in a plain training loop; only `tx` differs from the loop without SPD."""
 
 import jax
 import jax.numpy as jnp

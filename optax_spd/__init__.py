@@ -9,7 +9,7 @@ Recipes: ``adam_spd``, ``adamw_l2_sp``, ``adam_tpgm``, ``adam_ftp``, ``sgd_ftp``
 Stages: ``spd``, ``tpgm``, ``ftp``, ``l2_sp``, ``temp_balance``, ``layerwise_lr_decay``; a stage of
 your own: ``layerwise``, ``Decision``.
 
-Wrappers: ``chain`` and ``with_gradient`` hand the raw gradient to the stages, ``with_anchor``
+Wrappers: ``chain`` and ``with_gradient`` pass the raw gradient to the stages, ``with_anchor``
 shares one anchor, ``with_frozen`` freezes parameters.
 
 After training: ``project``, ``fit_radii``, ``wise_ft``.
@@ -53,7 +53,7 @@ from optax_spd.recipes import (
 )
 from optax_spd.wrappers import WithAnchorState, chain, with_anchor, with_gradient
 
-# Recipes, stages, wrappers, after training, states, layers, parts: as in the text above.
+# Sorted; the docstring lists the names by kind.
 __all__ = [
     "DEFAULT_EMBEDDING_PATTERNS",
     "Decision",

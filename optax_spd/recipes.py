@@ -8,12 +8,9 @@
     sgd_freeze_embed  u = SGD(g), embeddings frozen
 
 The equations and the papers are in :mod:`optax_spd.methods`. Differences from the authors'
-optimizers: no amsgrad and no dampening, since Optax's SGD and Adam have none of that kind; learning
+optimizers: there is no amsgrad and no dampening, which Optax's Adam and SGD do not have; learning
 rate, weight decay and k may be schedules.
 """
-
-from collections.abc import Callable
-from typing import Any, Literal
 
 import jax
 import optax
@@ -23,16 +20,12 @@ from optax_spd.core import recompute
 from optax_spd.layers import checks
 from optax_spd.layers.embeddings import DEFAULT_EMBEDDING_PATTERNS
 from optax_spd.layers.spec import LayerFn
+from optax_spd.layers.types import Anchor, AxisName, DType, Mask, Norm
 from optax_spd.methods.freezing import Frozen, with_frozen
 from optax_spd.methods.ftp import ftp
 from optax_spd.methods.l2_sp import l2_sp
 from optax_spd.methods.spd import spd
 from optax_spd.methods.tpgm import tpgm
-
-PyTree = Any
-Anchor = Literal["initial", "zero", "argument"] | PyTree
-Mask = PyTree | Callable[[PyTree], PyTree] | None
-AxisName = str | tuple[str, ...] | PyTree | None
 
 
 def adam_spd(
@@ -41,11 +34,11 @@ def adam_spd(
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
-    mu_dtype: jax.typing.DTypeLike | None = None,
+    mu_dtype: DType = None,
     *,
     weight_decay: checks.ScalarOrSchedule = 1.0,
     anchor: Anchor = "initial",
-    anchor_dtype: jax.typing.DTypeLike | None = None,
+    anchor_dtype: DType = None,
     layers: LayerFn | None = None,
     mask: Mask = None,
     axis_name: AxisName = None,
@@ -63,15 +56,15 @@ def adam_spd(
       eps_root: added inside.
       mu_dtype: dtype of the first moment; None for the parameters'.
       weight_decay: SPD's λ; a float or a schedule. 1 keeps the distance, 0 is plain Adam.
-      anchor: see :func:`optax_spd.spd`, as all that follow.
-      anchor_dtype: dtype to store the anchor in.
-      layers: what a layer is.
+      anchor: as for :func:`optax_spd.spd`.
+      anchor_dtype: dtype to store the anchor in; None for its own.
+      layers: what a layer is, as for :func:`optax_spd.spd`.
       mask: True where SPD applies; Adam applies everywhere.
       axis_name: for hand-split parameters under ``shard_map`` or ``pmap``.
 
     Returns:
-      A transformation with a plain three-argument ``update``. State: Adam's 8 bytes a parameter
-      and the anchor's 4 (in float32; 0 with ``anchor="zero"`` or "argument").
+      A transformation with a plain three-argument ``update``. The state takes 8 bytes a parameter
+      for Adam and 4 for the anchor (in float32; 0 with ``anchor="zero"`` or "argument").
       Under ``optax.inject_hyperparams`` name callables and trees in ``static_args``:
       ``("anchor", "anchor_dtype", "layers", "mask", "axis_name", "mu_dtype")``.
 
@@ -108,14 +101,14 @@ def adamw_l2_sp(
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
-    mu_dtype: jax.typing.DTypeLike | None = None,
+    mu_dtype: DType = None,
     *,
     weight_decay: checks.ScalarOrSchedule = 1e-4,
     anchor: Anchor = "initial",
-    anchor_dtype: jax.typing.DTypeLike | None = None,
+    anchor_dtype: DType = None,
     mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""AdamW whose decoupled weight decay pulls toward the anchor in place of zero.
+    r"""AdamW whose decoupled weight decay pulls toward the anchor instead of zero.
 
     .. math::
 
@@ -167,21 +160,21 @@ def adam_tpgm(
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
-    mu_dtype: jax.typing.DTypeLike | None = None,
+    mu_dtype: DType = None,
     *,
     radius_optimizer: optax.GradientTransformation | None = None,
-    norm: Literal["mars", "l2"] = "mars",
+    norm: Norm = "mars",
     every: int = 1,
     anchor: Anchor = "initial",
-    anchor_dtype: jax.typing.DTypeLike | None = None,
+    anchor_dtype: DType = None,
     layers: LayerFn | None = None,
     mask: Mask = None,
     axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam in balls around the anchor, whose radii are learned on validation data.
+    r"""Adam, projected onto balls around the anchor with radii learned on validation data.
 
-    ``chain(optax.adam(...), tpgm(...))``. See :func:`optax_spd.tpgm` for the update, and for
-    ``validation_fn=`` and ``validation_batches=``, which ``update`` takes.
+    ``chain(optax.adam(...), tpgm(...))``. See :func:`optax_spd.tpgm` for the update, and for the
+    extra arguments ``validation_fn=`` and ``validation_batches=`` of ``update``.
 
     Args:
       learning_rate: a float or a schedule.
@@ -200,8 +193,8 @@ def adam_tpgm(
       mask: True where TPGM applies; Adam applies everywhere.
 
     Returns:
-      A transformation whose ``update`` takes the validation objective as extra arguments. State:
-      Adam's 8 bytes a parameter and the anchor's 4 (in float32).
+      A transformation whose ``update`` takes the validation objective as extra arguments. The state
+      takes 8 bytes a parameter for Adam and 4 for the anchor (in float32).
       Under ``optax.inject_hyperparams`` name callables and trees in ``static_args``:
       ``("radius_optimizer", "norm", "anchor", "anchor_dtype", "layers", "mask", "axis_name",
       "mu_dtype")``.
@@ -244,15 +237,15 @@ def adam_ftp(
     b2: jax.typing.ArrayLike = 0.999,
     eps: jax.typing.ArrayLike = 1e-8,
     eps_root: jax.typing.ArrayLike = 0.0,
-    mu_dtype: jax.typing.DTypeLike | None = None,
+    mu_dtype: DType = None,
     *,
     k: checks.ScalarOrSchedule = 1.0,
     weight_decay: checks.ScalarOrSchedule = 0.0,
-    norm: Literal["mars", "l2"] = "mars",
+    norm: Norm = "mars",
     radius_learning_rate: checks.ScalarOrSchedule = 1e-2,
-    state_dtype: jax.typing.DTypeLike | None = None,
+    state_dtype: DType = None,
     anchor: Anchor = "initial",
-    anchor_dtype: jax.typing.DTypeLike | None = None,
+    anchor_dtype: DType = None,
     layers: LayerFn | None = None,
     mask: Mask = None,
     axis_name: AxisName = None,
@@ -282,8 +275,8 @@ def adam_ftp(
       mask: True where FTP applies; Adam applies everywhere.
 
     Returns:
-      A transformation with a plain three-argument ``update``. State: Adam's 8 bytes a parameter,
-      the anchor's 4 and the last deviation's 4 (in float32).
+      A transformation with a plain three-argument ``update``. The state takes 8 bytes a parameter
+      for Adam, 4 for the anchor and 4 for the last deviation (in float32).
       Under ``optax.inject_hyperparams`` name callables, dtypes and trees in ``static_args``:
       ``("norm", "state_dtype", "anchor", "anchor_dtype", "layers", "mask", "axis_name",
       "mu_dtype")``.
@@ -329,11 +322,11 @@ def sgd_ftp(
     *,
     k: checks.ScalarOrSchedule = 1.0,
     weight_decay: checks.ScalarOrSchedule = 0.0,
-    norm: Literal["mars", "l2"] = "mars",
+    norm: Norm = "mars",
     radius_learning_rate: checks.ScalarOrSchedule = 1e-2,
-    state_dtype: jax.typing.DTypeLike | None = None,
+    state_dtype: DType = None,
     anchor: Anchor = "initial",
-    anchor_dtype: jax.typing.DTypeLike | None = None,
+    anchor_dtype: DType = None,
     layers: LayerFn | None = None,
     mask: Mask = None,
     axis_name: AxisName = None,
@@ -341,12 +334,12 @@ def sgd_ftp(
     r"""SGD with Fast Trainable Projection (the authors' SGDP).
 
     SGD on the gradient plus λθ, then the projection of its step: see :func:`optax_spd.ftp` for the
-    update. The radii see the gradient without λθ.
+    update. The radii are learned from the gradient without λθ.
 
     Args:
       learning_rate: a float or a schedule.
-      momentum: its decay, or None for none.
-      nesterov: whether momentum is Nesterov's.
+      momentum: decay of the momentum; None for none.
+      nesterov: whether to use Nesterov momentum.
       k: see :func:`optax_spd.ftp`; a float or a schedule.
       weight_decay: λ of an L2 penalty toward zero, added to the gradient; a float or a schedule.
         It applies everywhere, whatever ``mask``.
@@ -360,8 +353,8 @@ def sgd_ftp(
       mask: True where FTP applies; SGD applies everywhere.
 
     Returns:
-      A transformation with a plain three-argument ``update``. State, in float32: the anchor's 4
-      bytes a parameter, the last deviation's 4, and 4 with momentum.
+      A transformation with a plain three-argument ``update``. The state takes 4 bytes a parameter
+      for the anchor, 4 for the last deviation, and 4 for momentum if used (in float32).
       Under ``optax.inject_hyperparams`` name callables, dtypes and trees in ``static_args``:
       ``("nesterov", "norm", "state_dtype", "anchor", "anchor_dtype", "layers", "mask",
       "axis_name")``.
@@ -406,8 +399,8 @@ def sgd_freeze_embed(
     """SGD with the embedding layer frozen: AdamW's accuracy in fine-tuning, with less memory.
 
     ``with_frozen(optax.sgd(learning_rate, momentum, nesterov), embedding)``. In float32 training
-    takes 12 bytes a parameter: 4 for the parameter, 4 for its gradient and 4 for the momentum; 8
-    with ``momentum=None``; AdamW takes 16. A frozen parameter takes no momentum.
+    takes 12 bytes a parameter: 4 each for the parameter, its gradient and the momentum. With
+    ``momentum=None`` it takes 8; AdamW takes 16. Frozen parameters have no momentum.
 
     Args:
       learning_rate: a float or a schedule.
@@ -422,7 +415,7 @@ def sgd_freeze_embed(
       name ``embedding`` in ``static_args``.
 
     Raises:
-      TypeError, ValueError: as :func:`optax_spd.with_frozen`; so also if no embedding is found.
+      TypeError, ValueError: as :func:`optax_spd.with_frozen`, also if no embedding is found.
 
     Example:
       >>> import jax.numpy as jnp
@@ -445,7 +438,7 @@ def sgd_freeze_embed(
 def _decayed_weights(weight_decay: checks.ScalarOrSchedule) -> optax.GradientTransformation:
     """Adds λθ to the update."""
     checks.check_scalar("weight_decay", weight_decay)
-    # Optax 0.2.5 takes no schedule here, and 0.2.6 never advances it.
+    # add_decayed_weights takes no schedule in Optax 0.2.5, and never advances it in 0.2.6.
     if callable(weight_decay):
         return l2_sp(weight_decay, anchor="zero")
     return optax.add_decayed_weights(weight_decay)

@@ -1,22 +1,26 @@
-"""Wrappers that hand the raw gradient, or one shared anchor, to the stages inside.
+"""Wrappers that pass the raw gradient, or one shared anchor, to the stages inside.
 
-Optax hands extra information to stages as extra arguments; the raw gradient goes by the name
-``grad``, as in its line searches. Most training loops pass no extra arguments, hence the wrapper.
+Optax passes extra information to stages as extra arguments. The raw gradient is named ``grad``, as
+in its line searches. Most training loops pass no extra arguments, so a wrapper adds it.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import optax
 
 from optax_spd.anchors import policy
+from optax_spd.layers.types import DType, PyTree
 from optax_spd.sharding import placement
-
-PyTree = Any
 
 
 @policy.holds_anchor
 class WithAnchorState(NamedTuple):
-    """State of :func:`with_anchor`: the one copy, and the state of what shares it."""
+    """State of :func:`with_anchor`.
+
+    Attributes:
+      anchor: θ₀, a tree like params, shared by the stages inside.
+      inner_state: state of the wrapped transformation.
+    """
 
     anchor: PyTree
     inner_state: Any
@@ -25,21 +29,21 @@ class WithAnchorState(NamedTuple):
 def with_gradient(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Hands the gradient that ``update`` receives to every stage inside, as ``grad=``.
+    """Passes the gradient that ``update`` receives to every stage inside, as ``grad=``.
 
-    Put it around the whole optimizer, so that what it receives *is* the gradient. With gradient
-    clipping inside, the stages see the unclipped gradient. Around ``optax.MultiSteps`` goes
-    nothing: write ``MultiSteps(with_gradient(...), k)``, and the stages see the accumulated one.
+    Wrap the whole optimizer, so that the incoming updates *are* the gradient. With gradient
+    clipping inside, the stages see the unclipped gradient. With gradient accumulation write
+    ``optax.MultiSteps(with_gradient(...), k)``: the stages then see the accumulated gradient.
 
     Args:
       inner: a transformation, usually a chain.
 
     Returns:
       A transformation with a plain three-argument ``update``. A ``grad=`` that the caller passes
-      wins.
+      takes precedence.
 
     Raises:
-      TypeError: ``inner`` is no transformation.
+      TypeError: ``inner`` is not a transformation.
       ValueError: ``inner`` is an ``optax.MultiSteps``.
 
     Example:
@@ -70,7 +74,7 @@ def with_gradient(
 
 
 def chain(*stages: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """``optax.chain`` whose stages get the raw gradient: ``with_gradient(optax.chain(*stages))``.
+    """``optax.chain`` that passes on the raw gradient: ``with_gradient(optax.chain(*stages))``.
 
     Args:
       *stages: transformations of this library and of Optax, in order.
@@ -79,7 +83,7 @@ def chain(*stages: optax.GradientTransformation) -> optax.GradientTransformation
       A transformation that works in any training loop.
 
     Raises:
-      TypeError: a stage is no transformation.
+      TypeError: a stage is not a transformation.
       ValueError: no stage is given, or one is an ``optax.MultiSteps``.
 
     Example:
@@ -95,21 +99,23 @@ def chain(*stages: optax.GradientTransformation) -> optax.GradientTransformation
 
 
 def with_anchor(
-    inner: optax.GradientTransformation, anchor: Any = "initial", anchor_dtype: Any = None
+    inner: optax.GradientTransformation,
+    anchor: Literal["initial"] | PyTree = "initial",
+    anchor_dtype: DType = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps one anchor for all stages inside that say ``anchor="argument"``.
+    """Keeps one anchor for all stages inside that have ``anchor="argument"``.
 
     Args:
       inner: a transformation, usually a chain.
-      anchor: "initial", the parameters given to ``init``, or a tree like params. It is copied.
-        In a jitted ``init`` a tree becomes a constant of the program: there use "initial", and
-        :func:`optax_spd.set_anchor` afterwards.
-      anchor_dtype: dtype to store it in; None for its own. bfloat16 loses nothing of a bfloat16
-        checkpoint.
+      anchor: "initial" (a copy of the params given to ``init``), or a tree like params (copied in
+        ``init``; in a jitted ``init`` it becomes a constant of the program, so use "initial" there
+        and :func:`optax_spd.set_anchor` afterwards).
+      anchor_dtype: dtype to store the anchor in; None for its own. bfloat16 stores a bfloat16
+        checkpoint without loss.
 
     Returns:
-      A transformation that passes ``anchor=`` on to ``inner``; one that the caller passes wins.
-      Stages inside with an anchor of their own are not affected.
+      A transformation that passes ``anchor=`` on to ``inner``. An ``anchor=`` that the caller
+      passes takes precedence. Stages inside with an anchor of their own are not affected.
 
     Raises:
       TypeError, ValueError: at construction for an unknown policy or dtype; in ``init`` for a tree
@@ -151,7 +157,7 @@ def with_anchor(
 def _check_stage(stage: Any, where: str) -> None:
     if isinstance(stage, optax.MultiSteps):
         raise ValueError(
-            f"{where} around optax.MultiSteps would hand over the micro-step's gradient, if any. "
+            f"{where} around optax.MultiSteps would pass on the micro-step's gradient, if any. "
             "Put it inside: optax.MultiSteps(optax_spd.chain(...), k)."
         )
     if not (hasattr(stage, "init") and hasattr(stage, "update")):
@@ -165,8 +171,8 @@ def require_gradient(extra_args: dict[str, Any], stage: str) -> PyTree:
     """The raw gradient among an update's extra arguments.
 
     Raises:
-      ValueError: there is none; shows the three mends. Never falls back on the update: judged by
-        that, SPD almost never acts.
+      ValueError: there is none; the message shows three fixes. There is no fallback to the update:
+        with it SPD would almost never act.
     """
     grad = extra_args.get("grad")
     if grad is None:

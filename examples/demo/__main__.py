@@ -1,4 +1,4 @@
-"""Fine-tunes a pretrained transformer with several methods and compares what is left of it.
+"""Fine-tunes a pretrained transformer with several methods and compares the results.
 
 python -m examples.demo --out demo_results
 python -m examples.demo --examples 64/128/256/512 --seeds 3
@@ -26,7 +26,7 @@ LARGEST_TRAINING_SET = 5000
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong option in one line, where argparse would print the whole usage first."""
+    """Reports a wrong option in one line; argparse would print the whole usage first."""
 
     def error(self, message: str) -> NoReturn:
         """Ends the program."""
@@ -49,7 +49,7 @@ def between(low: int, high: int) -> Callable[[str], int]:
 
 
 def training_sizes(text: str) -> list[int]:
-    """Numbers of examples, "512" or "64/128/256/512", smallest first."""
+    """Parses numbers of examples ("512" or "64/128/256/512"); sorted."""
     convert = between(data.BATCH, LARGEST_TRAINING_SET)
     return sorted({convert(part) for part in text.replace(",", "/").split("/")})
 
@@ -65,7 +65,7 @@ def learning_rate(text: str) -> float:
 
 
 def method_names(text: str) -> list[str]:
-    """Names in table order; a method that works on another's result brings it along."""
+    """Parses method names, in table order; adds the methods whose results others need."""
     asked = {name.strip() for name in text.split(",")}
     if unknown := sorted(asked - METHODS.keys()):
         raise argparse.ArgumentTypeError(
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         learning_rate=options.lr,
         evaluation=options.evaluation,
     )
-    # No narrower than the table, whatever the terminal: Rich would cut the numbers short.
+    # At least as wide as the table even in a narrow terminal: Rich would truncate the numbers.
     narrowest = 80 if settings.seeds == 1 else 90
     if several:
         narrowest = 20 + low_data.COLUMN * len(settings.examples)

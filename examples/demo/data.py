@@ -1,8 +1,8 @@
-"""Four human-rated sentiment sets, their labels, splits and batches.
+"""Four human-rated sentiment data sets, with labels, splits and batches.
 
 C. J. Hutto and E. Gilbert. VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social
 Media Text. ICWSM 2014. Each line of a set is an id, the mean of about twenty ratings in [-4, 4] and
-a text; the text keeps HTML entities, lines end in CRLF.
+a text. The text contains HTML entities; lines end in CRLF.
 
 The model is tuned on movie reviews; product reviews, newspaper editorials and tweets are the
 out-of-distribution domains.
@@ -33,11 +33,11 @@ _FILES = {
     "tweets": "tweets_GroundTruth.txt",
 }
 
-NEUTRAL = 0.5  # ratings at most this far from zero carry no clear sign and are dropped
+NEUTRAL = 0.5  # ratings at most this far from zero have no clear sign and are dropped
 HELD_OUT = 2000  # movie snippets set aside for validation, and as many for the test
 
 MAX_TOKENS = 32
-# A text is padded to the next of these lengths: every length is one compilation.
+# Texts are padded to one of these lengths; each length is compiled separately.
 BUCKETS = (16, 24, MAX_TOKENS)
 BATCH = 16
 EVALUATION_BATCH = 32
@@ -47,13 +47,13 @@ Batch = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, mask, labels
 
 @dataclass(frozen=True)
 class Texts:
-    """Tokenised texts, with 1 for a positive and 0 for a negative one."""
+    """Tokenised texts, labelled 1 (positive) or 0 (negative)."""
 
     tokens: Sequence[Sequence[int]]
     labels: np.ndarray
 
     def __len__(self) -> int:
-        """How many texts."""
+        """The number of texts."""
         return len(self.tokens)
 
     def take(self, indices: np.ndarray) -> Texts:
@@ -61,12 +61,12 @@ class Texts:
         return Texts([self.tokens[i] for i in indices], self.labels[indices])
 
     def first(self, count: int) -> Texts:
-        """The first texts, `count` at most."""
+        """At most the first `count` texts."""
         return Texts(self.tokens[:count], self.labels[:count])
 
 
 def join(sets: Iterable[Texts]) -> Texts:
-    """All texts, set after set."""
+    """Concatenates several sets."""
     sets = list(sets)
     tokens = [ids for texts in sets for ids in texts.tokens]
     return Texts(tokens, np.concatenate([texts.labels for texts in sets]))
@@ -74,7 +74,7 @@ def join(sets: Iterable[Texts]) -> Texts:
 
 @dataclass(frozen=True)
 class Splits:
-    """Movie snippets for training, validation and test; the other domains whole."""
+    """Movie snippets for training, validation and test, and the other domains."""
 
     pool: Texts
     validation: Texts
@@ -97,10 +97,10 @@ def parse(content: bytes, name: str) -> dict[str, int]:
     """Texts and their labels, in file order.
 
     The label is the sign of the rating. Ratings within `NEUTRAL` of zero are dropped; of equal
-    texts the first counts.
+    texts the first is kept.
     """
     labels: dict[str, int] = {}
-    # Not splitlines(): it would also cut at the odd Unicode separators inside a text.
+    # Not splitlines(), which would also split at Unicode separators inside a text.
     for number, line in enumerate(re.split("\r?\n", content.decode("utf-8")), start=1):
         if not line.strip():
             continue
@@ -112,7 +112,7 @@ def parse(content: bytes, name: str) -> dict[str, int]:
             rating = math.nan
         if not -4 <= rating <= 4:  # also catches NaN
             raise DemoError(f"{name}, line {number}: expected id, rating in [-4, 4] and text")
-        # Entities first: "&nbsp;" becomes white space that the split then removes.
+        # Unescape first: "&nbsp;" becomes white space, which the split then removes.
         text = " ".join(html.unescape(text).split())
         if text and abs(rating) > NEUTRAL:
             labels.setdefault(text, int(rating > 0))
@@ -147,7 +147,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def make_splits(domains: dict[str, dict[str, int]], tokenizer: Tokenizer) -> Splits:
-    """Tokenises and shuffles every domain; the same split whatever the run's seeds are."""
+    """Tokenises, shuffles and splits every domain, independently of the run's seeds."""
     shuffled = {}
     for domain, labels in domains.items():
         tokens = [encoding.ids for encoding in tokenizer.encode_batch(list(labels))]
@@ -164,7 +164,7 @@ def bucket(length: int) -> int:
 
 
 def pad(texts: Texts, length: int | None = None) -> Batch:
-    """One batch as arrays, as long as its longest text needs; the mask is True on real tokens."""
+    """One batch as arrays, padded for its longest text; the mask is True on real tokens."""
     length = length or bucket(max(len(ids) for ids in texts.tokens))
     tokens = np.zeros((len(texts), length), np.int32)
     mask = np.zeros((len(texts), length), bool)
@@ -175,11 +175,10 @@ def pad(texts: Texts, length: int | None = None) -> Batch:
 
 
 def training_batches(texts: Texts, steps: int, seed: int) -> Iterator[Batch]:
-    """`steps` batches, epoch after epoch, each reshuffled.
+    """`steps` batches; every epoch is reshuffled.
 
-    Batches gather texts of similar length - eight batches' worth of random texts are sorted by
-    length before they are cut - so that short texts are not padded to the longest of sixteen
-    strangers. What does not fill a batch waits for the next epoch's shuffle.
+    A batch has texts of similar length, to save padding: eight batches of random texts are sorted
+    by length before they are split. Texts that do not fill a batch are left out of the epoch.
     """
     rng = np.random.default_rng(seed)
     lengths = np.array([len(ids) for ids in texts.tokens])
@@ -195,10 +194,10 @@ def training_batches(texts: Texts, steps: int, seed: int) -> Iterator[Batch]:
 
 
 def validation_batches(texts: Texts, count: int, seed: int) -> Batch:
-    """`count` random batches for the learning of radii, stacked on a leading axis.
+    """`count` random batches for learning radii, stacked on a leading axis.
 
-    They go through the texts epoch after epoch. All are padded to the same length, so that one
-    compiled program takes them all.
+    They cover the texts epoch by epoch, and are padded to one length, so that one compiled program
+    serves all.
     """
     rng = np.random.default_rng(seed)
     epochs = math.ceil(count * BATCH / len(texts))
@@ -209,7 +208,7 @@ def validation_batches(texts: Texts, count: int, seed: int) -> Batch:
 
 
 def evaluation_indices(texts: Texts) -> Iterator[np.ndarray]:
-    """Which texts go into which batch of an evaluation: each batch from one bucket."""
+    """The indices of the texts in each evaluation batch, all from one bucket."""
     buckets = np.array([bucket(len(ids)) for ids in texts.tokens])
     for size in BUCKETS:
         members = np.flatnonzero(buckets == size)
@@ -220,8 +219,8 @@ def evaluation_indices(texts: Texts) -> Iterator[np.ndarray]:
 def evaluation_batches(texts: Texts) -> Iterator[tuple[np.ndarray, Batch]]:
     """All texts once, as (indices, batch).
 
-    The last batch of a bucket is filled up by repeating its last text, to keep the compiled shape;
-    it has fewer indices than rows.
+    The last batch of a bucket repeats its last text, to have the compiled shape. It then has fewer
+    indices than rows.
     """
     for indices in evaluation_indices(texts):
         fill = np.full(EVALUATION_BATCH - len(indices), indices[-1])

@@ -1,9 +1,9 @@
-"""The exceptions the demo turns into a single line on stderr."""
+"""Exceptions that the demo reports as a single line on stderr."""
 
 
 class DemoError(Exception):
-    """Something the user can mend; its message is the whole report."""
+    """An error that the user can fix; the message is the whole report."""
 
 
 class DivergedError(DemoError):
-    """Training left the finite numbers; the other methods can go on."""
+    """Training diverged: a number is not finite. Other methods can continue."""

@@ -1,6 +1,6 @@
-"""One run of the demo: every method on every seed, and what is measured.
+"""One run of the demo: trains and scores every method on every seed.
 
-With several numbers of training examples, every method on every seed for each number.
+With several numbers of training examples it does so for each number.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from examples.demo.minilm import Params, load_encoder
 from examples.demo.scores import Results, Score, measure
 from examples.demo.training import Tick
 
-# Snippets that choose the probe's regularisation and WiSE-FT's share, and teach TPGM its radii.
+# Snippets for choosing the probe's regularisation and WiSE-FT's share, and for TPGM's radii.
 VALIDATION = 500
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the options of the command line decide."""
+    """The settings from the command line."""
 
     methods: Sequence[str]
     seeds: int
@@ -44,7 +44,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The methods that finished on every seed, and why others did not."""
+    """The results of the methods that finished on every seed, and why others diverged."""
 
     results: Results
     diverged: dict[str, str]
@@ -59,10 +59,10 @@ class Workbench:
 
     @classmethod
     def load(cls, cache: Path, announce: Callable[[str], None]) -> Workbench:
-        """Gets everything from the cache, filling it where it must."""
+        """Loads everything from the cache; what is missing is downloaded."""
         weights, tokenizer = assets.fetch(assets.MINILM, cache, announce)
         (archive,) = assets.fetch(assets.SENTIMENT, cache, announce)
-        # Compiled programs outlive the process: a second run need not compile again.
+        # Keep compiled programs for the next run.
         jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
         splits = data.make_splits(data.read_domains(archive), data.load_tokenizer(tokenizer))
         return cls(load_encoder(weights), splits)
@@ -70,7 +70,7 @@ class Workbench:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The snippets that nothing trains on, and the pretrained encoder's embeddings of them.
+    """The snippets not used for training, and the pretrained encoder's embeddings of them.
 
     They are the same for all seeds and numbers of examples.
     """
@@ -83,7 +83,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Material:
-    """What all methods of a seed share; `frozen` are the test sets' embeddings at the start."""
+    """What all methods share on a seed; `frozen` are the test sets' embeddings at the start."""
 
     seed: int
     start: Params
@@ -93,7 +93,7 @@ class Material:
     frozen: dict[str, np.ndarray]
 
     def start_of(self, method: Method) -> Params:
-        """The pretrained encoder under the probe's head, or under one of zeros."""
+        """The pretrained encoder with the probe's head, or with a new head of zeros."""
         if not method.new_head:
             return self.start
         head = jax.tree.map(np.zeros_like, self.start["head"])
@@ -101,11 +101,11 @@ class Material:
 
 
 def run(settings: Settings, bench: Workbench, progress: Progress) -> list[Outcome]:
-    """Runs every method on every seed, with each number of examples: an outcome each.
+    """Runs every method on every seed, with each number of examples; one outcome per number.
 
-    The test sets and the split are the same for all; a seed draws the training snippets and their
-    order, the same for all methods. A method that diverges is left out from then on at that
-    number of examples, and so are those that need its result.
+    The test sets and the split are always the same. A seed determines the training snippets and
+    their order, the same for all methods. A method that diverges is left out for the rest of that
+    number of examples, together with methods that need its result.
     """
     runs = len(settings.examples) * settings.seeds * len(settings.methods)
     total = progress.add_task("whole run", total=runs + 1)
@@ -125,7 +125,7 @@ def run(settings: Settings, bench: Workbench, progress: Progress) -> list[Outcom
                     label += f", seed {seed}"
                 try:
                     if name not in outcome.diverged:
-                        score = _try(name, label, settings, material, fitted, progress)
+                        score = _train_and_score(name, label, settings, material, fitted, progress)
                         outcome.results[name].append(score)
                 except DivergedError as error:
                     outcome.diverged[name] = f"{label}: {error}"
@@ -136,7 +136,7 @@ def run(settings: Settings, bench: Workbench, progress: Progress) -> list[Outcom
 
 
 def hold_out(settings: Settings, bench: Workbench, progress: Progress) -> HeldOut:
-    """Validation and test snippets; their embeddings are what the probe and its scores need."""
+    """Validation and test snippets, with the embeddings that the probe needs."""
     splits = bench.splits
     tests = {
         data.IN_DISTRIBUTION: splits.test.first(settings.evaluation),
@@ -152,8 +152,8 @@ def hold_out(settings: Settings, bench: Workbench, progress: Progress) -> HeldOu
 def prepare(bench: Workbench, held_out: HeldOut, examples: int, seed: int) -> Material:
     """The data and the start of one seed.
 
-    There are no more validation snippets than training examples: who has few labels has no
-    hundreds of others to choose the probe's regularisation by.
+    There are at most as many validation snippets as training examples. With few labels one would
+    not have hundreds of others to choose the probe's regularisation.
     """
     texts = bench.splits.training(examples, seed)
     validation = held_out.validation.first(examples)
@@ -167,7 +167,7 @@ def prepare(bench: Workbench, held_out: HeldOut, examples: int, seed: int) -> Ma
     return Material(seed, start, texts, validation, held_out.tests, held_out.frozen)
 
 
-def _try(
+def _train_and_score(
     name: str,
     label: str,
     settings: Settings,
@@ -175,7 +175,7 @@ def _try(
     fitted: dict[str, Params],
     progress: Progress,
 ) -> Score:
-    """Trains and scores one method; its parameters join `fitted`."""
+    """Trains and scores one method, and stores its parameters in `fitted`."""
     base = METHODS[name].base
     if base is not None and base not in fitted:
         raise DivergedError(f"it needs the result of {METHODS[base].label}")
@@ -205,7 +205,7 @@ def produce(
     fitted: Mapping[str, Params],
     progress: Progress,
 ) -> training.Fitted:
-    """Trains a method, or makes it out of the result of another.
+    """Trains a method, or derives its parameters from another method's result.
 
     Raises:
       DivergedError: something is not finite.
@@ -232,7 +232,7 @@ def produce(
 
 @cache
 def optimizer(recipe: methods.Recipe, peak: float, steps: int) -> optax.GradientTransformation:
-    """The same one each time, so that its update is traced and compiled once."""
+    """The optimizer of a recipe; cached, so that its update is traced and compiled once."""
     return recipe(training.schedule(peak, steps))
 
 
@@ -250,7 +250,7 @@ def project_back(
     rate: float = methods.TPGM_AFTER_RATE,
     count: int = methods.TPGM_AFTER_BATCHES,
 ) -> training.Fitted:
-    """TPGM after training: learns the radii of finished weights and projects onto them."""
+    """TPGM after training: learns radii for the trained weights and projects onto the balls."""
     fitted = optax_spd.fit_radii(
         params,
         start,
@@ -263,14 +263,14 @@ def project_back(
 
 
 def average(fitted: Params, start: Params, validation: data.Texts, tick: Tick) -> training.Fitted:
-    """WiSE-FT with the share of `WISE_FT_ALPHAS` that validates best in distribution."""
+    """WiSE-FT with the share from `WISE_FT_ALPHAS` that has the best validation accuracy."""
 
     def accuracy(alpha: float) -> float:
         params = optax_spd.wise_ft(fitted, start, alpha)
         scores = training.logits(params, training.embed(params["encoder"], validation, tick))
         return training.accuracy(scores, validation.labels)
 
-    best = max(WISE_FT_ALPHAS, key=accuracy)  # of equals, the first: nearest to the start
+    best = max(WISE_FT_ALPHAS, key=accuracy)  # the smallest share wins a tie
     return training.Fitted(optax_spd.wise_ft(fitted, start, best), alpha=best)
 
 
@@ -280,7 +280,7 @@ def _batches(*texts: data.Texts) -> int:
 
 @contextmanager
 def _bar(progress: Progress, label: str, total: int) -> Iterator[Tick]:
-    """A progress bar that lives as long as its task."""
+    """A progress bar that is removed when its task ends."""
     task = progress.add_task(label, total=total)
     try:
         yield lambda: progress.advance(task)

@@ -1,8 +1,8 @@
 """The low-data mode: every method with several numbers of training examples.
 
-Zhou et al. (NeurIPS 2023) and Liu et al. (EMNLP 2024) find that balancing layers pays most where
-data is scarce. Here the methods run side by side with each number of examples; the statement says
-what that shows, against LP-FT: Adam from the linear probe (Kumar et al., ICLR 2022).
+Zhou et al. (NeurIPS 2023) and Liu et al. (EMNLP 2024) find that balancing layers helps most when
+data is scarce. Here all methods run with each number of examples. The statement compares them with
+LP-FT: Adam from the linear probe (Kumar et al., ICLR 2022).
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from examples.demo.report import chosen
 from examples.demo.scores import Gain, Results, Score, gain
 
 BASELINE = "adam"
-# The probe and the new head are there to compare with: the statement makes no claim about them.
+# The probe and the new head are for comparison; the statement does not mention them.
 REFERENCES = ("probe", "ft", BASELINE)
-COLUMN = 14  # characters that one number of examples takes in the table
+COLUMN = 14  # width of the table's column for one number of examples
 
 Curve = Mapping[int, Results]  # number of examples -> results
 
 
 def label(name: str) -> str:
-    """Adam by the name it has where a new head stands beside it."""
+    """A method's label; Adam is called LP-FT here, since another Adam starts from a new head."""
     return f"LP-FT ({METHODS[name].label})" if name == BASELINE else METHODS[name].label
 
 
 def report(settings: Settings, outcomes: Sequence[Outcome]) -> Report:
-    """All forms of a run; `outcomes` are in the order of `settings.examples`."""
+    """The report of a run; `outcomes` are in the order of `settings.examples`."""
     curve = {
         examples: outcome.results
         for examples, outcome in zip(settings.examples, outcomes, strict=True)
@@ -60,7 +60,7 @@ def report(settings: Settings, outcomes: Sequence[Outcome]) -> Report:
 
 
 def table(settings: Settings, curve: Curve) -> Table:
-    """One row a method, one column a number of examples: ID / OOD, over their deviations."""
+    """One row per method, one column per number of examples: ID / OOD, deviations below."""
     shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     shown.add_column("ID / OOD", no_wrap=True)
     for examples in curve:
@@ -83,7 +83,7 @@ def _cell(scores: Sequence[Score] | None) -> str:
 
 
 def legend(settings: Settings) -> list[str]:
-    """What the reader of the table has to know."""
+    """Explains the table."""
     seeds = "1 seed" if settings.seeds == 1 else f"{settings.seeds} seeds (mean, ± std below)"
     epochs = ", ".join(f"{_epochs(settings, examples):.3g}" for examples in settings.examples)
     return [
@@ -102,7 +102,7 @@ def _epochs(settings: Settings, examples: int) -> float:
 
 
 def statement(settings: Settings, curve: Curve) -> str:
-    """What the run shows of the methods against LP-FT, and no more."""
+    """What the run shows about the methods compared with LP-FT, without extrapolation."""
     few, many = min(curve), max(curve)
     compared = [
         name
@@ -124,9 +124,10 @@ def statement(settings: Settings, curve: Curve) -> str:
     if settings.seeds == 1:
         caution = " One training set says nothing about others: --seeds 3 draws three."
     return (
-        f"Points of accuracy gained on {label(BASELINE)}. With {few} examples: "
-        f"{_said(at_few, 'better', 'worse')}. With {many}: {_said(at_many, 'better', 'worse')}. "
-        f"The gain with {few} less the gain with {many}: {_said(change, 'larger', 'smaller')}. "
+        f"Points of accuracy gained on {label(BASELINE)}. "
+        f"With {few} examples: {_verdicts(at_few, 'better', 'worse')}. "
+        f"With {many}: {_verdicts(at_many, 'better', 'worse')}. "
+        f"The gain with {few} less the gain with {many}: {_verdicts(change, 'larger', 'smaller')}. "
         "After ±: the standard error from the choice of test snippets, not of training snippets; "
         "noise is what lies within twice that, or changes its sign from seed to seed. Even where "
         f"nothing differs, one in twenty of these {6 * len(compared)} would lie beyond.{caution}"
@@ -134,7 +135,7 @@ def statement(settings: Settings, curve: Curve) -> str:
 
 
 def gains(curve: Curve, examples: int, name: str) -> tuple[Gain, Gain]:
-    """A method's gain on LP-FT in distribution and out of distribution."""
+    """A method's gain over LP-FT in distribution and out of distribution."""
     ours, theirs = (curve[examples][each] for each in (name, BASELINE))
     return (
         gain(ours, theirs, [data.IN_DISTRIBUTION]),
@@ -142,8 +143,8 @@ def gains(curve: Curve, examples: int, name: str) -> tuple[Gain, Gain]:
     )
 
 
-def _said(found: Mapping[str, tuple[Gain, Gain]], up: str, down: str) -> str:
-    """The gains of all methods, in and out of distribution, each with its verdict."""
+def _verdicts(found: Mapping[str, tuple[Gain, Gain]], up: str, down: str) -> str:
+    """The gains of all methods, in and out of distribution, each marked as noise or not."""
 
     def one(each: Gain) -> str:
         verdict = "noise" if each.is_noise else up if each.mean > 0 else down
@@ -156,7 +157,7 @@ def _said(found: Mapping[str, tuple[Gain, Gain]], up: str, down: str) -> str:
 
 
 def gains_record(curve: Curve) -> dict[int, dict[str, Any]]:
-    """The gains on LP-FT with every number of examples, for results.json."""
+    """The gains over LP-FT for every number of examples, for results.json."""
     return {
         examples: {
             name: {

@@ -1,12 +1,12 @@
-"""The methods the demo compares: one entry of `METHODS` each.
+"""The methods that the demo compares: one entry of `METHODS` each.
 
-An entry either trains - it makes an optimizer from the learning-rate schedule that all share, up to
-a factor - or draws the result of another entry back towards the start (WiSE-FT by averaging, TPGM
-after training by projecting), or leaves the start as it is.
+Most entries train: they make an optimizer from the common learning-rate schedule, times a factor.
+Others pull another entry's result back towards the start (WiSE-FT by averaging, TPGM after training
+by projecting). The linear probe is the start itself.
 
-All constants below that are not said to be fixed have the best accuracy on in-distribution
-validation data, on seeds the demo does not report; no test set and no other domain had a say.
-`selection.py` repeats the choice, ../README.md has its numbers.
+All constants below, except those marked as fixed, were chosen by the best accuracy on
+in-distribution validation data, on seeds that the demo does not report. No test set and no other
+domain was used. `selection.py` repeats the choice; ../README.md has its numbers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import optax
 
@@ -26,7 +27,7 @@ ADAMW_WEIGHT_DECAY = 1.0  # multiplied by the learning rate
 L2_SP_WEIGHT_DECAY = 300.0  # multiplied by the learning rate
 SPD_WEIGHT_DECAY = 2.0  # not multiplied by the learning rate
 
-# WiSE-FT's share of the fine-tuned weights; validation accuracy decides, the smallest wins a tie.
+# WiSE-FT's share of the fine-tuned weights, chosen by validation accuracy; the smallest wins a tie.
 WISE_FT_ALPHAS = (0.2, 0.4, 0.6, 0.8)
 
 
@@ -35,22 +36,22 @@ TPGM_RATE = 3e-2  # of the radii's Adam, in the chain
 TPGM_EVERY = 8  # the radii learn on every 8th step, from one batch
 TPGM_AFTER_RATE = 1e-1  # of the radii's Adam, after training
 TPGM_AFTER_BATCHES = 32  # one step each
-FTP_RATE = 3e-3  # of the radii's Adam: a radius grows by no more a step
-FTP_K = 1.0  # what gradients that shrink a radius are multiplied by
+FTP_RATE = 3e-3  # of the radii's Adam: the most that a radius grows in a step
+FTP_K = 1.0  # factor on gradients that shrink a radius
 
 LAYER_DECAY = 0.85  # from one block to the one below, behind AdamW
-TEMP_BALANCE_LOW, TEMP_BALANCE_HIGH = 0.75, 1.25  # the scales of the most and the least trained
+TEMP_BALANCE_LOW, TEMP_BALANCE_HIGH = 0.75, 1.25  # scales of the best and the least trained layer
 TEMP_BALANCE_EVERY = 32  # fixed: the spectra are computed on every 32nd step, four times in 128
-# Every block's layers; the word table is none of the Linear layers that the authors balance, and
-# the head has one eigenvalue.
+# The layers of all blocks. The authors balance Linear layers, which the word table is not; the head
+# has a single eigenvalue.
 BALANCED = optax_spd.path_mask("^encoder/block_")
-# An SGD step is as small as its gradient, so its peak rate is so many times the common one.
+# SGD's steps are as small as its gradients, so its peak rate is the common one times this factor.
 SGD_RATE = 10.0
 SGD_FREEZE_RATE = 10.0
 MOMENTUM = 0.9  # fixed
 
-# One row a token, as in PyTorch. Flax keeps that layout, but by default the last axis counts rows,
-# which is right for kernels only.
+# A table's rows are its tokens, as in PyTorch. By default rows lie on the last axis, which is right
+# for Flax's kernels but not for its tables.
 LAYERS = optax_spd.outputs("embedding$", axes=0)
 
 
@@ -74,7 +75,7 @@ def layer_decay(lr: optax.Schedule, decay: float = LAYER_DECAY) -> optax.Gradien
 
 
 def depth(path: str) -> int:
-    """A layer's place between the tables with their normalisation, at -1, and the head, on top.
+    """A layer's depth: -1 for the tables and their normalisation, the largest for the head.
 
     A pattern for the blocks alone would give that normalisation the head's full rate.
     """
@@ -85,8 +86,8 @@ def depth(path: str) -> int:
 
 def temp_balance(
     lr: optax.Schedule,
-    unit: str = "layer",
-    assign: str = "linear",
+    unit: Literal["layer", "block"] = "layer",
+    assign: Literal["linear", "sigmoid"] = "linear",
     low: float = TEMP_BALANCE_LOW,
     high: float = TEMP_BALANCE_HIGH,
 ) -> optax.GradientTransformation:
@@ -103,7 +104,7 @@ def temp_balance(
 
 
 def followed(module: str) -> str:
-    """The module whose scale another one takes: a normalisation that of the layer before it."""
+    """The module whose scale a module takes: for a normalisation the layer before it."""
     return module.replace("_norm", "_out")
 
 
@@ -117,22 +118,22 @@ def sgd_freeze(lr: optax.Schedule) -> optax.GradientTransformation:
 
 @dataclass(frozen=True)
 class Method:
-    """How the demo shows a method, and how it comes by its parameters."""
+    """How the demo shows a method, and how it gets the method's parameters."""
 
     label: str
     colour: str
     marker: str
     optimizer: Recipe | None = None
-    chosen: Mapping[str, float] = field(default_factory=dict)  # for the reader
+    chosen: Mapping[str, float] = field(default_factory=dict)  # settings to show
     rate: float = 1.0  # its peak learning rate, relative to the one on the command line
     new_head: bool = False  # starts from a head of zeros instead of the probe's
-    validates_every: int | None = None  # its optimizer takes a validation batch each so many steps
+    validates_every: int | None = None  # number of steps for which it uses one validation batch
     average_of: str | None = None
     radii_of: str | None = None
 
     @property
     def base(self) -> str | None:
-        """The method whose result this one works on."""
+        """The method whose result this one starts from."""
         return self.average_of or self.radii_of
 
 
@@ -209,7 +210,7 @@ METHODS = {
         radii_of="adam",
     ),
 }
-# One of each family: all of them would take more than six minutes on two cores.
+# One method of each family; all methods would take more than six minutes on two cores.
 DEFAULT = ("probe", "adam", "spd", "ftp", "temp-balance", "sgd-freeze", "tpgm-after")
-# With several numbers of examples. Adam starts from the probe, so it is LP-FT.
+# The default with several numbers of examples. Adam starts from the probe, so it is LP-FT.
 LOW_DATA = ("ft", "adam", "spd", "temp-balance")

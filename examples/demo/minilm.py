@@ -1,8 +1,8 @@
 """all-MiniLM-L6-v2 in Flax: a BERT encoder of 6 blocks, with its published weights.
 
-The arithmetic is that of Wang et al. (2020, MiniLM) as configured for the checkpoint: learned
-positions, post-layer normalisation, exact GELU, mean pooling over the real tokens. Two things are
-left out because fine-tuning here does not use them: dropout, and the checkpoint's pooler.
+The model is that of Wang et al. (2020, MiniLM) as configured for the checkpoint: learned positions,
+post-layer normalisation, exact GELU, mean pooling over the real tokens. Dropout and the
+checkpoint's pooler are left out, since fine-tuning here does not use them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Params = dict[str, Any]
 
 
 class Block(nn.Module):
-    """One transformer block on rows: (batch * length, hidden) in and out."""
+    """A transformer block; input and output are rows, (batch * length, hidden)."""
 
     @nn.compact
     def __call__(self, rows: jax.Array, mask: jax.Array) -> jax.Array:
@@ -54,7 +54,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Token ids and their mask, both (batch, length), to mean-pooled embeddings (batch, 384)."""
+    """Maps token ids and their mask, (batch, length), to mean-pooled embeddings, (batch, 384)."""
 
     @nn.compact
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -63,7 +63,7 @@ class Encoder(nn.Module):
         table = nn.Embed(VOCABULARY, HIDDEN, name="word")(tokens)
         table += nn.Embed(POSITIONS, HIDDEN, name="position")(jnp.arange(length))
         table += nn.Embed(2, HIDDEN, name="token_type")(jnp.zeros((), jnp.int32))
-        # Dense layers see rows, not (batch, length, hidden): XLA on CPU then runs one plain
+        # Dense layers get rows instead of (batch, length, hidden). XLA:CPU then runs one plain
         # matrix product, which makes a gradient about a third cheaper.
         rows = table.reshape(batch * length, HIDDEN)
         rows = nn.LayerNorm(epsilon=NORM_EPSILON, name="norm")(rows)
@@ -84,7 +84,7 @@ class Classifier(nn.Module):
         return nn.Dense(1, name="head")(embedding)[:, 0]
 
 
-# Where each module's arrays stand in the checkpoint; "{}" is the block's number.
+# The names of each module's arrays in the checkpoint; "{}" is the block's number.
 _EMBEDDINGS = {
     "word": "embeddings.word_embeddings",
     "position": "embeddings.position_embeddings",
@@ -115,7 +115,7 @@ def load_encoder(path: Path) -> Params:
         return {"scale": stored[f"{name}.weight"], "bias": stored[f"{name}.bias"]}
 
     def dense(name: str) -> Params:
-        # The checkpoint keeps (out, in), Flax (in, out).
+        # The checkpoint has (out, in), Flax (in, out).
         kernel = np.ascontiguousarray(stored[f"{name}.weight"].T)
         return {"kernel": kernel, "bias": stored[f"{name}.bias"]}
 

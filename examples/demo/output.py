@@ -1,4 +1,4 @@
-"""What a run leaves behind: lines on the terminal, pictures and results.json."""
+"""Writes the output of a run: pictures and results.json."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "scikit-learn")
 
 @dataclass(frozen=True)
 class Report:
-    """A run's results in all their forms.
+    """A run's results, for the terminal and for files.
 
     Attributes:
-      table: the numbers in short.
-      legend: what the reader of the table has to know.
-      statement: what the run shows, and no more.
-      remarks: what else its numbers say.
+      table: the main numbers.
+      legend: explains the table.
+      statement: what the run shows, without extrapolation.
+      remarks: further observations.
       pictures: by file name.
-      record: what results.json holds beside the settings.
+      record: what results.json holds besides the settings.
     """
 
     table: Table
@@ -49,7 +49,7 @@ class Report:
 
 
 def check_directory(directory: Path) -> None:
-    """Finds out before the work, and without creating anything, whether results can be written."""
+    """Raises DemoError if results cannot be written; creates nothing."""
     existing = directory
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
@@ -60,7 +60,7 @@ def check_directory(directory: Path) -> None:
 
 
 def write(directory: Path, settings: Settings, report: Report, seconds: float) -> list[Path]:
-    """Writes the pictures and results.json; a file appears complete or not at all."""
+    """Writes the pictures and results.json; no file is ever incomplete."""
     record = {**_circumstances(settings, seconds), "statement": report.statement, **report.record}
     contents = {name: _png(figure) for name, figure in report.pictures.items()}
     contents["results.json"] = json.dumps(record, indent=1).encode()
@@ -77,7 +77,7 @@ def write(directory: Path, settings: Settings, report: Report, seconds: float) -
 
 
 def numbers(results: Results) -> dict[str, list[dict[str, Any]]]:
-    """The scores for results.json: all but the answers to single snippets."""
+    """The scores for results.json, without the answers to single snippets."""
     return {
         name: [
             {key: value for key, value in dataclasses.asdict(score).items() if key != "correct"}

@@ -1,4 +1,4 @@
-"""The pictures of a run."""
+"""Draws the pictures of a run."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def accuracy_picture(results: Results) -> Figure:
 
 
 def deviation_picture(results: Results) -> Figure:
-    """How far every weight matrix moved, relative to its norm, in the order of computation."""
+    """Each weight matrix's deviation relative to its norm, in the order of computation."""
     paths = [f"{table}/embedding" for table in TABLES]
     paths += [f"block_{index}/{kernel}/kernel" for index in range(BLOCKS) for kernel in KERNELS]
     figure = Figure(figsize=(11, 4.8), layout="constrained")
@@ -60,7 +60,7 @@ def deviation_picture(results: Results) -> Figure:
         method = METHODS[name]
         moved = [np.mean([score.deviation[path] for score in scores]) for path in paths]
         if not any(moved):
-            continue  # the linear probe: nothing to draw on a logarithmic axis
+            continue  # the linear probe: zeros cannot be drawn on a logarithmic axis
         axes.plot(
             moved, marker=method.marker, markersize=5, color=method.colour, label=method.label
         )
@@ -91,13 +91,13 @@ def deviation_picture(results: Results) -> Figure:
 
 
 def radius_picture(results: Results) -> Figure:
-    """The learned radii by depth: a pale dot a matrix, a line through the medians of the blocks."""
+    """The learned radii by depth: pale dots are matrices, the line connects the blocks' medians."""
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     learned = {name: scores for name, scores in results.items() if scores[0].radii}
     for shift, (name, scores) in enumerate(learned.items()):
         method = METHODS[name]
-        position = 0.14 * (shift - (len(learned) - 1) / 2)  # side by side, not on each other
+        position = 0.14 * (shift - (len(learned) - 1) / 2)  # side by side, without overlap
         _draw_radii(left, method, [score.radii or {} for score in scores], position)
         _draw_radii(right, method, [score.relative_radii or {} for score in scores], position)
     if not learned:
@@ -137,7 +137,7 @@ def low_data_picture(curve: Mapping[int, Results], labels: Mapping[str, str]) ->
             if not found:
                 continue
             several = any(len(values) > 1 for values in found.values())
-            # Side by side, so that the bars do not cover each other.
+            # Side by side, so that the bars do not overlap.
             shift = 1.015 ** (place - (len(labels) - 1) / 2) if several else 1.0
             axes.errorbar(
                 [examples * shift for examples in found],
@@ -166,13 +166,13 @@ def low_data_picture(curve: Mapping[int, Results], labels: Mapping[str, str]) ->
 
 
 def _tick(axes: Axes, text: Callable[[float, int], str]) -> None:
-    """Round numbers on a logarithmic axis."""
+    """Puts ticks at round numbers on a logarithmic axis."""
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(text))
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-# Matrices that are held at the anchor have radii down to 1e-8; they are drawn at this one.
+# Matrices held at the anchor have radii down to 1e-8; they are drawn at this value.
 SMALLEST_RADIUS = 1e-3
 
 

@@ -1,4 +1,4 @@
-"""The table, the closing statement and the pictures of a run with one number of examples."""
+"""The table, statement and pictures of a run with a single number of training examples."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def report(settings: Settings, outcome: Outcome) -> Report:
 
 
 def table(results: Results) -> Table:
-    """One row a method; with several seeds the mean, and the standard deviation where it counts."""
-    # Narrow enough for a terminal of 80 columns with one seed, of 90 with more.
+    """One row per method; with several seeds the mean, and two columns' standard deviation."""
+    # Fits a terminal of 80 columns with one seed, of 90 with more.
     shown = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     shown.add_column("method", no_wrap=True)
     for heading in (
@@ -84,7 +84,7 @@ def table(results: Results) -> Table:
 
 
 def legend(settings: Settings, results: Results) -> list[str]:
-    """What the reader of the table has to know."""
+    """Explains the table."""
     seeds = "1 seed" if settings.seeds == 1 else f"{settings.seeds} seeds (mean ± std)"
     lines = [
         f"{settings.examples[0]} movie snippets, {settings.steps} steps of {data.BATCH}, learning "
@@ -108,7 +108,7 @@ def legend(settings: Settings, results: Results) -> list[str]:
 
 
 def chosen(names: Collection[str]) -> str:
-    """The settings of the methods, with what their numbers mean."""
+    """The chosen settings of the methods."""
     found = [
         f"{METHODS[name].label} ("
         + ", ".join(f"{key} {value:g}" for key, value in METHODS[name].chosen.items())
@@ -125,7 +125,7 @@ def chosen(names: Collection[str]) -> str:
 
 
 def statement(settings: Settings, results: Results) -> str:
-    """What this run shows about SPD against Adam, and no more."""
+    """What this run shows about SPD compared with Adam, without extrapolation."""
     if not {"spd", "adam"} <= results.keys():
         return "No comparison: it needs both adam and spd in --methods."
     spd, adam = results["spd"], results["adam"]
@@ -159,7 +159,7 @@ def statement(settings: Settings, results: Results) -> str:
 
 
 def radius_order(results: Results) -> str:
-    """Whether deeper blocks got wider radii, as the order of this run's numbers; "" without any."""
+    """The rank correlation of radius and depth in this run; "" without learned radii."""
     found = []
     for name, scores in results.items():
         orders = _depth_orders(scores)
@@ -181,7 +181,7 @@ def radius_order(results: Results) -> str:
 
 
 def balance(results: Results) -> str:
-    """What TempBalance multiplied the steps by, kernel by kernel; "" without it."""
+    """TempBalance's last factors for each kind of kernel; "" without TempBalance."""
     found = [score.scales for score in results.get("temp-balance", []) if score.scales]
     if not found:
         return ""
@@ -205,7 +205,7 @@ def balance(results: Results) -> str:
 
 
 def _depth_orders(scores: Sequence[Score]) -> list[dict[str, float]]:
-    """A seed each; none for a method without radii."""
+    """One entry per seed; none for a method without radii."""
     return [
         {"radius": depth_order(score.radii), "relative": depth_order(score.relative_radii)}
         for score in scores
@@ -214,21 +214,21 @@ def _depth_orders(scores: Sequence[Score]) -> list[dict[str, float]]:
 
 
 def depth_order(radii: Mapping[str, float]) -> float:
-    """Spearman's correlation of radius and block number, within each kind of kernel, averaged.
+    """Spearman's correlation of radius and block number, averaged over the kinds of kernel.
 
-    Within a kind all blocks' kernels have the same shape, so that the radii compare.
+    It is taken within each kind, where all kernels have the same shape and radii are comparable.
     """
     found = []
     for kernel in KERNELS:
         kind = [radii[f"encoder/block_{block}/{kernel}/kernel"] for block in range(BLOCKS)]
         ranks = _ranks(np.array(kind))
-        # Of equal radii the correlation is 0 / 0; they show no order.
+        # The correlation of equal radii is 0 / 0; they have no order.
         found.append(np.corrcoef(ranks, np.arange(BLOCKS))[0, 1] if np.ptp(ranks) else 0.0)
     return float(np.mean(found))
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """From 0; equal values share the mean of their ranks."""
+    """Ranks from 0; equal values get the mean of their ranks."""
     below = (values[:, None] > values).sum(1)
     ranks: np.ndarray = below + ((values[:, None] == values).sum(1) - 1) / 2
     return ranks

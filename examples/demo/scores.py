@@ -1,4 +1,4 @@
-"""What is measured of a method's result, and what two methods' results say about each other."""
+"""Scores of a method's result, and the gain of one method over another."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ DOMAINS = (data.IN_DISTRIBUTION, *data.OUT_OF_DISTRIBUTION)
 
 @dataclass(frozen=True)
 class Score:
-    """One method on one seed. `correct` says of every test snippet whether it was right.
+    """The scores of one method on one seed. `correct`: for every test snippet, whether it is right.
 
-    Radii are in units of the norm (MARS) and by path; the relative ones are divided by the norm of
-    the anchor's array. For `alpha`, `exponents` and `scales` see `training.Fitted`.
+    Radii are by path, in units of the norm (MARS); relative radii are divided by the norm of the
+    anchor's array. For `alpha`, `exponents` and `scales` see `training.Fitted`.
     """
 
     accuracy: dict[str, float]
@@ -39,7 +39,7 @@ class Score:
 
     @property
     def shifted_accuracy(self) -> float:
-        """Mean accuracy of the other domains, each counting the same."""
+        """Mean accuracy of the other domains, with equal weights."""
         return float(np.mean([self.accuracy[name] for name in data.OUT_OF_DISTRIBUTION]))
 
     @property
@@ -53,11 +53,11 @@ Results = dict[str, list[Score]]  # method -> one score a seed
 
 @dataclass(frozen=True)
 class Gain:
-    """By how much one method's accuracy exceeds another's, or one gain another gain.
+    """The difference of two methods' accuracies, or of two gains.
 
     Attributes:
-      seeds: the difference on each seed, a mean over the domains, in points of a hundred.
-      snippets: a domain's differences (of right - wrong, mean over the seeds), snippet by snippet.
+      seeds: the difference on each seed, a mean over the domains, in percentage points.
+      snippets: for each domain the difference on each snippet, a mean over the seeds.
     """
 
     seeds: np.ndarray
@@ -65,21 +65,22 @@ class Gain:
 
     @property
     def mean(self) -> float:
-        """Over the seeds, in points."""
+        """The mean over the seeds, in points."""
         return float(np.mean(self.seeds))
 
     @property
     def error(self) -> float:
         """Standard error of the mean over the choice of test snippets, in points.
 
-        Paired: what counts is on how many snippets two methods differ, not how hard those are.
+        It is paired, so it depends on how many snippets two methods differ, not on how hard they
+        are.
         """
         variance = sum(float(np.var(snippets)) / len(snippets) for snippets in self.snippets)
         return 100 * math.sqrt(variance) / len(self.snippets)
 
     @property
     def is_noise(self) -> bool:
-        """Within two standard errors, or the seeds disagree about the sign."""
+        """Whether the mean is within two standard errors, or the sign differs between seeds."""
         agree = bool(np.all(self.seeds >= 0) or np.all(self.seeds <= 0))
         return not agree or abs(self.mean) <= 2 * self.error
 
@@ -107,7 +108,7 @@ def measure(
     embedded: dict[str, np.ndarray],
     seconds: float,
 ) -> Score:
-    """Scores one result; the distances are the encoder's, whose start is the pretrained weights."""
+    """Scores one result; distances are the encoder's, from its pretrained weights."""
     params = made.params
     scores = {domain: training.logits(params, embedded[domain]) for domain in tests}
     labels = {domain: texts.labels for domain, texts in tests.items()}
@@ -116,7 +117,7 @@ def measure(
     relative_radii = None
     if made.radii is not None:
         sizes = row_norms(start)
-        # An array of zeros, such as a bias, has no size to compare with.
+        # A zero array, such as a bias, has no relative radius.
         relative_radii = {path: r / sizes[path] for path, r in made.radii.items() if sizes[path]}
     return Score(
         accuracy={domain: training.accuracy(scores[domain], labels[domain]) for domain in tests},
@@ -136,7 +137,7 @@ def measure(
 
 
 def row_norms(params: Params) -> dict[str, float]:
-    """The largest absolute row sum of every array, by path: what a radius compares to."""
+    """The largest absolute row sum of every array, by path: the norm that a radius bounds."""
     sizes = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         path = "/".join(key.key for key in keys)

@@ -1,10 +1,10 @@
-"""How the settings in `methods.py` were chosen: by in-distribution validation alone.
+"""Repeats the choice of the settings in `methods.py`, by in-distribution validation only.
 
     python -m examples.demo.selection [--only WORD,...] [SEED ...]
 
-trains every setting below on seeds the demo does not report and scores it on the 2,000 held-out
-movie snippets, and apart on those of them that no radius was learned on: TPGM is compared by the
-latter. Nothing here scores a test set or another domain.
+trains every setting below, on seeds that the demo does not report. It scores them on the 2,000
+held-out movie snippets, and separately on those that TPGM's radii were not learned on, by which
+TPGM is compared. No test set and no other domain is scored.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SEEDS = (100, 101)
 EXAMPLES = 512
 STEPS = 128
 PEAK = 3e-4
-LEARNED_ON = experiment.VALIDATION  # the first so many held-out snippets teach TPGM its radii
+LEARNED_ON = experiment.VALIDATION  # TPGM learns radii on this many of the held-out snippets
 
 
 def _adamw(decay: float) -> Recipe:
@@ -43,7 +43,7 @@ def _spd(decay: float) -> Recipe:
     return lambda lr: optax_spd.adam_spd(lr, weight_decay=decay)
 
 
-# What is tried: name, peak learning rate, optimizer, how often it takes a validation batch.
+# The settings to try: name, peak learning rate, optimizer, steps between validation batches.
 GRID: list[tuple[str, float, Recipe, int | None]] = [
     *((f"SPD {decay:g}", PEAK, _spd(decay), None) for decay in (1.0, 2.0, 3.0, 5.0)),
     *((f"L2-SP {decay:g}", PEAK, _l2_sp(decay), None) for decay in (30.0, 100.0, 300.0)),
@@ -82,12 +82,12 @@ GRID: list[tuple[str, float, Recipe, int | None]] = [
         None,
     ),
 ]
-# Of TPGM after training: the radii's rate and the number of batches.
+# For TPGM after training: the radii's learning rate and the number of batches.
 AFTER = ((1e-2, 32), (3e-2, 32), (1e-1, 32))
 
 
 class Selection:
-    """The pretrained model, the held-out data, and the scores found so far."""
+    """The pretrained model, the held-out data, and the scores so far."""
 
     def __init__(self, only: Sequence[str]) -> None:
         self.only = only
@@ -127,13 +127,13 @@ class Selection:
                 self.score(seed, f"TPGM after {rate:g}, {count} batches", projected.params)
 
     def wanted(self, name: str) -> bool:
-        """Whether one of the words asked for is in the name."""
+        """Whether the name contains one of the requested words."""
         return not self.only or any(word in name for word in self.only)
 
     def score(
         self, seed: int, name: str, params: Params, embedded: np.ndarray | None = None
     ) -> None:
-        """Prints and keeps the scores of one result."""
+        """Prints and records the scores of one result."""
         if embedded is None:
             embedded = training.embed(params["encoder"], self.held_out)
         scores, labels = training.logits(params, embedded), self.held_out.labels
@@ -149,7 +149,7 @@ class Selection:
 
 
 def main() -> None:
-    """Prints a line a setting and seed, then the means."""
+    """Prints a line per setting and seed, then the means."""
     parser = argparse.ArgumentParser(prog="python -m examples.demo.selection")
     parser.add_argument("seeds", nargs="*", type=int, default=SEEDS)
     parser.add_argument("--only", default="", help="settings whose name contains one of these")

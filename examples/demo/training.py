@@ -1,4 +1,4 @@
-"""Fine-tuning: a plain jitted Optax loop, and the scores of what comes out of it."""
+"""Fine-tuning with a plain jitted Optax loop, and the scores of the result."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ def loss_fn(params: Params, tokens: jax.Array, mask: jax.Array, labels: jax.Arra
     return loss
 
 
-# Compiled apart from the optimizer's update, so that all methods share one program per length.
+# Compiled separately from the optimizer's update, so that all methods share one program per length.
 loss_and_gradient = jax.jit(jax.value_and_grad(loss_fn))
 
 
 def validation_loss(params: Params, batch: Batch) -> jax.Array:
-    """What TPGM learns its radii by: the training loss on other data (there is no dropout)."""
+    """The loss that TPGM's radii minimise: the training loss on other data (without dropout)."""
     tokens, mask, labels = map(jnp.asarray, batch)
     return loss_fn(params, tokens, mask, labels)
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Validation batches on a leading axis, and on which steps the next one is due."""
+    """Validation batches on a leading axis; every `every` steps the next one is used."""
 
     batches: Batch
     every: int
 
     def at(self, step: int) -> Batch:
-        """The batch of a step, with a leading axis of 1; it stays until the next is due."""
+        """The batch for a step, with a leading axis of 1."""
         number = step // self.every
         tokens, mask, labels = (array[number : number + 1] for array in self.batches)
         return tokens, mask, labels
@@ -60,10 +60,10 @@ class Validation:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What a method came to.
+    """The result of a method.
 
-    Radii and scales are by path; `scales` are TempBalance's last ones, of the arrays that have a
-    spectrum, `exponents` their α. `alpha` is WiSE-FT's share.
+    Radii, scales and exponents are by path. `scales` are TempBalance's last ones for the arrays
+    with a spectrum, `exponents` their α. `alpha` is WiSE-FT's share of the fine-tuned weights.
     """
 
     params: Params
@@ -74,8 +74,8 @@ class Fitted:
     scales: dict[str, float] | None = None
 
 
-# The optimizer is part of the program, which a second fit with the same one finds compiled.
-# Donated, the old parameters and state are overwritten in place instead of held beside the new.
+# The optimizer is static, so a second fit with the same one reuses the compiled program. Parameters
+# and state are donated, so they are overwritten in place.
 @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
 def apply_gradient(
     tx: optax.GradientTransformation,
@@ -84,7 +84,7 @@ def apply_gradient(
     grads: Params,
     held_out: Batch | None,
 ) -> tuple[Params, Any]:
-    # Only TPGM takes these; the others' update has three arguments.
+    # Only TPGM takes these arguments.
     extra: dict[str, Any] = {}
     if held_out is not None:
         extra = {"validation_fn": validation_loss, "validation_batches": held_out}
@@ -99,9 +99,9 @@ def fit(
     tick: Tick,
     validation: Validation | None = None,
 ) -> Fitted:
-    """Fine-tunes a copy of `start` with any Optax optimizer, one step a batch.
+    """Fine-tunes a copy of `start` with any Optax optimizer, one step per batch.
 
-    The seconds a step are the mean of the second half, when everything is compiled.
+    The seconds per step are the mean of the second half, when everything is compiled.
 
     Raises:
       DivergedError: a loss or a parameter is no longer finite.
@@ -129,7 +129,7 @@ def fit(
 
 
 def _radii(params: Params, state: Any) -> dict[str, float] | None:
-    """By path, from the state of TPGM or FTP; None for other methods."""
+    """The radii of TPGM or FTP by path; None for other methods."""
     for key in ("tpgm_radii", "ftp_radii"):
         if (radii := optax.tree.get(state, key)) is not None:
             return named_radii(params, radii)
@@ -148,7 +148,7 @@ def _balance(params: Params, state: Any) -> tuple[dict[str, float] | None, dict[
 
 
 def named_radii(params: Params, radii: jax.Array) -> dict[str, float]:
-    """A vector of radii by the paths of the parameters they belong to."""
+    """A vector of radii as a dictionary by parameter path."""
     return dict(zip(optax_spd.layer_names(params), map(float, radii), strict=True))
 
 
@@ -181,14 +181,14 @@ def embed(encoder: Params, texts: Texts, tick: Tick = lambda: None) -> np.ndarra
 def embed_all(
     encoder: Params, sets: Mapping[str, Texts], tick: Tick = lambda: None
 ) -> dict[str, np.ndarray]:
-    """Embeddings of several sets, as of one: so few batches as can be are filled up."""
+    """Embeddings of several sets. They are batched together, so that few batches need padding."""
     rows = embed(encoder, join(sets.values()), tick)
     ends = np.cumsum([len(texts) for texts in sets.values()])
     return dict(zip(sets, np.split(rows, ends[:-1]), strict=True))
 
 
 def logits(params: Params, embeddings: np.ndarray) -> np.ndarray:
-    """The head's scores; the head is linear, so embeddings are all it needs."""
+    """The scores of the linear head, from the embeddings."""
     head = params["head"]
     scores: np.ndarray = embeddings @ np.asarray(head["kernel"])[:, 0] + np.asarray(head["bias"])
     return scores

@@ -1,1 +1,1 @@
-"""Where the anchor θ₀ lives, and how to change it in a finished state."""
+"""Where the anchor θ₀ is kept, and how to change it in an existing state."""

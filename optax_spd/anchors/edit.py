@@ -1,7 +1,7 @@
-"""Changing the anchors inside a finished optimizer state: replace them, or leave them out.
+"""Replaces or removes the anchors in an existing optimizer state.
 
-An optimizer's state nests (chain, masked, partition, MultiSteps, ...), but a stage's own state
-stays the NamedTuple that its ``init`` made, so anchors are found wherever they are.
+An optimizer's state may be nested (chain, masked, partition, MultiSteps, ...), but a stage's own
+state is always the NamedTuple that its ``init`` made. So anchors are found at any depth.
 """
 
 from collections.abc import Callable
@@ -14,32 +14,33 @@ import optax
 
 from optax_spd.anchors import policy
 from optax_spd.layers import checks, fingerprints, plans, trees
+from optax_spd.layers.types import DType
 
 PyTree = Any
 
 
-def set_anchor(state: PyTree, anchor: PyTree, *, anchor_dtype: Any = None) -> PyTree:
+def set_anchor(state: PyTree, anchor: PyTree, *, anchor_dtype: DType = None) -> PyTree:
     """Replaces every anchor in a nested optimizer state.
 
-    For trainers that load the pretrained weights after ``tx.init``, and after restoring a state
+    For trainers that load the pretrained weights after ``tx.init``, and for restoring a state
     saved without its anchor (:func:`drop_anchor`).
 
     Args:
       state: the state of a whole optimizer, through any ``chain``, ``masked``, ``partition``,
         ``MultiSteps``, ``inject_hyperparams``, ``apply_if_finite``, or an ``nnx.Optimizer``'s
         ``opt_state``.
-      anchor: the full parameter tree, whatever masks lie in between. Leaves are matched by path;
-        containers (dict, FrozenDict, nnx.State) and boxes may differ from the state's. Where the
-        state has None an array given here fills it, since a partial restore leaves None in place
-        of arrays: give the tree with None where the parameters have None (Equinox: filtered as
-        they are).
+      anchor: the full parameter tree, regardless of masks in the optimizer. Leaves are matched by
+        path; containers (dict, FrozenDict, nnx.State) and boxes may differ from the state's. A
+        partial restore leaves None in place of arrays, so where the state has None, an array given
+        here fills it. Where the parameters have None, the tree must too (Equinox: filter it as the
+        parameters).
       anchor_dtype: the dtype to store floating leaves in; None for the replaced leaf's, or for
-        the new leaf's own where the anchor had been dropped.
+        the new leaf's own if the anchor was dropped.
 
     Returns:
       The state with copies of the given arrays. A ``jax.Array`` keeps its own sharding and memory
-      kind, a NumPy array takes the replaced leaf's (a dropped anchor has none: give sharded arrays
-      in a sharded run).
+      kind. A NumPy array takes the replaced leaf's; a dropped anchor has none, so give sharded
+      arrays in a sharded run.
 
     Raises:
       ValueError: the state holds no anchor; paths or shapes differ (names the first); the state's
@@ -63,10 +64,11 @@ def _replaced(node: Any, anchor: PyTree, dtype: np.dtype | None) -> PyTree:
     """The new anchor of one stage's state."""
     flat = trees.flatten(node.anchor, is_leaf=policy.is_anchor_leaf)
     found = trees.flatten(anchor).by_path
-    wanted = [
-        _what_belongs(path, leaf, found) for path, leaf in zip(flat.paths, flat.leaves, strict=True)
+    expected = [
+        _expected_leaf(path, leaf, found)
+        for path, leaf in zip(flat.paths, flat.leaves, strict=True)
     ]
-    reference = flat._replace(leaves=wanted)
+    reference = flat._replace(leaves=expected)
     sources = policy.match_anchor(reference, anchor, "the state's anchor")
     _check_layers(node, reference)
     return flat.unflatten(
@@ -76,15 +78,15 @@ def _replaced(node: Any, anchor: PyTree, dtype: np.dtype | None) -> PyTree:
             dtype or (None if policy.is_anchor_leaf(old) else jnp.result_type(old)),
             path,
         )
-        for path, old, like, source in zip(flat.paths, flat.leaves, wanted, sources, strict=True)
+        for path, old, like, source in zip(flat.paths, flat.leaves, expected, sources, strict=True)
     )
 
 
-def _what_belongs(path: trees.Path, held: Any, found: dict[trees.Path, Any]) -> Any:
-    """What the new anchor is compared with at ``path``: the held array, or what fills its place.
+def _expected_leaf(path: trees.Path, held: Any, found: dict[trees.Path, Any]) -> Any:
+    """The array whose shape the new anchor must have at ``path``.
 
-    A dropped array left no shape to compare with, and neither did one that a partial restore
-    turned into None: whatever array the new anchor has there is taken.
+    It is the held array. If that was dropped, or became None in a partial restore, its shape is
+    unknown, and the new anchor's own array is returned.
     """
     given = found.get(path)
     is_array = hasattr(given, "shape") and hasattr(given, "dtype")
@@ -103,10 +105,10 @@ def _what_belongs(path: trees.Path, held: Any, found: dict[trees.Path, Any]) -> 
 
 
 def drop_anchor(state: PyTree) -> PyTree:
-    """Takes every anchor out of a nested optimizer state, to save it without.
+    """Removes every anchor from a nested optimizer state, to save the state without them.
 
-    The pretrained checkpoint has those weights already. A dropped state is for saving only: an
-    update refuses it until :func:`set_anchor` has put the anchor back.
+    The pretrained checkpoint already has those weights. A dropped state is for saving only:
+    ``update`` raises until :func:`set_anchor` puts the anchor back.
 
     Args:
       state: as for :func:`set_anchor`.
@@ -185,5 +187,5 @@ def _map_anchors(change: Callable[[Any], PyTree], state: PyTree) -> PyTree:
 
 
 def _holds_anchor(node: Any) -> bool:
-    """Whether ``node`` is a stage's state that keeps an anchor."""
+    """Whether ``node`` is a stage's state that holds an anchor."""
     return getattr(node, "holds_anchor", False) and not isinstance(node.anchor, optax.EmptyState)

@@ -1,8 +1,8 @@
-"""Where the anchor θ₀ lives: the weights that every method here measures the distance from.
+"""Where the anchor θ₀ is kept: the weights from which the methods measure the deviation.
 
-A stage keeps its own copy ("initial" or a tree), keeps none ("zero"), or is handed one at each
-update ("argument"), by the caller or by ``with_anchor``. What a stage keeps is an ordinary
-parameter-shaped tree in its state, so it is sharded, saved and mapped like Adam's moments.
+A stage keeps its own copy ("initial" or a tree), keeps none ("zero"), or gets one at each update
+("argument"), from the caller or ``with_anchor``. Its own copy is an ordinary parameter-shaped tree
+in the state, so it is sharded, saved and mapped like Adam's moments.
 """
 
 from typing import Any, NamedTuple
@@ -20,13 +20,13 @@ POLICIES = ("initial", "zero", "argument")
 
 
 class DroppedAnchor(NamedTuple):
-    """Stands, leafless, where :func:`drop_anchor` took an anchor array away."""
+    """A node without leaves, in place of each anchor array that :func:`drop_anchor` removed."""
 
 
 def holds_anchor(state_class: Any) -> Any:
     """Marks a state class whose field ``anchor`` is the anchor, for ``set_anchor`` to find.
 
-    A mark and not the field's name alone: a parameter tree may have a field called "anchor".
+    The field's name alone would not do: a parameter tree may have a field called "anchor".
     """
     state_class.holds_anchor = True
     return state_class
@@ -36,7 +36,7 @@ def check_anchor(anchor: Any, anchor_dtype: Any, policies: tuple[str, ...] = POL
     """Checks ``anchor=`` and ``anchor_dtype=`` when a stage is built.
 
     Raises:
-      TypeError: ``anchor_dtype`` is no dtype.
+      TypeError: ``anchor_dtype`` is not a dtype.
       ValueError: an unknown policy, None, a dtype that is not floating, or a dtype for an anchor
         that the state does not hold.
     """
@@ -59,19 +59,19 @@ def init_anchor(
     selected: list[bool] | None = None,
     anchor_dtype: Any = None,
 ) -> PyTree:
-    """What a stage's state holds of the anchor at first.
+    """The anchor that a stage's state holds after ``init``.
 
     Args:
       anchor: the stage's ``anchor=``.
       params: as given to ``init``: arrays, tracers, ``ShapeDtypeStruct`` leaves (answered in
-        kind), or Optax's placeholder for any parameter tree, which has no leaves (answered with
-        itself, so that ``optax.tree_map_params`` knows the anchor for a copy of the parameters).
+        kind), or Optax's placeholder, which has no leaves (returned as it is, so that
+        ``optax.tree_map_params`` recognises the anchor as parameter-like).
       selected: per leaf whether the stage's mask selects it; the others are not copied.
       anchor_dtype: the dtype to store floating leaves in; None for their own.
 
     Returns:
-      A tree with the structure of ``params`` that owns all of its arrays (an alias would kill a
-      step that donates both params and state), or ``optax.EmptyState()``.
+      A tree with the structure of ``params`` that owns all its arrays, or ``optax.EmptyState()``.
+      (With an alias, a step that donates both params and state would fail.)
     """
     if isinstance(anchor, str) and anchor != "initial":
         return optax.EmptyState()
@@ -84,7 +84,7 @@ def init_anchor(
         sources = kept.leaves
     else:
         sources = [
-            _beside(leaf, like)
+            _placed_like(leaf, like)
             for leaf, like in zip(match_anchor(kept, anchor), kept.leaves, strict=True)
         ]
     return flat.unflatten(
@@ -93,8 +93,8 @@ def init_anchor(
     )
 
 
-def _beside(source: Any, like: Any) -> Any:
-    """An anchor array that was put nowhere in particular, put where the parameter is."""
+def _placed_like(source: Any, like: Any) -> Any:
+    """Moves an anchor array without a committed device to the parameter's devices."""
     if _is_concrete(source) and not source.committed and _is_placed(like):
         return jax.device_put(source, like.sharding)
     return source
@@ -104,7 +104,7 @@ def match_anchor(flat: trees.FlatTree, anchor: PyTree, reference_name: str = "pa
     """The anchor's leaves in the order of the parameters; each parameter must have one.
 
     Raises:
-      ValueError: paths or shapes differ, or the anchor has a gap where params has an array.
+      ValueError: paths or shapes differ, or the anchor's leaf is missing where params has an array.
     """
     leaves = trees.align(flat, anchor, "anchor", reference_name)
     for path, like, leaf in zip(flat.paths, flat.leaves, leaves, strict=True):
@@ -117,9 +117,9 @@ def match_anchor(flat: trees.FlatTree, anchor: PyTree, reference_name: str = "pa
 
 
 def copied(source: Any, like: Any, dtype: np.dtype | None, path: trees.Path) -> Any:
-    """A copy of ``source`` in a buffer of its own, placed as the leaf ``like`` if it is host data.
+    """A copy of ``source`` in a buffer of its own.
 
-    A ``jax.Array`` keeps its sharding and memory kind.
+    Host data is placed like the leaf ``like``; a ``jax.Array`` keeps its sharding and memory kind.
     """
     if trees.is_missing(like):
         return like
@@ -133,7 +133,7 @@ def copied(source: Any, like: Any, dtype: np.dtype | None, path: trees.Path) -> 
         )
     if isinstance(source, jax.Array):
         return jnp.copy(source) if source.dtype == dtype else source.astype(dtype)
-    if _is_placed(like):  # straight to its shards: whole, it may not fit on one device
+    if _is_placed(like):  # directly to the shards, since the whole may not fit on one device
         return jax.device_put(np.asarray(source).astype(dtype), like.sharding, may_alias=False)
     return jnp.array(source, dtype)
 
@@ -158,16 +158,16 @@ def resolve_anchor(
 
     Args:
       policy: the stage's ``anchor=``.
-      held: what the stage's state holds.
+      held: the anchor that the stage's state holds.
       extra_args: the update's extra arguments, for "argument".
-      flat_params: the parameters, with gaps.
-      needed: per leaf whether the method acts there.
+      flat_params: the parameters, missing leaves included.
+      needed: per leaf whether the anchor is needed.
 
     Returns:
       Per leaf an array, the number 0 for "zero", or None where it is not needed.
 
     Raises:
-      ValueError: no ``anchor=`` was handed over, the anchor was dropped, or it does not match.
+      ValueError: no ``anchor=`` was passed, the anchor was dropped, or it does not match.
     """
     if isinstance(policy, str) and policy == "zero":
         return [0 if need else None for need in needed]
@@ -184,7 +184,7 @@ def resolve_anchor(
     for path, leaf, need in zip(flat_params.paths, leaves, needed, strict=True):
         if need and is_anchor_leaf(leaf):
             raise ValueError(
-                f"There is no anchor at {trees.shown(path)} ({leaf!r} stands there): the anchor "
+                f"There is no anchor at {trees.shown(path)} (found {leaf!r}): the anchor "
                 "was dropped; call set_anchor(state, pretrained_params) before the next update. "
                 "(It is missing after drop_anchor, or when a checkpoint was saved without it.)"
             )
@@ -192,16 +192,16 @@ def resolve_anchor(
 
 
 def is_anchor_leaf(node: Any) -> bool:
-    """A place in an anchor tree that holds no array."""
+    """Whether a node of an anchor tree stands for a missing or dropped array."""
     return trees.is_missing(node) or isinstance(node, DroppedAnchor)
 
 
 def is_on_host(theta_0: Any) -> bool:
-    """Whether the anchor array lives in host memory."""
+    """Whether the anchor array is in host memory."""
     on_host: bool = jax.typeof(theta_0).memory_space != jax.memory.Space.Device
     return on_host
 
 
 def on_device(theta_0: Any) -> Any:
-    """The anchor array, brought in if it lives in host memory; the held one stays there."""
+    """The anchor array on the device; if the state's is in host memory, a copy of it."""
     return jax.device_put(theta_0, jax.memory.Space.Device) if is_on_host(theta_0) else theta_0

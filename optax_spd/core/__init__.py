@@ -1,1 +1,1 @@
-"""What stages are made of: the layerwise driver, matching of trees, sums, balls, recomputing."""
+"""What stages are built from: the layerwise driver, tree matching, sums, balls, recomputation."""

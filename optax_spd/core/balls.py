@@ -1,16 +1,16 @@
-"""Balls around the anchor: the norms that measure a layer's deviation, and the projection.
+"""Balls around the anchor: norms of a layer's deviation, and the projection onto a ball.
 
 The ball of radius γ around a layer's anchor θ₀ (Tian et al., CVPR 2023 and NeurIPS 2023; the norms
 as in Gouk, Hospedales, Pontil: "Distance-Based Regularisation of Deep Networks for Fine-Tuning",
 ICLR 2021, https://arxiv.org/abs/2002.08253):
 
     l2:    n = ‖Δ‖₂                        one number a layer
-    mars:  n_j = Σ |Δ_j|                    one a row j: the weights of one output unit
+    mars:  n_j = Σ |Δ_j|                    one number a row j: the weights of one output unit
     θ' = θ₀ + clip(γ / (n + 1e-8), 0, 1) Δ  each row by its own n, all with the layer's γ
 
 so that afterwards max_j n_j <= γ. (MARS stands for maximum absolute row sum.) Rows are output
-units whatever the axis they lie on (``layers=``); an array of rank 0 or 1 is one row. In a group
-of arrays each keeps its rows.
+units, on whatever axis they lie (``layers=``); an array of rank 0 or 1 is one row. Each array of a
+group has its own rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +23,7 @@ import numpy as np
 from optax_spd.core.rows import RowSums, layer_extremes, row_sums
 from optax_spd.core.sums import layer_sums, norm_of, sharded_like, spread, spread_over
 from optax_spd.layers import checks, plans
+from optax_spd.layers.types import Norm
 from optax_spd.sharding import manual_axes
 
 PyTree = Any
@@ -30,15 +31,15 @@ Leaves = Sequence[jax.Array | None]
 
 NORMS = ("l2", "mars")
 EPS = 1e-8
-"""Added to norms, and the smallest radius, in the authors' code of TPGM and of FTP."""
+"""The smallest radius, and what is added to norms, in the authors' code of TPGM and FTP."""
 
 
 def check_norm(norm: Any, axis_name: Any = None) -> None:
     """Checks ``norm=`` when a stage is built.
 
     Raises:
-      ValueError: an unknown norm, or ``axis_name`` names axes but the norm needs to know which of
-        an array's axes they split.
+      ValueError: an unknown norm, or "mars" with an ``axis_name`` that does not say which array
+        axes are split.
     """
     if norm not in NORMS:
         raise ValueError(f"norm must be 'l2' or 'mars', got {norm!r}.")
@@ -51,13 +52,13 @@ def check_norm(norm: Any, axis_name: Any = None) -> None:
 
 
 class BallNorms(NamedTuple):
-    """How far each layer is from its anchor.
+    """Norms of the deviation, by row and by layer.
 
     Attributes:
       rows: per leaf its rows' norms, shaped to broadcast against the array; None where there is
         no layer.
       smallest: each layer's smallest row norm, a per-layer vector.
-      largest: each layer's largest: the norm that a radius limits.
+      largest: each layer's largest row norm, which the radius limits.
     """
 
     rows: list[jax.Array | None]
@@ -66,33 +67,33 @@ class BallNorms(NamedTuple):
 
 
 def ball_norms(
-    norm: str,
+    norm: Norm,
     plan: plans.LayerPlan,
     axes: Sequence[manual_axes.MeshAxes] | None,
     *arrays: Leaves,
 ) -> tuple[BallNorms, ...]:
-    """Measures one or several trees of deviations, together.
+    """The norms of one or several trees of deviations, measured together.
 
     Args:
       norm: "l2" or "mars".
       plan: the layers.
-      axes: per leaf the hand-mapped mesh axes, or None.
+      axes: per leaf the mesh axes that split it by hand, or None.
       *arrays: deviations, each a list with one array per leaf, or None where there is no layer.
         All have arrays at the same leaves.
     """
     if norm == "l2":
-        squares = _together(lambda *leaves: tuple(x**2 for x in leaves), *arrays)
+        squares = _map_leaves(lambda *leaves: tuple(x**2 for x in leaves), *arrays)
         totals = layer_sums(plan, squares, len(arrays), axes)
         return tuple(
             _l2_norms(plan, total, leaves) for total, leaves in zip(totals, arrays, strict=True)
         )
-    sizes = _together(lambda *leaves: tuple(jnp.abs(x) for x in leaves), *arrays)
+    sizes = _map_leaves(lambda *leaves: tuple(jnp.abs(x) for x in leaves), *arrays)
     measured = row_sums(plan, sizes, axes)
-    return tuple(_mars_norms(plan, measured, which) for which in range(len(arrays)))
+    return tuple(_mars_norms(plan, measured, number) for number in range(len(arrays)))
 
 
 def norms_and_slope(
-    norm: str,
+    norm: Norm,
     plan: plans.LayerPlan,
     axes: Sequence[manual_axes.MeshAxes] | None,
     previous: Leaves,
@@ -101,36 +102,38 @@ def norms_and_slope(
 ) -> tuple[BallNorms, jax.Array]:
     """The norms of ``current``, and per layer Σ_j ⟨g_j, P_j⟩ / (n(P)_j + 1e-8) of ``previous`` P.
 
-    All row sums at once: under a partitioner each would else wait for the one before it.
+    All row sums are taken together; under a partitioner they would otherwise run one after another.
 
     Args:
       norm: "l2" or "mars".
       plan: the layers.
-      axes: per leaf the hand-mapped mesh axes, or None.
+      axes: per leaf the mesh axes that split it by hand, or None.
       previous: P, as for :func:`ball_norms`.
       current: as for :func:`ball_norms`.
       grads: g.
     """
     if norm == "l2":
-        terms = _together(lambda p, c, g: (p**2, c**2, g * p), previous, current, grads)
-        before, now, aligned = layer_sums(plan, terms, 3, axes)
-        return _l2_norms(plan, now, current), aligned / (norm_of(before) + EPS)
-    terms = _together(lambda p, c, g: (jnp.abs(p), jnp.abs(c), g * p), previous, current, grads)
-    measured = row_sums(plan, terms, axes, lambda before, _, a: a / (before + EPS))
+        terms = _map_leaves(lambda p, c, g: (p**2, c**2, g * p), previous, current, grads)
+        previous_square, square, product = layer_sums(plan, terms, 3, axes)
+        return _l2_norms(plan, square, current), product / (norm_of(previous_square) + EPS)
+    terms = _map_leaves(lambda p, c, g: (jnp.abs(p), jnp.abs(c), g * p), previous, current, grads)
+    measured = row_sums(
+        plan, terms, axes, lambda previous_norm, _, product: product / (previous_norm + EPS)
+    )
     return _mars_norms(plan, measured, 1), measured.totals
 
 
-def _together(function: Callable[..., tuple[jax.Array, ...]], *arrays: Leaves) -> list[Any]:
-    """``function`` of the leaves that stand at one place, where there are some."""
+def _map_leaves(function: Callable[..., tuple[jax.Array, ...]], *arrays: Leaves) -> list[Any]:
+    """Per leaf ``function`` of the lists' arrays; None where there is no layer."""
     return [
         None if leaves[0] is None else function(*leaves) for leaves in zip(*arrays, strict=True)
     ]
 
 
-def _mars_norms(plan: plans.LayerPlan, rows: RowSums, which: int) -> BallNorms:
-    """The norms that are number ``which`` of the rows' sums."""
+def _mars_norms(plan: plans.LayerPlan, rows: RowSums, number: int) -> BallNorms:
+    """The norms from the row sums of product ``number``."""
     own, known = (
-        [None if sums is None else sums[which] for sums in per_leaf]
+        [None if sums is None else sums[number] for sums in per_leaf]
         for per_leaf in (rows.own, rows.known)
     )
     return BallNorms(own, *layer_extremes(plan, known, rows.differing))
@@ -144,38 +147,39 @@ def _l2_norms(plan: plans.LayerPlan, square: jax.Array, arrays: Leaves) -> BallN
 def ball_factor(
     radius: jax.Array, norm: jax.Array, active: jax.Array | bool = True, *, exact: bool = False
 ) -> jax.Array:
-    """What the deviation is multiplied by: clip(γ / (n + 1e-8), 0, 1), as the authors write it.
+    """The factor on the deviation: clip(γ / (n + 1e-8), 0, 1), as in the authors' code.
 
-    Its derivative is 0 wherever it is clipped, also at the ends, where ``jnp.clip``'s is 1/2.
+    Its derivative is 0 wherever it is clipped, also at both ends, where ``jnp.clip``'s is 1/2.
 
     Args:
       radius: γ.
       norm: n.
       active: where False, the factor is 1.
-      exact: whether it is 1 exactly where n <= γ. Otherwise the 1e-8 in the denominator shrinks a
-        row whose norm is within 1e-8 of the radius by as much, as in the authors' code.
+      exact: whether the factor is 1 for all n <= γ. Otherwise the 1e-8 in the denominator slightly
+        shrinks a row whose norm is within 1e-8 of the radius, as in the authors' code.
     """
     length = norm + EPS
-    beyond = active & (radius / length < 1)
+    outside = active & (radius / length < 1)
     if exact:
-        beyond = beyond & (norm > radius)
-    inside = beyond & (radius > 0)
-    # The select keeps an infinite radius out of the derivative, where it would make NaN. The
-    # division comes last because XLA on CPU does not repeat one in the kernel that uses its result:
-    # that kernel would read a place of the vector of radii, and could be shared by no other array.
-    otherwise = (~beyond).astype(length.dtype)
-    return jnp.where(inside, radius, otherwise) / jnp.where(inside, length, 1)
+        outside = outside & (norm > radius)
+    shrinks = outside & (radius > 0)
+    # The select keeps an infinite radius out of the derivative, where it would give NaN. The
+    # division comes last, because XLA:CPU does not fuse a division into the kernel that uses its
+    # result. Fused, the kernel would read one entry of the vector of radii, and arrays of one shape
+    # could not share it.
+    otherwise = (~outside).astype(length.dtype)
+    return jnp.where(shrinks, radius, otherwise) / jnp.where(shrinks, length, 1)
 
 
 def check_radii(radii: Any) -> None:
-    """Refuses concrete radii that are negative or NaN; infinity is no bound.
+    """Raises for concrete radii that are negative or NaN; infinity means no bound.
 
     Raises:
       TypeError: not numeric.
       ValueError: a negative number or a NaN.
     """
     checks.check_real("radii", radii)
-    # NumPy: under jit jnp would trace the comparison, also that of a concrete number.
+    # NumPy, because under jit jnp would trace the comparison even of concrete radii.
     if not isinstance(radii, jax.core.Tracer) and not np.all(np.asarray(radii) >= 0):
         raise ValueError(f"radii must not be negative or NaN, got {radii}.")
 
@@ -188,7 +192,7 @@ def factors(
     *,
     exact: bool = False,
 ) -> list[jax.Array | None]:
-    """Per leaf what its deviation is multiplied by.
+    """Per leaf the factor on its deviation.
 
     Args:
       plan: the layers.

@@ -1,6 +1,6 @@
-"""TPGM's bi-level step: the gradient of a validation loss in the radii, and the loop over batches.
+"""TPGM's bi-level loop: learns radii by the gradient of a validation loss, batch by batch.
 
-Shared by :func:`optax_spd.tpgm`, whose file has the paper's equations as a whole, and
+Shared by :func:`optax_spd.tpgm`, whose module has the paper's equations, and
 :func:`optax_spd.fit_radii`.
 """
 
@@ -25,14 +25,14 @@ DEFAULT_OPTIMIZER = optax.adam(1e-2)
 
 
 class Constraint(NamedTuple):
-    """What the radii bound; the same for all steps of one bi-level loop.
+    """The deviations that the radii bound; constant during one bi-level loop.
 
     Attributes:
       plan: the layers.
       deltas: per leaf the deviation Δ̃ to be projected, None where there is no layer.
-      norms: how large it is.
-      active: per layer whether it takes part: it has an update and its norm is finite.
-      axes: per leaf the hand-mapped mesh axes, or None.
+      norms: the norms of the deviations.
+      active: per layer whether its radius is learned: it has an update and its norm is finite.
+      axes: per leaf the mesh axes that split it by hand, or None.
     """
 
     plan: plans.LayerPlan
@@ -44,21 +44,21 @@ class Constraint(NamedTuple):
     def started(
         self, radii: jax.Array, started: jax.Array, initial: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Radii that start now are ``initial``, or half of their layer's smallest row norm.
+        """Starts the radii of active layers, at ``initial`` or half their smallest row norm.
 
-        A layer that has not moved starts again when it has.
+        A layer that has not moved counts as not started.
         """
         starting = self.active & ~started
         radii = jnp.where(starting, self.norms.smallest / 2 if initial is None else initial, radii)
         return radii, started | (self.active & (self.norms.largest > 0))
 
     def clipped(self, radii: jax.Array) -> jax.Array:
-        """clip(γ, 1e-8, max n), where the upper end wins."""
+        """clip(γ, 1e-8, max n); max n if it is below 1e-8."""
         inside = jnp.minimum(jnp.maximum(radii, balls.EPS), self.norms.largest)
         return jnp.where(self.active, inside, radii)
 
     def factors(self, radii: jax.Array) -> Leaves:
-        """What each deviation is multiplied by."""
+        """The factor of the projection, per leaf."""
         return balls.factors(self.plan, radii, self.norms, self.active)
 
     def radius_gradient(self, radii: jax.Array, weight_gradients: Leaves) -> jax.Array:
@@ -73,7 +73,7 @@ class Constraint(NamedTuple):
                 continue
             radius = sums.spread(entry, radii, rows.ndim).astype(rows.dtype)
             length = rows + balls.EPS
-            # Strictly: the derivative of jnp.clip is 1/2 where the ratio is exactly 1.
+            # Strict: no gradient flows where the ratio is exactly 1 (jnp.clip's would be 1/2).
             inside = (radius > 0) & (radius / length < 1)
             weight = jnp.where(inside, 1 / (copies * length), 0)
             terms.append((g.astype(delta.dtype) * delta * weight,))
@@ -81,11 +81,12 @@ class Constraint(NamedTuple):
         return gradient
 
     def _gradient_axes(self) -> tuple[Sequence[manual_axes.MeshAxes] | None, int]:
-        """The mesh axes to sum weight gradients over, and how many times that counts the loss.
+        """The mesh axes to sum weight gradients over, and how often that counts the loss.
 
-        ``shard_map`` with its check on differentiates the loss. ``pmap``, and ``shard_map``
-        without the check, differentiate the sum of all devices' losses, each device in its own
-        copy of a replicated array: there all copies count, and as many losses as there are devices.
+        ``shard_map`` with ``check_vma=True`` differentiates the loss. ``pmap``, and ``shard_map``
+        without the check, differentiate the sum of all devices' losses, and each device in its own
+        copy of a replicated array. There the gradients of all copies are summed, and the sum is
+        divided by the number of devices.
         """
         names = {name for axes in self.axes or () for name in axes}
         if self.axes is None or all(
@@ -99,7 +100,7 @@ class Constraint(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """Outcome of :func:`learn_radii`: radii, their optimizer's state, the loss of each step."""
+    """Result of :func:`learn_radii`: radii, their optimizer's state, the loss of each step."""
 
     radii: jax.Array
     optimizer_state: PyTree
@@ -115,20 +116,20 @@ def learn_radii(
     radii: jax.Array,
     optimizer_state: PyTree,
 ) -> Learned:
-    """One step of the radii's optimizer per validation batch, as one ``lax.scan``.
+    """Takes one step of the radii's optimizer per validation batch, in one ``lax.scan``.
 
     Args:
-      constraint: what the radii bound.
-      loss_fn: (per leaf the projected parameters, batch) -> scalar.
-      place: per leaf from factors to projected parameters.
+      constraint: the deviations that the radii bound.
+      loss_fn: (projected parameters per leaf, batch) -> scalar.
+      place: (factors per leaf) -> projected parameters per leaf.
       batches: validation batches with a leading axis.
       optimizer: of the radii; it also gets the loss, as ``value=``.
-      radii: to begin with.
-      optimizer_state: to begin with.
+      radii: the initial radii.
+      optimizer_state: the optimizer's initial state.
 
     Returns:
-      The radii after the last step, clipped. Where the loss or a layer's gradient is not finite
-      the layer keeps its radius; where the loss is not, the optimizer keeps its state too.
+      The radii after the last step, clipped. A layer keeps its radius if the loss or its gradient
+      is not finite; the optimizer keeps its state if the loss is not finite.
     """
     update = optax.with_extra_args_support(optimizer).update
 
@@ -139,36 +140,38 @@ def learn_radii(
         loss, weight_gradients = jax.value_and_grad(loss_fn)(projected, batch)
         gradient = constraint.radius_gradient(radii, weight_gradients)
 
-        usable = jnp.isfinite(loss)
-        # Its square too: a second moment that overflows would hold the radius still for good.
-        learns = constraint.active & usable & jnp.isfinite(gradient**2)
+        loss_is_finite = jnp.isfinite(loss)
+        # The square must be finite too: an overflowing second moment would freeze the radius.
+        learns = constraint.active & loss_is_finite & jnp.isfinite(gradient**2)
         gradient = jnp.where(learns, gradient, 0)
         change, new_state = update(gradient, state, radii, value=loss)
         new_radii = optax.apply_updates(radii, change)
         new_radii = jnp.where(learns & jnp.isfinite(new_radii), new_radii, radii)
-        kept_state = jax.tree.map(lambda new, old: _chosen(usable, new, old), new_state, state)
-        return (new_radii, kept_state), loss
+        next_state = jax.tree.map(
+            lambda new, old: _select(loss_is_finite, new, old), new_state, state
+        )
+        return (new_radii, next_state), loss
 
     (radii, optimizer_state), losses = jax.lax.scan(step, (radii, optimizer_state), batches)
     return Learned(constraint.clipped(radii), optimizer_state, losses)
 
 
-def _chosen(usable: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    chosen = jnp.where(usable, new, old)
-    # A scheduled rate may promote a moment; what a loop carries keeps its dtype.
-    return chosen if chosen.dtype == old.dtype else chosen.astype(old.dtype)
+def _select(condition: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    selected = jnp.where(condition, new, old)
+    # A scheduled rate may promote a moment, but a scan's carry must keep its dtype.
+    return selected if selected.dtype == old.dtype else selected.astype(old.dtype)
 
 
 def scalar_loss(validation_fn: ValidationFn, params: PyTree, batch: PyTree) -> jax.Array:
     """The validation loss.
 
     Raises:
-      ValueError: it is not one real number.
+      ValueError: it is not a real scalar.
     """
     loss = validation_fn(params, batch)
     leaves = jax.tree.leaves(loss)
     if len(leaves) != 1 or leaves[0] is not loss or not _is_real_scalar(loss):
-        got = jax.tree.map(_described, loss)
+        got = jax.tree.map(_describe, loss)
         raise ValueError(
             f"validation_fn must return one real number, the mean loss of the batch, got {got}. "
             "Leave auxiliary outputs out and average over the batch."
@@ -176,7 +179,7 @@ def scalar_loss(validation_fn: ValidationFn, params: PyTree, batch: PyTree) -> j
     return jnp.asarray(loss)
 
 
-def _described(value: Any) -> str:
+def _describe(value: Any) -> str:
     if hasattr(value, "dtype"):
         return f"{value.dtype}{list(jnp.shape(value))}"
     return f"{type(value).__name__} {value!r}"
@@ -191,10 +194,10 @@ def _is_real_scalar(loss: Any) -> bool:
 def checked_optimizer(
     optimizer: optax.GradientTransformation | None,
 ) -> optax.GradientTransformation:
-    """The optimizer of the radii; the default where none is given.
+    """The optimizer of the radii; the default for None.
 
     Raises:
-      TypeError: it is no gradient transformation.
+      TypeError: it is not a gradient transformation.
     """
     if optimizer is None:
         return DEFAULT_OPTIMIZER
@@ -210,7 +213,7 @@ def check_validation(validation_fn: Any, validation_batches: Any) -> None:
     """Checks the two arguments of a bi-level step.
 
     Raises:
-      TypeError: ``validation_fn`` is no function.
+      TypeError: ``validation_fn`` is not a function.
       ValueError: the batches have no common leading axis.
     """
     if not callable(validation_fn):
@@ -236,5 +239,5 @@ def check_validation(validation_fn: Any, validation_batches: Any) -> None:
             raise ValueError(
                 f"validation_batches has leading axes that differ: {first[0]} at "
                 f"{trees.shown(first_path)}, {shape[0]} at {trees.shown(path)}. The leading axis "
-                "counts the inner steps, and is the same for all arrays."
+                "counts the inner steps, so all arrays must agree in it."
             )

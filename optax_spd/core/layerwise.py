@@ -1,12 +1,12 @@
-"""The driver of methods that decide for each layer: from three pure functions to a stage.
+"""The driver for methods with one decision per layer: builds a stage from three pure functions.
 
     products = measure(deviation, gradient)    elementwise, then summed over each layer (or row)
-    decision = decide(*sums, *memory)          what to record, what ``act`` needs, where it changes
-    update   = act(deviation, *coefficients)   elementwise, only where the decision says so
+    decision = decide(*sums, *memory)          values to record, coefficients, where to change u
+    update   = act(deviation, *coefficients)   elementwise, used where the decision changes u
 
-Everything else is here and in the modules below, once for all methods: matching trees, the anchor,
-masks, stacked layers, groups, sharding and hand-split axes, dtypes, schedules, the step count, and
-keeping what is not finite in its own layer.
+Everything else is here and in the modules it imports, once for all methods: matching trees, the
+anchor, masks, stacked layers, groups, sharding and hand-split axes, dtypes, schedules, the step
+count, and isolation of layers that are not finite.
 """
 
 import functools
@@ -33,17 +33,16 @@ from optax_spd.core.sums import (
 from optax_spd.layers import checks, fingerprints
 from optax_spd.layers.plans import LayerPlan
 from optax_spd.layers.spec import LayerFn
+from optax_spd.layers.types import Anchor, AxisName, DType, Mask, PyTree
 from optax_spd.sharding import manual_axes
-
-PyTree = Any
 
 
 class Decision(NamedTuple):
-    """What ``decide`` returns, for a vector of layers or of rows.
+    """The result of ``decide``, for a vector of layers or of rows.
 
     Attributes:
       record: vectors that the state keeps until the next update, by name.
-      coefficients: vectors for ``act``. They reach it shaped to broadcast against the array.
+      coefficients: vectors for ``act``, which gets them shaped to broadcast against the array.
       changes: where ``act`` gives the new update; elsewhere u passes through. Bool.
       memory: the memory for the next update, by name; None if there is none.
     """
@@ -63,8 +62,8 @@ class LayerwiseState(NamedTuple):
       anchor: θ₀, a tree like params, or ``optax.EmptyState()`` if none is held.
       layer_fingerprint: tells which layers the vectors are for; see
         :func:`optax_spd.check_state`.
-      record: the last decision's records: one vector with an entry a layer for each name.
-      memory: what is remembered between updates, likewise.
+      record: the last decision's record: by name a vector with one entry per layer.
+      memory: the memory, likewise.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
@@ -86,17 +85,17 @@ def layerwise(
     hyperparameters: Mapping[str, checks.ScalarOrSchedule] | None = None,
     level: Literal["layer", "row"] = "layer",
     gradient: bool = True,
-    anchor: Literal["initial", "zero", "argument"] | PyTree = "initial",
-    anchor_dtype: Any = None,
+    anchor: Anchor = "initial",
+    anchor_dtype: DType = None,
     layers: LayerFn | None = None,
-    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
-    axis_name: Any = None,
+    mask: Mask = None,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""A stage of your own that decides for each layer, from three pure functions.
+    r"""Builds a stage of your own, with one decision per layer, from three pure functions.
 
-    The stage works wherever :func:`optax_spd.spd` does, which is written with it: under ``jit``
-    with any sharding, in ``shard_map``, on stacked layers, under masks, in bfloat16, and resumed
-    from a checkpoint.
+    :func:`optax_spd.spd` is written with it. Like ``spd`` the stage works under ``jit`` with any
+    sharding, in ``shard_map``, on stacked layers, under masks, in bfloat16, and resumed from a
+    checkpoint.
 
     Args:
       name: the method's name, for error messages.
@@ -104,22 +103,22 @@ def layerwise(
         deviation has the attributes ``delta`` (Δ = θ - θ₀), ``step`` (u) and ``tentative`` (Δ + u).
       decide: (\*sums, \*memory, \*\*hyperparameters) -> :class:`Decision`, elementwise. It is
         called with vectors of all layers, and with the sums of one array or group. It must guard
-        against 0/0. A layer whose sums are not finite keeps u, and records what sums of 0 give.
+        against 0/0. A layer whose sums are not finite keeps u; its record is that of sums of 0.
       act: (deviation, \*coefficients) -> the new update, elementwise.
       sums: how many arrays ``measure`` returns.
       state: a NamedTuple class for the state, with the fields ``count``, ``anchor``,
         ``layer_fingerprint``, and one for each record and each memory. None for
         :class:`LayerwiseState`.
-      memory: vectors that live from one update to the next, by name: the initial value of each, a
-        number. A float is held in the dtype of the sums, an int as int32. A layer keeps its memory
-        in a step without an update for it, and where its sums or its new memory are not finite.
-      hyperparameters: numbers or schedules of the count, by name; handed to ``decide``.
-      level: "layer", or "row" for one decision for each output unit. Then sums and coefficients
-        are for the rows of one array, records are averaged over each layer's rows, and there is no
-        memory.
+      memory: per-layer vectors carried from one update to the next: names and initial values, each
+        a number. A float is held in the dtype of the sums, an int as int32. A layer's memory does
+        not change in a step without an update for the layer, or if its sums or its new memory are
+        not finite.
+      hyperparameters: numbers or schedules of the count, by name; passed to ``decide``.
+      level: "layer", or "row" for one decision per output unit. Then sums and coefficients are for
+        the rows of one array, records are averaged over each layer's rows, and there is no memory.
       gradient: whether ``measure`` takes the raw gradient. If not, it is called with the deviation
         alone, and ``update`` needs no ``grad=``.
-      anchor: as for :func:`optax_spd.spd`, as all that follow.
+      anchor: θ₀, as for :func:`optax_spd.spd`.
       anchor_dtype: dtype to store the anchor in; None for its own.
       layers: what a layer is.
       mask: True where the method applies.
@@ -164,7 +163,7 @@ def layerwise(
     if state is not None:
         policy.holds_anchor(state)
 
-    # Arrays of one shape share a trace.
+    # Jitted so that arrays of one shape share a trace.
     measure, decide, act = jax.jit(measure), jax.jit(decide), jax.jit(act)
 
     def values_at(count: jax.Array, plan: LayerPlan) -> dict[str, jax.Array]:
@@ -195,15 +194,15 @@ def layerwise(
         _check_products(name, products, sums)
         values = values_at(state.count, view.plan)
         if level == "row":
-            made = _decide_rows(view, products, functools.partial(decide, **values))
+            decided = _decide_rows(view, products, functools.partial(decide, **values))
         else:
             remembered = {key: _field(state, "memory", key) for key in initial}
-            made = _decide_layers(
+            decided = _decide_layers(
                 view, products, sums, remembered, functools.partial(decide, **values)
             )
-        second = recompute.second_pass(view, made.changing)
+        second = recompute.second_pass(view, decided.changing)
         steps = [
-            None if d is None else _acted(act, d, *made.leaves[i])
+            None if d is None else _new_update(act, d, *decided.leaves[i])
             for i, d in enumerate(second.deviations)
         ]
         new_state = _new_state(
@@ -211,21 +210,22 @@ def layerwise(
             optax.safe_increment(state.count),
             state.anchor,
             state.layer_fingerprint,
-            made.record,
-            made.memory,
+            decided.record,
+            decided.memory,
         )
         return second.rebuild(steps), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class _Made(NamedTuple):
+class _Decisions(NamedTuple):
     """All decisions of one update.
 
     Attributes:
-      leaves: per active leaf where it changes, and the coefficients; broadcast against the array.
+      leaves: per active leaf where it changes, and the coefficients; they broadcast against the
+        array.
       changing: per layer whether it may change.
-      record, memory: what the state keeps.
+      record, memory: for the new state.
     """
 
     leaves: dict[int, tuple[jax.Array, tuple[jax.Array, ...]]]
@@ -240,12 +240,12 @@ def _decide_layers(
     count: int,
     memory: Mapping[str, jax.Array],
     decide: Callable[..., Decision],
-) -> _Made:
-    """One decision a layer.
+) -> _Decisions:
+    """One decision per layer.
 
-    The state takes the decision on the joined vectors. Each array takes the decision on its own
-    sums, so that it waits for no other layer, and so that arrays of one shape have equal kernels:
-    XLA compiles a kernel for every place of a vector that is read.
+    The state records the decision made from the joined vectors. Each array uses a decision made
+    from its own sums, so that it waits for no other layer, and arrays of one shape can share a
+    kernel. (XLA compiles a separate kernel for each entry that is read from a vector.)
     """
     plan = view.plan
     blocks = block_sums(plan, products, view.axes)
@@ -256,29 +256,29 @@ def _decide_layers(
     kept = {
         key: _remembered(old, new[key], finite & view.has_update) for key, old in memory.items()
     }
-    own: dict[int, Decision] = {}
+    block_decisions: dict[int, Decision] = {}
     for start, block in blocks.items():
         shape = block.shape[1:]
-        held = [m[start : start + math.prod(shape)].reshape(shape) for m in memory.values()]
-        block_decision = decide(*block, *held)
-        usable = block_decision.changes & _all_finite(block)
-        own[start] = block_decision._replace(changes=usable)
+        remembered = [m[start : start + math.prod(shape)].reshape(shape) for m in memory.values()]
+        block_decision = decide(*block, *remembered)
+        changes = block_decision.changes & _all_finite(block)
+        block_decisions[start] = block_decision._replace(changes=changes)
     leaves = {}
     for i, (entry, d) in enumerate(zip(plan.arrays, view.deviations, strict=True)):
         if entry is not None and d is not None:
-            made = own[entry.start]
+            block_decision = block_decisions[entry.start]
             changes, *coefficients = (
                 spread_block(entry, vector, d.step.ndim)
-                for vector in (made.changes, *made.coefficients)
+                for vector in (block_decision.changes, *block_decision.coefficients)
             )
             leaves[i] = changes, tuple(coefficients)
-    return _Made(leaves, decision.changes & finite, decision.record, kept)
+    return _Decisions(leaves, decision.changes & finite, decision.record, kept)
 
 
 def _decide_rows(
     view: stage.StageView, products: Products, decide: Callable[..., Decision]
-) -> _Made:
-    """One decision a row; the state takes the mean of each layer's rows."""
+) -> _Decisions:
+    """One decision per row; the state records the mean over each layer's rows."""
     plan = view.plan
     leaves = {}
     records: list[tuple[jax.Array, ...] | None] = []
@@ -294,16 +294,16 @@ def _decide_rows(
         records.append(tuple(term.astype(plan.dtype) for term in terms))
     *totals, number = layer_sums(plan, records, len(names) + 1, rows.row_axes(plan, view.axes))
     record = {key: total / jnp.maximum(number, 1) for key, total in zip(names, totals, strict=True)}
-    return _Made(leaves, jnp.ones(plan.vector_size, bool), record, {})
+    return _Decisions(leaves, jnp.ones(plan.vector_size, bool), record, {})
 
 
-def _acted(
+def _new_update(
     act: Callable[..., jax.Array],
     d: stage.Deviation,
     changes: jax.Array,
     coefficients: tuple[jax.Array, ...],
 ) -> jax.Array:
-    """``act`` where the decision says so; u elsewhere, by a select that lets no NaN through."""
+    """``act`` where the decision changes u; u elsewhere, by a select, which stops NaN."""
     new = act(d, *(c.astype(d.step.dtype) for c in coefficients))
     return jnp.where(sharded_like(changes, d.step), new, d.step)
 
@@ -321,9 +321,10 @@ def _memory_dtype(value: Any, plan: LayerPlan) -> Any:
 
 
 def _field(state: Any, kind: str, key: str) -> jax.Array:
-    """A record or a memory of the state."""
-    held = getattr(state, kind)[key] if isinstance(state, LayerwiseState) else getattr(state, key)
-    vector: jax.Array = held
+    """A vector of the state; ``kind`` is "record" or "memory"."""
+    vector: jax.Array = (
+        getattr(state, kind)[key] if isinstance(state, LayerwiseState) else getattr(state, key)
+    )
     return vector
 
 

@@ -1,10 +1,10 @@
-"""Several sums in one pass over an array, for programs of a single CPU device.
+"""Several sums in one pass over an array, for programs that run on a single CPU device.
 
-XLA's CPU backend hands a plain sum to a kernel library that takes its operand from memory. What
-several products share (the deviation, the inner optimizer's step) is then written out in full. One
-reduction with several operands compiles into one loop, and nothing is written: SPD's step on a
+XLA:CPU hands a plain sum to a kernel library that reads its operand from memory. Intermediates that
+several products share (the deviation, the inner optimizer's step) are then written out in full. One
+reduction with several operands compiles into one loop that writes none of them: SPD's step on a
 ViT-B takes 2.7 times ``optax.adamw``'s time with it and 5.6 times without (benchmarks/README.md).
-Sharded arrays take plain sums, since the partitioner would gather the results of such a reduction.
+Sharded arrays use plain sums, since the partitioner would gather the results of such a reduction.
 """
 
 import math
@@ -15,17 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# How many terms are added one after the other: a float32 sum loses digits with its length.
+# The number of terms added sequentially: a float32 sum loses digits with its length.
 PIECE = 64
-# Shorter pieces do not repay a pass of their own.
+# Shorter pieces are not worth a second level of sums.
 SHORTEST_PIECE = 8
 
 
 def is_single_cpu_program(tree: Any) -> bool:
-    """Whether the program being traced, if compiled for CPU, would run on one device.
+    """Whether the program being traced would run on one device if compiled for CPU.
 
-    False outside of ``jit``, and where an explicit-sharding mesh splits an array. Whether it *is*
-    compiled for CPU is known only when it is lowered.
+    False outside ``jit``, and if an explicit-sharding mesh splits an array. The platform itself is
+    known only at lowering.
     """
     leaves = jax.tree.leaves(tree)
     is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
@@ -33,7 +33,7 @@ def is_single_cpu_program(tree: Any) -> bool:
 
 
 def cpu_devices() -> int:
-    """The number of CPU devices in all processes; 0 if JAX runs without them."""
+    """The number of CPU devices in all processes; 0 if JAX runs without any."""
     try:
         return jax.device_count("cpu")
     except RuntimeError:
@@ -49,7 +49,7 @@ def sums(terms: tuple[jax.Array, ...], stacked: tuple[int, ...]) -> jax.Array:
 
     Args:
       terms: the arrays.
-      stacked: the axes that stay.
+      stacked: the axes not to sum over.
 
     Returns:
       Shape (number of terms, sizes of the stacked axes).
@@ -71,7 +71,7 @@ def _plain(terms: tuple[jax.Array, ...], stacked: tuple[int, ...]) -> jax.Array:
 
 def _in_pieces(terms: tuple[jax.Array, ...], stacked: tuple[int, ...]) -> jax.Array:
     shape = terms[0].shape
-    head = max(stacked, default=-1) + 1  # the axes behind the last stacked one are contiguous
+    head = max(stacked, default=-1) + 1  # the axes after the last stacked one are contiguous
     size = math.prod(shape[head:])
     piece = max(d for d in range(1, min(PIECE, size) + 1) if size % d == 0)
     if piece < SHORTEST_PIECE:

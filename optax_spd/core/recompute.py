@@ -1,12 +1,12 @@
 """Rematerialisation: recompute Δ, and a recipe's inner step, for the second pass over the arrays.
 
-A method reads each array twice: to decide, and to act. XLA would keep what the first pass computed
-until the second, which is another parameter tree in memory. An optimization barrier stops XLA from
-seeing that both passes compute the same, so the second computes it again from the arrays. On TPU
-that takes ``adam_spd``'s temporaries from 3.9 to 0.0 bytes a parameter (benchmarks/README.md).
+A method reads each array twice: to decide, and to act. XLA would keep the results of the first pass
+until the second, which is another parameter tree in memory. An optimization barrier hides from XLA
+that both passes compute the same, so the second pass recomputes it from the arrays. On TPU this
+reduces ``adam_spd``'s temporaries from 3.9 to 0.0 bytes a parameter (benchmarks/README.md).
 
 The deviation is cheap, and is recomputed on every platform. An inner step is recomputed on
-accelerators only: XLA's CPU backend would write both of its results to memory.
+accelerators only: XLA:CPU would write both of its results to memory.
 """
 
 import dataclasses
@@ -25,32 +25,32 @@ from optax_spd.layers import trees
 
 PyTree = Any
 
-# Smaller anchors in host memory are not fetched a second time. Together they are little, and each
-# branch has a price (an estimate: a megabyte crosses PCIe in 40 to 60 µs).
+# Smaller anchors in host memory are not fetched a second time: they need little memory, and each
+# branch has a cost (by estimate, PCIe transfers a megabyte in 40 to 60 µs).
 MIN_SIZE_TO_REFETCH = 1 << 18
 
 
 def barrier(tree: PyTree) -> PyTree:
-    """The same arrays, which XLA does not know to be the same."""
-    # One for each array: a joint barrier would wait for all, and in ``shard_map`` its results
-    # differ along all mesh axes that one of the operands differs along.
+    """The same arrays behind an optimization barrier, so that XLA cannot tell they are equal."""
+    # One barrier per array. A joint barrier would wait for all arrays, and in ``shard_map`` its
+    # results would vary along every mesh axis that any operand varies along.
     return jax.tree.map(jax.lax.optimization_barrier, tree)
 
 
 def chain(
     inner: Sequence[optax.GradientTransformation], last: optax.GradientTransformationExtraArgs
 ) -> optax.GradientTransformationExtraArgs:
-    """``optax_spd.chain(*inner, last)``, whose inner step is recomputed for the second pass.
+    """``optax_spd.chain(*inner, last)``, with the inner step recomputed for the second pass.
 
-    For a stage that needs the inner step in more than one sum and one result: XLA would keep it for
-    all arrays. Recomputing it reads gradients and moments twice.
+    For a stage that uses the inner step in its sums and in its result, so that XLA would keep it
+    for all arrays. Recomputing it reads gradients and moments twice.
 
     Args:
-      inner: transformations without side effects, which take no extra arguments but the chain's.
-      last: a stage that hands its extra arguments to :meth:`StageOptions.view` and calls
+      inner: transformations without side effects.
+      last: a stage that passes its extra arguments to :meth:`StageOptions.view` and calls
         :func:`second_pass`.
     """
-    plain, steps = optax.chain(*inner, last), optax.chain(*inner)
+    plain, inner_chain = optax.chain(*inner, last), optax.chain(*inner)
 
     def update(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
@@ -60,10 +60,10 @@ def chain(
             result = plain.update(updates, state, params, **extra_args)
             return result
         *states, last_state = state
-        first, _ = steps.update(updates, tuple(states), params, **extra_args)
-        # On CPU the two inner steps are equal computations, which XLA merges.
+        first, _ = inner_chain.update(updates, tuple(states), params, **extra_args)
+        # Without a barrier, on CPU, XLA merges the two inner steps into one.
         hidden = jax.lax.platform_dependent(updates, cpu=lambda tree: tree, default=barrier)
-        second, states = steps.update(hidden, tuple(states), params, **extra_args)
+        second, states = inner_chain.update(hidden, tuple(states), params, **extra_args)
         result, last_state = last.update(
             first, last_state, params, recomputed_updates=second, **extra_args
         )
@@ -76,13 +76,13 @@ def second_pass(view: stage.StageView, changing: jax.Array) -> stage.StageView:
     """The view for the second pass over the arrays.
 
     Args:
-      view: of the first pass.
-      changing: per layer whether the second pass needs its deviation; the others' may be 0.
+      view: the view of the first pass.
+      changing: per layer whether the second pass needs its deviation; elsewhere it may be 0.
 
     Returns:
-      The same with deviations recomputed from θ₀: always where it is on the device, and where it is
-      in host memory for layers that are ``changing``. Deviations from a zero anchor are reused. The
-      updates are those recomputed by :func:`chain`, if there are any.
+      The view with deviations recomputed from θ₀. If θ₀ is in host memory, only those of
+      ``changing`` layers are recomputed. Deviations from a zero anchor are reused. The updates are
+      those that :func:`chain` recomputed, if any.
     """
     if view.recomputed_updates is not None:
         leaves = trees.align(view.flat, view.recomputed_updates, "updates")
@@ -109,7 +109,7 @@ def _second_deviation(
     origin: jax.Array | None,
     changing: jax.Array,
 ) -> stage.Deviation:
-    """One array's Δ and u; Δ may be 0 where no layer is ``changing``."""
+    """One array's Δ and u; Δ may be 0 if no layer of the array is ``changing``."""
     path, theta, theta_0 = view.flat.paths[index], view.flat.leaves[index], view.anchor[index]
     entry, delta = view.plan.arrays[index], first.delta
     assert entry is not None
@@ -127,8 +127,8 @@ def _refetched(
 ) -> jax.Array:
     """Δ from an anchor in host memory, fetched if it is needed; else 0.
 
-    A branch, because XLA does not start a branch before it knows that it is taken. A barrier on an
-    array in host memory would make XLA write it back there.
+    This is a branch and not a barrier: XLA does not start a branch before it is taken, and would
+    copy an array behind a barrier back to host memory.
     """
     delta = functools.partial(stage.delta_of, path, dtype=first.dtype)
 
@@ -139,15 +139,15 @@ def _refetched(
         )
         return fetched
 
-    # JAX turns a branch that differs within a batch into a select, also between arrays in host
-    # memory, where it cannot select.
+    # ``vmap`` turns a branch into a select, which does not exist for arrays in host memory. So all
+    # anchors of a batch are fetched.
     @branch.def_vmap
     def _(size: int, batched: Sequence[bool], _: Any, *arrays: jax.Array) -> Any:
         axes = [0 if is_batched else None for is_batched in batched[1:]]
         return jax.vmap(delta, axes, axis_size=size)(*arrays), True
 
-    # JAX cannot add up derivatives in host memory either. Those of the first pass are the same,
-    # wherever they count.
+    # JAX cannot add derivatives in host memory. Those of the first pass are used instead; they are
+    # equal wherever they are needed.
     fetch = jax.custom_jvp(lambda _, *operands: branch(*operands))
     fetch.defjvp(lambda primals, tangents: (fetch(*primals), tangents[0]))
     result: jax.Array = fetch(first, needed, theta, theta_0)

@@ -1,8 +1,7 @@
-"""Sums over the rows of each layer, under any sharding, and the extremes of a layer's rows.
+"""Sums over the rows of each layer, under any sharding, and each layer's smallest and largest row.
 
-A row is everything that shares an output unit. A device may hold parts of rows, or whole rows that
-other devices do not hold, so a mesh axis is treated by what it splits: inside of rows sums are
-added up between devices; along output units each device's rows stand for themselves.
+A row is the weights of one output unit. A mesh axis that splits rows needs sums between devices.
+Along a mesh axis that splits output units, each device has whole rows of its own.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,14 +18,14 @@ PyTree = Any
 
 
 class RowSums(NamedTuple):
-    """What :func:`row_sums` gives.
+    """Result of :func:`row_sums`.
 
     Attributes:
       own: per leaf the sums of the rows in this device's part of the array, shaped to broadcast
         against it: the stacked and the output axes keep their sizes, the others have size 1. None
         where there are no products.
-      known: per leaf the sums of all rows that this device knows. With one more axis, at the end,
-        they include the rows of other devices.
+      known: per leaf the sums of all rows known to this device. If other devices' rows are among
+        them, they lie along an additional last axis.
       differing: the mesh axes along which devices know different rows of an array.
       totals: per layer the sum of ``of_rows`` over all its rows; zeros without ``of_rows``.
     """
@@ -43,16 +42,16 @@ def row_sums(
     axes: Sequence[MeshAxes] | None = None,
     of_rows: Callable[..., jax.Array] | None = None,
 ) -> RowSums:
-    """Sums elementwise products over each row: everything that shares an output unit.
+    """Sums elementwise products over each row, the weights of one output unit.
 
     Args:
       plan: the layers.
       products: as for :func:`optax_spd.core.sums.layer_sums`.
       axes: likewise; they must say which array axis each mesh axis splits.
-      of_rows: an elementwise function of the rows' sums, to be added up over each layer's rows.
+      of_rows: an elementwise function of the row sums, whose result is summed over each layer.
 
     Returns:
-      See :class:`RowSums`. Sums over several devices take one ``psum`` in all.
+      See :class:`RowSums`. All sums between devices take a single ``psum``.
     """
     split: Sequence[MeshAxes] = [{}] * len(products) if axes is None else axes
     stack = sums.needs_stacking(products)
@@ -77,32 +76,34 @@ def row_sums(
         (vector,) = sums.layer_sums(plan, listed, 1)
         return vector
 
-    # One psum sums everything over the same mesh axes, and so over those that split an array's
-    # output units too. Each device therefore places its rows beside those of the others. That
-    # moves few numbers: a row stands for as many weights as an output has inputs.
-    placed = {
-        i: tuple(sums.counted_once(_in_place(x, units[i]), split[i], over) for x in rows[i])
+    # The single psum runs over all these mesh axes, even those that split an array's output units.
+    # So that it does not add up different rows, each device puts its rows in a slot of their own.
+    # This moves few numbers: one for as many weights as an output has inputs.
+    slots = {
+        i: tuple(sums.counted_once(_in_slot(x, units[i]), split[i], over) for x in rows[i])
         for i in partial
     }
-    early = None
+    whole_totals = None
     if of_rows and whole:
-        early = totals({i: sums.counted_once(of_rows(*rows[i]), split[i], over) for i in whole})
-    placed, early = sums.summed_between_devices((placed, early), over)
+        whole_totals = totals(
+            {i: sums.counted_once(of_rows(*rows[i]), split[i], over) for i in whole}
+        )
+    slots, whole_totals = sums.summed_between_devices((slots, whole_totals), over)
 
-    known = rows | placed
-    own = rows | {i: tuple(_from_place(x, units[i]) for x in placed[i]) for i in partial}
-    everywhere = [i for i in rows if i in placed or not units[i]]
-    late = totals({i: of_rows(*known[i]) for i in everywhere} if of_rows else {})
+    known = rows | slots
+    own = rows | {i: tuple(_from_slot(x, units[i]) for x in slots[i]) for i in partial}
+    everywhere = [i for i in rows if i in slots or not units[i]]
+    known_totals = totals({i: of_rows(*known[i]) for i in everywhere} if of_rows else {})
     return RowSums(
         own=[own.get(i) for i in range(len(products))],
         known=[known.get(i) for i in range(len(products))],
         differing=tuple(sorted({name for i in whole for name in units[i]})),
-        totals=late if early is None else early + late,
+        totals=known_totals if whole_totals is None else whole_totals + known_totals,
     )
 
 
 def row_axes(plan: LayerPlan, axes: Sequence[MeshAxes] | None) -> list[MeshAxes] | None:
-    """Of the hand-split mesh axes per leaf those along which devices hold different rows."""
+    """Per leaf the hand-split mesh axes along which devices hold different rows."""
     if axes is None:
         return None
     return [
@@ -111,17 +112,17 @@ def row_axes(plan: LayerPlan, axes: Sequence[MeshAxes] | None) -> list[MeshAxes]
     ]
 
 
-def _in_place(rows: jax.Array, units: tuple[str, ...]) -> jax.Array:
-    """A device's rows along a new last axis, with zeros in place of the other devices' rows."""
-    places = jnp.arange(jax.lax.axis_size(units))
-    # A select: 0 times a NaN is NaN, and would reach the other devices' rows.
-    return jnp.where(places == jax.lax.axis_index(units), rows[..., None], 0)
+def _in_slot(rows: jax.Array, units: tuple[str, ...]) -> jax.Array:
+    """Puts a device's rows in its slot of a new last axis; the other slots are zero."""
+    slots = jnp.arange(jax.lax.axis_size(units))
+    # A select, since 0 times NaN would put NaN into the other devices' slots.
+    return jnp.where(slots == jax.lax.axis_index(units), rows[..., None], 0)
 
 
-def _from_place(rows: jax.Array, units: tuple[str, ...]) -> jax.Array:
-    """A device's own rows, which ``shard_map`` knows to differ between devices."""
-    place = jax.lax.axis_index(units)
-    own: jax.Array = jax.lax.dynamic_index_in_dim(rows, place, -1, keepdims=False)
+def _from_slot(rows: jax.Array, units: tuple[str, ...]) -> jax.Array:
+    """A device's own rows; ``shard_map`` then sees that they vary between devices."""
+    slot = jax.lax.axis_index(units)
+    own: jax.Array = jax.lax.dynamic_index_in_dim(rows, slot, -1, keepdims=False)
     return own
 
 
@@ -134,19 +135,19 @@ def layer_extremes(
 
     Args:
       plan: the layers.
-      rows: per leaf one number for each row that this device knows, or None.
+      rows: per leaf one number for each row known to this device, or None.
       differing: the mesh axes along which devices know different rows.
 
     Returns:
       Two vectors of shape (``plan.vector_size``,) and dtype ``plan.dtype``: zero for a layer
-      without rows; the largest is infinite or NaN where one of the rows is.
+      without rows. The largest is not finite if one of the rows is not.
     """
     blocks: dict[int, jax.Array] = {}
     for entry, row in zip(plan.arrays, rows, strict=True):
         if entry is None or row is None:
             continue
         over = tuple(a for a in range(row.ndim) if a not in entry.stacked_axes)
-        # Whether a maximum over devices passes NaN on depends on the device; infinity it does.
+        # Some devices lose NaN in a maximum over devices, but none loses infinity.
         highest = jnp.where(jnp.isnan(row), jnp.inf, row)
         both = jnp.stack([jnp.max(-row, axis=over), jnp.max(highest, axis=over)])
         block = sums.replicated(both).reshape(2, entry.count).astype(plan.dtype)

@@ -1,4 +1,4 @@
-"""Per-layer factors on a tree of updates, for the stages that scale learning rates."""
+"""Multiplies updates by per-layer factors, for the stages that scale learning rates."""
 
 from typing import Any
 
@@ -26,8 +26,8 @@ def scaled(
       flat: the parameters.
       plan: their layers.
       scale: the factors, one per layer.
-      scalable: per layer whether its factor may differ from 1. Arrays without such a layer pass
-        through. None for all.
+      scalable: per layer whether its factor may differ from 1; None for all. Arrays without such a
+        layer pass through.
     """
     leaves = trees.align(flat, updates, "updates")
 
@@ -38,7 +38,7 @@ def scaled(
             return None
         step = trees.as_real(leaf, plans.compute_dtype(leaf), "updates", path)
         factor = sums.spread(entry, scale, step.ndim).astype(step.dtype)
-        # A factor of 0 stops a layer, also one whose update is not finite.
+        # A factor of 0 stops a layer even if its update is not finite.
         stopped = sums.sharded_like(factor == 0, step)
         return jnp.where(stopped, 0, step * factor).astype(jnp.result_type(leaf))
 

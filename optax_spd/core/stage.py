@@ -1,7 +1,7 @@
-"""What every stage needs: the caller's trees matched leaf by leaf, and the result put back.
+"""Tree handling shared by all stages: match the caller's trees by leaf, and rebuild the updates.
 
-A method's file holds its equation. Which arrays it concerns, where their anchor is, and how the
-result returns into the caller's tree is the same for all methods and stands here.
+A method's module holds its equations. This one finds the arrays that the method changes and their
+anchor, and puts the results back into the caller's tree.
 """
 
 import dataclasses
@@ -16,13 +16,14 @@ from optax_spd.anchors import policy
 from optax_spd.core import sums
 from optax_spd.layers import plans, trees
 from optax_spd.layers.spec import LayerFn, check_layers
+from optax_spd.layers.types import Anchor, AxisName, DType, Mask
 from optax_spd.sharding import manual_axes, placement
 
 PyTree = Any
 
 
 class Deviation(NamedTuple):
-    """One array's deviation from its anchor and its step, both in one dtype of at least float32.
+    """An array's deviation from its anchor, and its step, both in at least float32.
 
     Attributes:
       delta: Δ = θ - θ₀.
@@ -42,17 +43,17 @@ class Deviation(NamedTuple):
 class StageView:
     """A stage's trees in one update, as lists of leaves in the order of the parameters.
 
-    A leaf is *active* if the method changes it: it is a layer under the mask, and it has an update.
+    A leaf is *active* if the method may change it: it is a layer under the mask, and has an update.
 
     Attributes:
       plan: the layers.
       flat: the parameters; missing leaves included.
       updates: the incoming updates' leaves; missing leaves included.
       deviations: per active leaf its Deviation, else None.
-      anchor: per active leaf θ₀, in whatever memory it is; else None.
-      axes: per leaf the mesh axes it is split over by hand, or None.
-      tree: the incoming updates as they came.
-      recomputed_updates: the incoming updates computed a second time, for the second pass; or None.
+      anchor: per active leaf θ₀, in device or host memory; else None.
+      axes: per leaf the mesh axes that split it by hand, or None.
+      tree: the incoming updates as a tree.
+      recomputed_updates: the incoming updates recomputed for the second pass, or None.
     """
 
     plan: plans.LayerPlan
@@ -92,7 +93,7 @@ class StageView:
         ]
 
     def rebuild(self, steps: Sequence[jax.Array | None]) -> PyTree:
-        """The updates with other leaves where there are some, in the dtypes that they came in."""
+        """The incoming updates with the given steps, in the incoming dtypes; None keeps a leaf."""
         return trees.replace_leaves(
             self.tree,
             {
@@ -103,10 +104,10 @@ class StageView:
         )
 
     def store(self, tree: PyTree, leaves: Sequence[jax.Array | None]) -> PyTree:
-        """A parameter-shaped tree of the state with new leaves where there are some, in its dtypes.
+        """A parameter-shaped tree of the state with new leaves, in its own dtypes.
 
         Args:
-          tree: what the state holds, made by :func:`zeros_like_layers`.
+          tree: the state's tree, made by :func:`zeros_like_layers`.
           leaves: per leaf of the parameters the new value, or None to keep the old one.
         """
         old = trees.align(self.flat, tree, "the state")
@@ -131,26 +132,26 @@ class StageView:
 
 @dataclasses.dataclass(frozen=True)
 class StageOptions:
-    """The arguments that all stages with layers and an anchor have in common, checked.
+    """The checked arguments that all stages with layers and an anchor share.
 
     Attributes:
       anchor, anchor_dtype, layers, mask, axis_name: as the stages document.
     """
 
-    anchor: Any = "initial"
-    anchor_dtype: Any = None
+    anchor: Anchor = "initial"
+    anchor_dtype: DType = None
     layers: LayerFn | None = None
-    mask: Any = None
-    axis_name: Any = None
+    mask: Mask = None
+    axis_name: AxisName = None
 
     def __post_init__(self) -> None:
-        """Raises for arguments that are wrong whatever the parameters."""
+        """Raises for invalid arguments, as far as they can be checked without parameters."""
         policy.check_anchor(self.anchor, self.anchor_dtype)
         check_layers(self.layers)
         manual_axes.check_axis_name(self.axis_name)
 
     def init(self, params: PyTree) -> tuple[plans.LayerPlan, PyTree]:
-        """The layers of ``params``, and what the state holds of the anchor."""
+        """The layers of ``params``, and the anchor that the state holds."""
         _, plan, selected = plans.planned(params, self.layers, self.mask)
         held = policy.init_anchor(self.anchor, params, selected, self.anchor_dtype)
         if not isinstance(self.anchor, str):
@@ -164,7 +165,7 @@ class StageOptions:
 
         Args:
           updates: the incoming updates.
-          held: what the state holds of the anchor.
+          held: the anchor that the state holds.
           params: the parameters before the step.
           extra_args: the update's extra arguments.
 
@@ -191,14 +192,14 @@ class StageOptions:
 
 
 def deviation_of(path: trees.Path, update: Any, theta: Any, theta_0: Any) -> Deviation:
-    """One array's Δ and u, in the dtype to compute in."""
+    """One array's Δ and u, in the compute dtype."""
     dtype = plans.compute_dtype(theta, update)
     delta = delta_of(path, theta, theta_0, dtype)
     return Deviation(delta, trees.as_real(update, dtype, "updates", path))
 
 
 def delta_of(path: trees.Path, theta: Any, theta_0: Any, dtype: Any) -> jax.Array:
-    """θ - θ₀; the anchor is fetched if it lives in host memory."""
+    """θ - θ₀; the anchor is fetched if it is in host memory."""
     return jnp.asarray(theta, dtype) - trees.as_real(
         policy.on_device(theta_0), dtype, "anchor", path
     )
@@ -212,9 +213,9 @@ def applied(theta: Any, update: Any) -> Any:
 
 
 def project_step(d: Deviation, factor: jax.Array) -> jax.Array:
-    """The update that takes the deviation to f Δ̃; where f = 1, u itself."""
-    # f Δ̃ - Δ = u - (1 - f) Δ̃. With a factor near 1 and a small step the first is the difference of
-    # nearly equal numbers; with a factor near 0 the second is.
+    """The update that makes the deviation f Δ̃; exactly u where f = 1."""
+    # f Δ̃ - Δ = u - (1 - f) Δ̃. The first form cancels for f near 1 and a small step, the second for
+    # f near 0.
     projected = jnp.where(
         factor < 0.5, factor * d.tentative - d.delta, d.step - (1 - factor) * d.tentative
     )
@@ -223,11 +224,11 @@ def project_step(d: Deviation, factor: jax.Array) -> jax.Array:
 
 
 def zeros_like_layers(params: PyTree, plan: plans.LayerPlan, dtype: Any = None) -> PyTree:
-    """Zeros like the parameters that are layers, MaskedNode for the others, placed as they are.
+    """Zeros like the parameters that are layers, with their sharding; MaskedNode for the others.
 
     Args:
       params: as given to ``init``: arrays, tracers, ``ShapeDtypeStruct`` leaves (answered in
-        kind), or Optax's placeholder (answered with itself).
+        kind), or Optax's placeholder (returned as it is).
       plan: their layers.
       dtype: of the zeros; None for each parameter's own.
     """
@@ -247,11 +248,7 @@ def _zeros_like(leaf: Any, dtype: Any) -> Any:
 
 
 def check_vector(field: str, vector: jax.Array, plan: plans.LayerPlan) -> None:
-    """Raises for a state made for another number of layers than the parameters have.
-
-    Raises:
-      ValueError: naming the field and both counts.
-    """
+    """Raises ValueError unless a state's vector has one entry for each layer of the parameters."""
     if np.shape(vector) != (plan.vector_size,):
         raise ValueError(
             f"The state's {field} has shape {np.shape(vector)}, but the parameters have "

@@ -1,8 +1,8 @@
-"""Sums over each layer, under any sharding, and what is made of them per layer.
+"""Sums over each layer, under any sharding, and the per-layer vectors made of them.
 
 The methods compare inner products and norms of whole layers. Elementwise products are summed array
-by array, with sums over axes: an explicit-sharding mesh refuses ``vdot`` and flattening reshapes.
-What there is one of per layer is joined into one vector.
+by array over axes, since an explicit-sharding mesh rejects ``vdot`` and flattening reshapes. The
+results of all layers are joined into one vector.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,10 +18,10 @@ from optax_spd.sharding.manual_axes import MeshAxes
 
 PyTree = Any
 Products = Sequence[tuple[jax.Array, ...] | None]
-"""Per leaf of the parameters elementwise products; None for a leaf that is not summed."""
+"""Elementwise products for each leaf of the parameters; None for a leaf that is not summed."""
 
 # XLA merges the all-reduces of up to this many sums into one. Beyond that, each array's products
-# are stacked and summed at once. The stack costs memory where XLA does not fuse it.
+# are stacked and summed together. The stack costs memory where XLA does not fuse it.
 MERGED_OPERANDS = 256
 
 
@@ -35,15 +35,15 @@ def layer_sums(
 
     Args:
       plan: the layers.
-      products: per leaf of the tree ``count`` arrays of the leaf's shape, or None for a leaf that
-        is not a layer or has no update in this step.
+      products: per leaf ``count`` arrays of the leaf's shape, or None for a leaf that is not a
+        layer or has no update in this step.
       count: how many quantities are summed.
       axes: per leaf the mesh axes that ``shard_map`` or ``pmap`` split it over, from
-        :func:`optax_spd.sharding.manual_axes.sharded_axes`; None where no axis is mapped.
+        :func:`optax_spd.sharding.manual_axes.sharded_axes`; None without manual axes.
 
     Returns:
       ``count`` vectors of shape (``plan.vector_size``,) and dtype ``plan.dtype``, zero for a layer
-      without products. A sum over several devices takes one ``psum`` in all.
+      without products. All sums between devices take a single ``psum``.
     """
     return tuple(joined(plan, block_sums(plan, products, axes), count))
 
@@ -53,9 +53,9 @@ def block_sums(
     products: Products,
     axes: Sequence[MeshAxes] | None = None,
 ) -> dict[int, jax.Array]:
-    """The sums of :func:`layer_sums`, apart for each block of layers that are decided together.
+    """The sums of :func:`layer_sums`, separate for each block of layers.
 
-    A block is the layers of one array, or of a group of arrays. Where no axis is split by hand its
+    A block is the layers of one array, or of a group of arrays. If no axis is split by hand, its
     sums depend on its own arrays only.
 
     Args:
@@ -64,8 +64,8 @@ def block_sums(
       axes: as for :func:`layer_sums`.
 
     Returns:
-      By the index of a block's first layer its sums, shape (number of sums, sizes of the stacked
-      axes). So the sums of an array that is one layer are scalars.
+      For each index of a block's first layer the block's sums, shape (number of sums, sizes of the
+      stacked axes). The sums of an array that is one layer are scalars.
     """
     blocks: dict[int, jax.Array] = {}
     all_axes = tuple(sorted({name for mesh_axes in axes or () for name in mesh_axes}))
@@ -80,7 +80,7 @@ def block_sums(
 
 
 def _array_sums(plan: LayerPlan, products: Products) -> dict[int, jax.Array]:
-    """Per leaf with products their sums: shape (number of sums, sizes of the stacked axes)."""
+    """The sums of each leaf with products, shape (number of sums, sizes of the stacked axes)."""
     found = {
         index: (entry, terms)
         for index, (entry, terms) in enumerate(zip(plan.arrays, products, strict=True))
@@ -111,7 +111,7 @@ def _summed_axes(entry: ArrayLayers, terms: tuple[jax.Array, ...]) -> tuple[int,
 
 
 def needs_stacking(products: Products) -> bool:
-    """Whether sums over several devices, taken one by one, would need several all-reduces."""
+    """Whether there are too many sums for XLA to merge their all-reduces."""
     operands = sum(len(terms or ()) for terms in products)
     return operands > MERGED_OPERANDS and jax.device_count() > 1
 
@@ -119,12 +119,12 @@ def needs_stacking(products: Products) -> bool:
 def sums_over(
     terms: tuple[jax.Array, ...], axes: tuple[int, ...], *, stack: bool, keepdims: bool = False
 ) -> list[jax.Array]:
-    """The sums of arrays of one shape; stacked first, so that they are one operand, or each alone.
+    """The sums of arrays of one shape.
 
     Args:
       terms: the arrays.
-      axes: what to sum over.
-      stack: whether to stack them first (:func:`needs_stacking`).
+      axes: the axes to sum over.
+      stack: whether to stack the arrays first, as one operand (:func:`needs_stacking`).
       keepdims: as in ``jnp.sum``.
     """
     if not stack:
@@ -133,20 +133,20 @@ def sums_over(
 
 
 def replicated(array: jax.Array) -> jax.Array:
-    """The same numbers on every device, where an explicit-sharding mesh splits the array.
+    """Replicates an array that an explicit-sharding mesh splits.
 
-    Such a mesh refuses to join arrays that are split differently.
+    Such a mesh cannot join arrays that are split differently.
     """
     sharding = jax.typeof(array).sharding
     if all(part is None for part in sharding.spec):
         return array
-    everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    result: jax.Array = jax.sharding.reshard(array, everywhere)
+    unsplit = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    result: jax.Array = jax.sharding.reshard(array, unsplit)
     return result
 
 
 def counted_once(block: jax.Array, axes: MeshAxes, all_axes: tuple[str, ...]) -> jax.Array:
-    """Zeroes all copies of a replicated contribution but one, so that one psum counts it once.
+    """Zeroes all copies of a replicated contribution but one, so that a psum counts it once.
 
     Args:
       block: a device's contribution.
@@ -160,13 +160,13 @@ def counted_once(block: jax.Array, axes: MeshAxes, all_axes: tuple[str, ...]) ->
 
 
 def summed_between_devices(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
-    """The sum of all devices' trees of arrays, by one psum of one vector."""
+    """Sums a tree of arrays between devices, by one psum of one vector."""
     vector, unravel = ravel_pytree(tree)
     return unravel(jax.lax.psum(vector, axes)) if vector.size else tree
 
 
 def joined(plan: LayerPlan, blocks: Mapping[int, jax.Array], count: int) -> jax.Array:
-    """All blocks in the order of the layers, shape (count, plan.vector_size); 0 where none is."""
+    """Joins blocks in layer order, shape (count, plan.vector_size); 0 for a missing block."""
     sizes = {entry.start: entry.count for entry in plan.arrays if entry is not None}
     columns = [
         blocks[start].reshape(count, size)
@@ -182,18 +182,18 @@ def joined(plan: LayerPlan, blocks: Mapping[int, jax.Array], count: int) -> jax.
 def norm_of(square: jax.Array) -> jax.Array:
     """The square root of a sum of squares; 0 where rounding made it negative.
 
-    Its derivative is 0 at 0. That of a bare ``sqrt`` is infinite there, and would turn gradients
-    taken through an update (meta-learning) into NaN.
+    Its derivative at 0 is 0. That of ``sqrt`` is infinite, and would turn gradients taken through
+    an update (meta-learning) into NaN.
     """
-    gone = square <= 0
-    return jnp.where(gone, 0, jnp.sqrt(jnp.where(gone, 1, square)))
+    is_zero = square <= 0
+    return jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, square)))
 
 
 def per_layer(name: str, value: Any, plan: LayerPlan) -> jax.Array:
-    """An argument that is a scalar or holds one number per layer, as a per-layer vector.
+    """Converts a scalar, or one number per layer, to a per-layer vector.
 
     Raises:
-      ValueError: another shape.
+      ValueError: any other shape.
     """
     array = jnp.asarray(value)
     if array.ndim == 0:
@@ -225,7 +225,7 @@ def spread_block(entry: ArrayLayers, values: jax.Array, ndim: int) -> jax.Array:
 def spread_over(
     plan: LayerPlan, vector: jax.Array, arrays: Sequence[jax.Array | None]
 ) -> list[jax.Array | None]:
-    """Per leaf its entries of a per-layer vector, as :func:`spread` and in the array's dtype."""
+    """:func:`spread` for each leaf, in the array's dtype."""
     return [
         None
         if entry is None or array is None

@@ -1,1 +1,1 @@
-"""The ground floor: what a layer is, and parameter trees, masks and arguments."""
+"""What a layer is; parameter trees, masks, depths, and checks of arguments."""

@@ -1,4 +1,4 @@
-"""Checks of hyperparameters, made when a transformation is built."""
+"""Checks of arguments when a transformation is built."""
 
 import math
 import operator
@@ -15,7 +15,7 @@ ScalarOrSchedule = float | jax.Array | np.ndarray | Schedule
 
 
 def check_scalar(name: str, value: Any, *, low: float = 0.0, high: float = math.inf) -> None:
-    """Refuses a concrete hyperparameter outside [low, high]; schedules and tracers pass.
+    """Raises unless a concrete hyperparameter is in [low, high]; schedules and tracers pass.
 
     Args:
       name: the argument's name, for the message.
@@ -34,7 +34,7 @@ def check_scalar(name: str, value: Any, *, low: float = 0.0, high: float = math.
             raise ValueError(
                 f"{name} must be a scalar or a schedule, got an array of shape {np.shape(value)}."
             )
-        if isinstance(value, str | bytes):  # float() would read the number in it
+        if isinstance(value, str | bytes):  # float() would parse it
             raise TypeError
         number = float(value)
     except TypeError as error:
@@ -49,14 +49,14 @@ def check_scalar(name: str, value: Any, *, low: float = 0.0, high: float = math.
 
 
 def check_count(name: str, value: Any) -> None:
-    """Refuses a concrete number that is not an integer of at least 1; tracers pass.
+    """Raises unless a concrete value is an integer of at least 1; tracers pass.
 
     Raises:
       TypeError: not an integer.
       ValueError: less than 1.
     """
     if isinstance(value, jax.core.Tracer):
-        return  # injected as a hyperparameter
+        return  # optax.inject_hyperparams passes one
     try:
         if isinstance(value, bool | np.bool_):
             raise TypeError
@@ -68,11 +68,7 @@ def check_count(name: str, value: Any) -> None:
 
 
 def check_static(name: str, value: Any) -> None:
-    """Refuses a tracer or a schedule for an argument that shapes the program.
-
-    Raises:
-      TypeError: as said.
-    """
+    """Raises TypeError for a tracer or a schedule, for an argument that shapes the program."""
     if isinstance(value, jax.core.Tracer) or callable(value):
         raise TypeError(
             f"{name} shapes the program, so it must be a plain value, got {value!r}. Under jit or "
@@ -81,18 +77,14 @@ def check_static(name: str, value: Any) -> None:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Refuses what is neither True nor False.
-
-    Raises:
-      TypeError: as said.
-    """
+    """Raises TypeError unless ``value`` is a bool."""
     check_static(name, value)
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {value!r}.")
 
 
 def check_finite(name: str, value: Any) -> None:
-    """Refuses a concrete number or array that is not finite everywhere; tracers pass.
+    """Raises unless a concrete number or array is finite everywhere; tracers pass.
 
     Raises:
       TypeError: not numeric.
@@ -104,22 +96,18 @@ def check_finite(name: str, value: Any) -> None:
 
 
 def check_real(name: str, value: Any) -> None:
-    """Refuses what is no number and no array of real numbers.
-
-    Raises:
-      TypeError: as said.
-    """
+    """Raises TypeError unless ``value`` is a real number or an array of real numbers."""
     dtype = value.dtype if isinstance(value, jax.core.Tracer) else np.asarray(value).dtype
     if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer)):
         raise TypeError(f"{name} must hold real numbers, got {value!r}.")
 
 
 def check_dtype(name: str, value: Any) -> np.dtype:
-    """The floating dtype that an argument names, as JAX stores it.
+    """Converts an argument to the floating dtype that JAX would store.
 
     Raises:
-      TypeError: it names no dtype.
-      ValueError: it is not floating.
+      TypeError: not a dtype.
+      ValueError: not a floating dtype.
     """
     dtype = jnp.dtype(value)
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -131,7 +119,8 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
     """Compiles a path pattern.
 
     Raises:
-      TypeError, ValueError: it is not a string, or not a regular expression.
+      TypeError: not a string.
+      ValueError: not a regular expression.
     """
     if not isinstance(pattern, str):
         raise TypeError(f"A path pattern is a regular expression (str), got {pattern!r}.")
@@ -142,6 +131,6 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def value_at(hyperparameter: ScalarOrSchedule, count: jax.Array, dtype: Any) -> jax.Array:
-    """The hyperparameter at step ``count`` (its value, or the schedule's), as ``dtype``."""
+    """The value of a hyperparameter or schedule at step ``count``, as ``dtype``."""
     value = hyperparameter(count) if callable(hyperparameter) else hyperparameter
     return jnp.asarray(value, dtype)

@@ -1,7 +1,8 @@
-"""A fingerprint of a state's layers, and the check that a state belongs to its parameters.
+"""A fingerprint of a state's layers, to check that a state belongs to its parameters.
 
-Per-layer vectors have no names in them. A state restored for another model, or under other
-``layers=`` or ``mask=``, may fit by its shapes and mean other layers. A number in the state tells.
+Per-layer vectors hold no names. A state restored for another model, or with other ``layers=`` or
+``mask=``, may have the right shapes but belong to other layers. The fingerprint in the state
+detects this.
 """
 
 import zlib
@@ -21,8 +22,8 @@ PyTree = Any
 def of_plan(plan: plans.LayerPlan) -> jax.Array:
     """The fingerprint of the layers, an int32 scalar.
 
-    Its upper half is that of the arrays' paths, which an anchor has too (:func:`of_arrays`); its
-    lower half that of the layers' names.
+    The upper half depends on the arrays' paths, which an anchor has too (:func:`of_arrays`); the
+    lower half on the layers' names.
     """
     arrays = of_arrays(entry.name for entry in plan.arrays if entry is not None)
     bits = np.array([_checksum(plan.names), arrays], "<u2")
@@ -35,7 +36,7 @@ def of_arrays(names: Iterable[str]) -> int:
 
 
 def arrays_half(fingerprint: Any) -> np.ndarray:
-    """The upper half of fingerprints, which :func:`of_arrays` gives."""
+    """The upper half of a fingerprint, comparable to :func:`of_arrays`."""
     return (np.asarray(fingerprint) >> 16) & 0xFFFF
 
 
@@ -53,12 +54,12 @@ def check_state(
     """Checks that a state was made for the layers of ``params``; call it after every restore.
 
     The vectors of a state hold one number per layer and no names. Restored for another model, or
-    for other ``layers=`` or ``mask=``, they can have the right length and belong to other layers.
-    This compares the fingerprint that every such state holds. It runs on the host and waits for the
+    with other ``layers=`` or ``mask=``, they can have the right length but belong to other layers.
+    This function compares the fingerprint in the state. It runs on the host and waits for the
     state; do not call it inside ``jit``.
 
     Args:
-      state: of a whole optimizer, however nested.
+      state: the state of a whole optimizer, however nested.
       params: the parameters, as given to ``init`` (arrays or ``ShapeDtypeStruct`` leaves). For a
         stage inside ``optax.masked`` or ``partition`` give that stage's state, and ``mask``.
       layers: the stage's ``layers=``.
@@ -85,7 +86,7 @@ def check_state(
             "and lists: restore it into that structure."
         )
     for node in found:
-        # Several equal numbers for a state made under vmap.
+        # A state made under vmap holds several equal fingerprints.
         if np.any(np.asarray(node.layer_fingerprint) != expected):
             raise ValueError(
                 f"The state {type(node).__name__} was made for other layers than the "

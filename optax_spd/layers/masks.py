@@ -1,4 +1,4 @@
-"""Masks: which parameters a method applies to, by path, by tree or by function."""
+"""Masks: which parameters a method applies to, given by path, as a tree or as a function."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ PyTree = Any
 
 
 def path_mask(*patterns: str) -> Callable[[PyTree], PyTree]:
-    """A mask by path: True for parameters whose path matches one of the patterns.
+    """Makes a mask that is True for parameters whose path matches one of the patterns.
 
     Args:
       *patterns: regular expressions searched in the "/"-joined path ("encoder/layer_0/kernel").
@@ -23,9 +23,9 @@ def path_mask(*patterns: str) -> Callable[[PyTree], PyTree]:
       in Optax (``optax.masked``).
 
     Raises:
-      TypeError, ValueError: no pattern, or one that is no regular expression. When called: a
-        pattern that matches nothing, with the nearest paths; unless the tree has no array or a
-        ``MaskedNode``, where another mask may have taken what it would match.
+      TypeError, ValueError: no pattern, or one that is not a regular expression. When called: a
+        pattern that matches nothing, with the nearest paths. A tree without arrays or with a
+        ``MaskedNode`` is exempt, since another mask may have removed the matches.
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,7 +68,7 @@ def _hint(flat: trees.FlatTree) -> str:
 
 
 def is_whole(flat: trees.FlatTree) -> bool:
-    """Whether the tree has array leaves and no other mask has taken some of them."""
+    """Whether the tree has array leaves, and no other mask has removed any."""
     masked = any(isinstance(leaf, optax.MaskedNode) for leaf in flat.leaves)
     return not masked and any(not trees.is_missing(leaf) for leaf in flat.leaves)
 
@@ -76,16 +76,16 @@ def is_whole(flat: trees.FlatTree) -> bool:
 def resolve_mask(
     mask: PyTree | Callable[..., Any] | None, params: PyTree, flat: trees.FlatTree
 ) -> list[bool] | None:
-    """Per leaf of ``flat`` whether the method applies; None where there is no mask.
+    """Per leaf of ``flat`` whether the method applies; None if there is no mask.
 
     Raises:
       TypeError: an entry is not a bool.
-      ValueError: the mask does not fit the tree, or selects nothing of a whole tree.
+      ValueError: the mask does not fit the tree, or selects nothing in a complete tree.
     """
     if mask is None:
         return None
     if not flat.leaves:
-        return []  # Optax's placeholder for any tree of parameters: no mask fits it
+        return []  # Optax's params placeholder has no leaves, so no mask fits it
     tree = mask(params) if is_mask_function(mask) else mask
     covering = trees.broadcast_prefix(flat, tree, "mask", lambda _: False)
     selected = []
@@ -105,7 +105,7 @@ def resolve_mask(
 
 
 def is_mask_function(mask: Any) -> bool:
-    """A function, and not a tree of bools that happens to be callable (an Equinox module)."""
+    """Whether ``mask`` is a function, not a callable tree of bools (an Equinox module)."""
     leaves = jax.tree.leaves(mask)
     is_tree = bool(leaves) and all(isinstance(leaf, bool | np.bool_) for leaf in leaves)
     return callable(mask) and not is_tree

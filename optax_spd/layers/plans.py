@@ -1,7 +1,8 @@
-"""Which layers a parameter tree has, and where each stands in the per-layer vectors.
+"""Finds the layers of a parameter tree and their order in the per-layer vectors.
 
-:mod:`optax_spd.layers.spec` says how one array divides into layers; here that is applied to a whole
-tree. A plan is static: made anew at each trace from paths and shapes, never part of a state.
+:mod:`optax_spd.layers.spec` describes how one array divides into layers; this module applies it to
+a whole tree. A plan is static: it is rebuilt at each trace from paths and shapes, and is never part
+of a state.
 """
 
 import dataclasses
@@ -20,14 +21,14 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class ArrayLayers:
-    """Where the layers of one array stand in the per-layer vectors.
+    """The layers of one array, and their position in the per-layer vectors.
 
     Attributes:
       name: the array's path.
       stacked_axes: non-negative, sorted.
       output_axes: non-negative, sorted; () for an array that is one row.
       stacked_shape: the sizes of the stacked axes.
-      spatial_axes: non-negative, sorted; None where nobody says.
+      spatial_axes: non-negative, sorted; None if not specified.
       start: index of its first layer.
     """
 
@@ -45,16 +46,16 @@ class ArrayLayers:
 
     @property
     def numbers(self) -> range:
-        """Its layers' places in the per-layer vectors."""
+        """The indices of its layers in the per-layer vectors."""
         return range(self.start, self.start + self.count)
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
-    """The layers of a parameter tree: static, made anew at each trace from paths and shapes.
+    """The layers of a parameter tree.
 
     Attributes:
-      arrays: per leaf of the tree its layers, or None where the leaf is no layer.
+      arrays: per leaf of the tree its layers, or None if the leaf is not a layer.
       names: one per layer.
       dtype: of the per-layer vectors: the widest parameter dtype, at least float32.
     """
@@ -65,15 +66,12 @@ class LayerPlan:
 
     @property
     def vector_size(self) -> int:
-        """Length of a per-layer vector: one unused entry where there is no layer.
-
-        Orbax cannot save an empty array.
-        """
+        """Length of a per-layer vector; 1 without layers, since Orbax cannot save empty arrays."""
         return max(1, len(self.names))
 
 
 class Planned(NamedTuple):
-    """A parameter tree, its layers, and per leaf whether a mask selects it (None: all)."""
+    """A parameter tree, its layers, and per leaf whether a mask selects it (None for all)."""
 
     flat: trees.FlatTree
     plan: LayerPlan
@@ -104,22 +102,22 @@ def plan_layers(
       selected: per leaf whether the method applies, or None for all.
 
     Raises:
-      TypeError: a selected leaf is complex, or ``layers`` returns something else than a spec.
+      TypeError: a selected leaf is complex, or ``layers`` does not return a LayerSpec.
       ValueError: a spec does not fit its array, or the stacked shapes in a group differ.
     """
     describe = layers or per_array
     arrays: list[ArrayLayers | None] = [None] * len(flat.leaves)
     names: list[str] = []
     groups: dict[Hashable, ArrayLayers] = {}
-    # By the strings of the paths: a tree's own order depends on its containers (a list has 2 before
-    # 10, a dict "10" before "2"), and a state may be restored into others.
+    # In the order of the path strings. A tree's own order depends on its containers (2 before 10 in
+    # a list, "10" before "2" in a dict), and a state may be restored into other containers.
     for index in sorted(range(len(flat.paths)), key=flat.paths.__getitem__):
         path, leaf = flat.paths[index], flat.leaves[index]
         if (selected is not None and not selected[index]) or not _is_layer(path, leaf):
             continue
         name = trees.path_name(path)
         spec = describe(name, leaf)
-        entry = _place(name, leaf, spec, start=len(names))
+        entry = _array_layers(name, leaf, spec, start=len(names))
         if spec.group is not None and spec.group in groups:
             first = groups[spec.group]
             if entry.stacked_shape != first.stacked_shape:
@@ -139,13 +137,13 @@ def plan_layers(
 
 
 def compute_dtype(*arrays: Any) -> Any:
-    """The dtype to reduce arrays in: float64 if one of them is, else float32."""
+    """The dtype to reduce arrays in: float64 if any is float64, else float32."""
     wide = any(jnp.result_type(array) == jnp.float64 for array in arrays)
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
 def can_be_layer(leaf: Any) -> bool:
-    """Whether a leaf is an array of real floating numbers that is not empty."""
+    """Whether a leaf is a non-empty array of real floating dtype."""
     if trees.is_missing(leaf):
         return False
     is_floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
@@ -162,7 +160,7 @@ def _is_layer(path: trees.Path, leaf: Any) -> bool:
     return can_be_layer(leaf)
 
 
-def _place(name: str, array: Any, spec: LayerSpec, start: int) -> ArrayLayers:
+def _array_layers(name: str, array: Any, spec: LayerSpec, start: int) -> ArrayLayers:
     if not isinstance(spec, LayerSpec):
         raise TypeError(f"layers= must return a LayerSpec, got {spec!r} for {name!r}.")
     shape = jnp.shape(array)
@@ -199,7 +197,7 @@ def _normalized(
         if not -len(shape) <= axis < len(shape):
             raise ValueError(
                 f"layers= names the {kind} axis {axis} of {name!r}, which has shape {shape}. "
-                "Narrow the pattern or mend the axis."
+                "Narrow the pattern or fix the axis."
             )
     normalized = sorted(axis % len(shape) for axis in axes)
     if len(set(normalized)) != len(normalized):
@@ -226,7 +224,7 @@ def layer_names(
       mask: the stage's ``mask=``.
 
     Returns:
-      One name per layer: the array's path or the group's label, "[i]" behind a stacked one.
+      One name per layer: the array's path or the group's label, with "[i]" for a stacked layer.
 
     Raises:
       TypeError, ValueError: as the stages do for the same arguments.

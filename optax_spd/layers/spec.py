@@ -1,8 +1,8 @@
-"""What a layer is: the unit that gets one decision, one ratio or one radius.
+"""Describes how a parameter array divides into layers: the units with one decision or radius each.
 
-By default every parameter array is a layer, as in the papers' loops over PyTorch tensors. What
-differs in JAX a :class:`LayerSpec` per array says: *stacked* axes that hold many layers
-(``nn.scan``, ``nnx.vmap``), axes of *output* units, arrays judged together as one *group*.
+By default every parameter array is a layer, as in the papers' loops over PyTorch tensors. A
+:class:`LayerSpec` per array describes what differs in JAX: *stacked* axes that hold many layers
+(``nn.scan``, ``nnx.vmap``), axes of *output* units, and a *group* of arrays that form one layer.
 """
 
 import dataclasses
@@ -18,15 +18,15 @@ class LayerSpec:
     """How one parameter array divides into layers.
 
     Attributes:
-      stacked_axes: axes along which the array holds layers of their own: one layer per index.
-      output_axes: axes that count output units (Flax Dense and Conv: the last; attention kernels
-        of shape (embed, heads, head_dim): two). They count in the whole array, stacked axes
-        included; the default means the last axis that is not stacked. An array of rank 0 or 1
-        (stacked axes removed) is one row, whatever stands here.
-      spatial_axes: axes that a convolution slides along; None: see ``temp_balance``, whose spectra
-        tell them from inputs.
-      group: arrays with equal labels (any hashable but None) form one layer together; stacked
-        ones index by index.
+      stacked_axes: axes with a separate layer at each index.
+      output_axes: axes of output units (Flax Dense and Conv: the last; attention kernels of shape
+        (embed, heads, head_dim): two). They are numbered in the whole array, stacked axes included.
+        The default means the last axis that is not stacked. An array of rank 0 or 1 (without its
+        stacked axes) is always one row.
+      spatial_axes: axes of a convolution's spatial positions, for ``temp_balance``; None for its
+        default.
+      group: a label. Arrays with the same label (any hashable but None) form one layer; stacked
+        arrays do so index by index.
 
     Example:
       >>> import optax_spd
@@ -44,7 +44,7 @@ LayerFn = Callable[[str, Any], LayerSpec]
 
 
 def check_layers(layers: Any) -> None:
-    """Refuses a ``layers=`` that is no function of (path, array)."""
+    """Raises TypeError unless ``layers`` is None or a function."""
     if layers is not None and not callable(layers):
         raise TypeError(
             f"layers must be a function (path, array) -> LayerSpec, got {layers!r}. See "
@@ -60,7 +60,7 @@ def per_array(_path: str, _array: Any) -> LayerSpec:
 def stacked(
     pattern: str, axis: int | Sequence[int] = 0, *, layers: LayerFn | None = None
 ) -> LayerFn:
-    """Says that arrays whose path matches hold one layer per index of ``axis``.
+    """Declares that arrays whose path matches hold one layer per index of ``axis``.
 
     Args:
       pattern: regular expression searched in the "/"-joined path. It may match nothing.
@@ -86,11 +86,11 @@ def stacked(
 
 
 def outputs(pattern: str, axes: int | Sequence[int], *, layers: LayerFn | None = None) -> LayerFn:
-    """Says which axes of the matching arrays count output units.
+    """Declares which axes of the matching arrays are output units.
 
     Args:
       pattern: regular expression searched in the "/"-joined path. It may match nothing.
-      axes: the output axis or axes, counted in the whole array.
+      axes: the output axis or axes, numbered in the whole array.
       layers: the description to refine; by default one layer per array.
 
     Returns:
@@ -110,7 +110,7 @@ def outputs(pattern: str, axes: int | Sequence[int], *, layers: LayerFn | None =
 
 
 def as_axes(axes: int | Sequence[int]) -> tuple[int, ...]:
-    """One axis or several as a tuple of ints."""
+    """Converts one axis or several to a tuple of ints."""
     try:
         return (operator.index(axes),)  # type: ignore[arg-type]
     except TypeError:
@@ -129,10 +129,10 @@ def _refined(pattern: str, layers: LayerFn | None, **changes: Any) -> LayerFn:
 
 
 def by_module(*, layers: LayerFn | None = None) -> LayerFn:
-    """Judges all arrays of one module (kernel and bias, scale and bias) as one layer.
+    """Makes all arrays of a module (kernel and bias, scale and bias) one layer.
 
-    A module is what the path names without its last key; all arrays at the top of the tree are one
-    module, named "". A group given by ``layers`` stays.
+    An array's module is its path without the last key. All arrays at the top of the tree are one
+    module, named "". A group given by ``layers`` takes precedence.
 
     Args:
       layers: the description to refine; by default one layer per array.

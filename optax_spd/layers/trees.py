@@ -1,8 +1,7 @@
-"""Parameter trees as lists of (path, leaf), matched by path whatever their containers.
+"""Parameter trees as lists of (path, leaf), matched by path and not by container type.
 
-A parameter travels under many coats: dict, FrozenDict or nnx.State around it, a linen
-``Partitioned`` or an NNX ``Variable`` box on it, ``MaskedNode`` or ``None`` in its place. All of
-them spell the same path, so trees are matched here by path and never by container type.
+The same parameter may be in a dict, a FrozenDict or an nnx.State, in a linen ``Partitioned`` or an
+NNX ``Variable`` box, or missing, as ``MaskedNode`` or ``None``. Its path is the same in all.
 """
 
 import difflib
@@ -18,7 +17,7 @@ PyTree = Any
 
 
 class FlatTree(NamedTuple):
-    """A tree's paths (boxes' own keys removed), its leaves in the same order, and its treedef."""
+    """A tree's paths (without the keys of boxes), its leaves in the same order, its treedef."""
 
     paths: list[Path]
     leaves: list[Any]
@@ -31,11 +30,11 @@ class FlatTree(NamedTuple):
 
     @property
     def missing(self) -> set[Path]:
-        """Where a leaf is absent."""
+        """The paths of missing leaves."""
         return {p for p, leaf in zip(self.paths, self.leaves, strict=True) if is_missing(leaf)}
 
     def only(self, wanted: Iterable[bool]) -> "FlatTree":
-        """The same, with a gap where ``wanted`` is False."""
+        """The same tree, with ``MaskedNode`` where ``wanted`` is False."""
         leaves = [
             leaf if want or is_missing(leaf) else optax.MaskedNode()
             for leaf, want in zip(self.leaves, wanted, strict=True)
@@ -48,12 +47,12 @@ class FlatTree(NamedTuple):
 
 
 def is_missing(node: Any) -> bool:
-    """Whether ``node`` stands where a leaf is absent: ``None`` or ``optax.MaskedNode``."""
+    """Whether ``node`` is a missing leaf: ``None`` or ``optax.MaskedNode``."""
     return node is None or isinstance(node, optax.MaskedNode)
 
 
 def path_name(path: Path) -> str:
-    """The keys of a path joined by "/", as patterns and layer names see it."""
+    """The keys of a path joined by "/", as in layer names; patterns are searched in it."""
     return "/".join(path)
 
 
@@ -63,18 +62,18 @@ def shown(path: Path) -> str:
 
 
 def flatten(tree: PyTree, is_leaf: Callable[[Any], bool] = is_missing) -> FlatTree:
-    """Flattens ``tree``, keeping gaps as leaves."""
+    """Flattens ``tree``, keeping missing leaves."""
     with_path, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     paths = _without_box_keys([keys for keys, _ in with_path])
     return FlatTree(paths, [leaf for _, leaf in with_path], treedef)
 
 
 def _without_box_keys(key_paths: list[tuple[Any, ...]]) -> list[Path]:
-    """Names the keys, leaving out those that boxes add.
+    """Key paths as strings, without the keys that boxes add.
 
-    A box (linen ``Partitioned``, NNX ``Variable``) is a node with one child, the attribute
-    ``value``. A dict key "value" (Flax attention has one) is not an attribute and stays, and so
-    does a field ``value`` that has sisters.
+    A box (linen ``Partitioned``, NNX ``Variable``) is a node whose only child is the attribute
+    ``value``. A dict key "value" (Flax attention has one) is not an attribute and is kept, as is a
+    field ``value`` with siblings.
     """
     children: dict[tuple[Any, ...], set[Any]] = {}
     for keys in key_paths:
@@ -108,42 +107,42 @@ def align(
 ) -> list[Any]:
     """The leaves of ``tree`` in the order of ``reference``, matched by path.
 
-    Where ``tree`` has a gap at a path or above it, the gap is returned; where ``reference`` has
-    one, the answer is that gap and whatever ``tree`` holds there is not looked at.
+    If the leaf of ``tree`` is missing at a path or above it, the missing leaf is returned. If the
+    leaf of ``reference`` is missing, it is returned, and ``tree`` may hold anything there.
 
     Args:
-      reference: what decides paths and order.
-      tree: the tree to look the leaves up in, of any container and box types.
+      reference: defines paths and order.
+      tree: the tree with the leaves, of any container and box types.
       what: what ``tree`` is, for the message.
       reference_name: what ``reference`` is, for the message.
-      is_leaf: which nodes of ``tree`` count as leaves.
+      is_leaf: which nodes of ``tree`` to treat as missing leaves.
 
     Raises:
       ValueError: a path or a shape differs; names the first path and both shapes.
     """
     flat = flatten(tree, is_leaf)
     found = flat.by_path
-    gaps = {p for p, leaf in found.items() if is_leaf(leaf)}
+    missing = {p for p, leaf in found.items() if is_leaf(leaf)}
     aligned = []
     for path, leaf in zip(reference.paths, reference.leaves, strict=True):
         if is_missing(leaf):
             aligned.append(leaf)
             continue
-        here = path if path in found else _prefix_in(path, gaps)
-        if here is None:
+        matching_path = path if path in found else _prefix_in(path, missing)
+        if matching_path is None:
             raise ValueError(
                 f"{what} does not match {reference_name}: it has no leaf at {shown(path)}, where "
                 f"{reference_name} has one{_of_shape(leaf)}. Pass a tree with the same paths; the "
                 f"nearest in {what}: {nearest_paths(path, flat.paths)}."
             )
-        match = found[here]
+        match = found[matching_path]
         if not is_leaf(match) and jnp.shape(match) != jnp.shape(leaf):
             raise ValueError(
                 f"{what} does not match {reference_name} at {shown(path)}: {what} has shape "
                 f"{jnp.shape(match)}, {reference_name} has shape {jnp.shape(leaf)}."
             )
         aligned.append(match)
-    _refuse_unknown_paths(reference, flat, gaps, what, reference_name)
+    _check_known_paths(reference, flat, missing, what, reference_name)
     return aligned
 
 
@@ -151,12 +150,13 @@ def _of_shape(leaf: Any) -> str:
     return f" of shape {jnp.shape(leaf)}" if hasattr(leaf, "shape") else ""
 
 
-def _refuse_unknown_paths(
-    reference: FlatTree, flat: FlatTree, gaps: set[Path], what: str, reference_name: str
+def _check_known_paths(
+    reference: FlatTree, flat: FlatTree, missing: set[Path], what: str, reference_name: str
 ) -> None:
-    known, reference_gaps = set(reference.paths), reference.missing
+    """Raises ValueError if ``flat`` has a leaf at a path that ``reference`` does not have."""
+    known, reference_missing = set(reference.paths), reference.missing
     for path in flat.paths:
-        if path in known or path in gaps or _prefix_in(path, reference_gaps) is not None:
+        if path in known or path in missing or _prefix_in(path, reference_missing) is not None:
             continue
         raise ValueError(
             f"{what} does not match {reference_name}: it has a leaf at {shown(path)}, where "
@@ -179,26 +179,25 @@ def broadcast_prefix(
     """For each leaf of ``reference`` the leaf of the prefix tree that covers it.
 
     Raises:
-      ValueError: some path of ``reference`` is not covered, or ``prefix`` has a path that covers
-        nothing.
+      ValueError: a path of ``reference`` is not covered, or one of ``prefix`` covers nothing.
     """
     flat = flatten(prefix, lambda node: is_missing(node) or is_leaf(node))
     found = flat.by_path
     entries, used = set(found), set()
     covering = []
     for path, leaf in zip(reference.paths, reference.leaves, strict=True):
-        here = _prefix_in(path, entries)
-        if here is not None:
-            used.add(here)
+        covering_path = _prefix_in(path, entries)
+        if covering_path is not None:
+            used.add(covering_path)
         elif not is_missing(leaf):
             raise ValueError(
                 f"{what} has no entry for the parameter {shown(path)}. Give it the structure of "
                 f"params or a prefix of it; its own paths: {nearest_paths(path, flat.paths)}."
             )
-        covering.append(None if here is None else found[here])
-    gaps = reference.missing
+        covering.append(None if covering_path is None else found[covering_path])
+    missing = reference.missing
     for path, leaf in found.items():
-        if path not in used and not is_missing(leaf) and _prefix_in(path, gaps) is None:
+        if path not in used and not is_missing(leaf) and _prefix_in(path, missing) is None:
             raise ValueError(
                 f"{what} has an entry at {shown(path)}, where params has nothing. The nearest "
                 f"paths in params: {nearest_paths(path, reference.paths)}."
@@ -225,13 +224,13 @@ def nearest_paths(wanted: Path | str, paths: Iterable[Path], count: int = 3) -> 
 def require_params(params: PyTree) -> None:
     """Raises Optax's own error if ``params`` is None."""
     if params is None:
-        # Optax does not export its message; its decay stage raises it, word for word.
+        # Optax does not export its message, but this stage raises it.
         optax.add_decayed_weights(0.0).update((), optax.EmptyState(), None)
         raise ValueError("params is None; this transformation needs the current parameters.")
 
 
 def as_real(leaf: Any, dtype: Any, what: str, path: Path) -> jax.Array:
-    """``leaf`` in a real dtype; never by dropping an imaginary part."""
+    """``leaf`` in a real dtype; raises TypeError for a complex leaf."""
     if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
         raise TypeError(
             f"{what} is complex at {shown(path)}, where the parameter is real. Take its real "

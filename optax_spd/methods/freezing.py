@@ -1,4 +1,4 @@
-"""Freezing: arrays that do not move, and that cost no optimizer state.
+"""Freezing: excludes arrays from training, without any optimizer state for them.
 
 Kumar, Shen, Bubeck, Gunasekar: "How to Fine-Tune Vision Models with SGD", 2022,
 https://arxiv.org/abs/2211.09359. Their finding: AdamW beats SGD in fine-tuning where the first
@@ -26,33 +26,33 @@ Frozen = str | Sequence[str] | PyTree | Callable[[PyTree], PyTree]
 def with_frozen(
     inner: optax.GradientTransformation, frozen: Frozen
 ) -> optax.GradientTransformationExtraArgs:
-    """Trains some arrays with ``inner`` and leaves the others where they are, without any state.
+    """Trains some arrays with ``inner`` and freezes the others, without any state for them.
 
-    ``optax.selective_transform`` by path. ``inner`` sees ``MaskedNode`` in place of the frozen
-    arrays: it keeps no moments and no anchor for them, and their gradients, NaN or not, reach
-    nothing in it, not even the norm that it clips by. Their updates are zero. So it goes around the
-    whole optimizer, ``optax.MultiSteps`` and :func:`optax_spd.with_anchor` included: what stands
-    outside does see the frozen arrays.
+    It is ``optax.selective_transform`` by path. ``inner`` sees ``MaskedNode`` in place of the
+    frozen arrays: it keeps no moments and no anchor for them, and their gradients, NaN or not, do
+    not enter its clipping norm. Their updates are zero. Wrap the whole optimizer in it,
+    ``optax.MultiSteps`` and :func:`optax_spd.with_anchor` included: stages outside see the frozen
+    arrays.
 
     Args:
       inner: any transformation, usually a whole optimizer.
-      frozen: True where an array is frozen, as
+      frozen: what to freeze, as
 
-        - a regular expression, or several, searched in the "/"-joined paths
-          (:func:`optax_spd.path_mask`): what one of them matches is frozen;
-        - a tree of bools, like params or a prefix of it;
+        - one or several regular expressions, searched in the "/"-joined paths
+          (:func:`optax_spd.path_mask`): an array that matches any of them is frozen;
+        - a tree of bools, like params or a prefix of it, True where an array is frozen;
         - a function from params to such a tree.
 
     Returns:
       A transformation that passes extra arguments (``grad=``, ``anchor=``, ...) on to ``inner``.
       Updates keep their structure and dtypes: a frozen array's gradient may be None or MaskedNode
-      (then so is its update). State: ``inner``'s, of the arrays that train. The mask is static:
-      for gradual unfreezing make a new one in each phase.
+      (then so is its update). The state is ``inner``'s, for the trained arrays only. The mask is
+      static: for gradual unfreezing make a new transformation in each phase.
 
     Raises:
-      TypeError: ``inner`` is no transformation; ``frozen`` holds something else than bools.
-      ValueError: an invalid pattern (at construction); one that matches no parameter, with the
-        nearest paths, and a ``frozen`` that does not fit params or leaves nothing to train (in
+      TypeError: ``inner`` is not a transformation; ``frozen`` holds anything but bools.
+      ValueError: an invalid pattern (at construction); a pattern that matches no parameter, with
+        the nearest paths, a ``frozen`` that does not fit params or leaves nothing to train (in
         ``init``).
 
     Example:
@@ -88,8 +88,9 @@ def with_frozen(
     def update(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
-        # The mask is of params: a frozen array's gradient may be missing. Without params, a missing
-        # one may be what a pattern matches, as where another mask took it.
+        # The mask is made from params, since a frozen array's gradient may be missing. Without
+        # params it is made from the updates; a pattern may then match only missing ones, which
+        # must not raise, so they are marked as masked.
         if params is None:
             mask = _mask_of(updates, lambda tree: select(_with_masked_missing(tree)))
         else:
@@ -104,9 +105,9 @@ def with_frozen(
 
 
 def _check_state(state: Any, params: PyTree, frozen: PyTree) -> None:
-    """Refuses a state with None for something that trains.
+    """Raises ValueError if the state holds None for a trained parameter.
 
-    That is what Orbax restores where a checkpoint was saved with other parameters frozen.
+    Orbax restores None where a checkpoint was saved with other parameters frozen.
     """
     is_frozen = trees.flatten(frozen).by_path
     trained = {
@@ -124,7 +125,7 @@ def _check_state(state: Any, params: PyTree, frozen: PyTree) -> None:
 
 
 def _selection(frozen: Frozen) -> Callable[[PyTree], PyTree]:
-    """``frozen=`` in any of its forms as a function from params to a (prefix) tree of bools."""
+    """Converts any form of ``frozen=`` to a function from params to a (prefix) tree of bools."""
     patterns = (frozen,) if isinstance(frozen, str) else frozen
     if isinstance(patterns, list | tuple | set | frozenset) and any(
         isinstance(p, str) for p in patterns
@@ -136,6 +137,7 @@ def _selection(frozen: Frozen) -> Callable[[PyTree], PyTree]:
 
 
 def _with_masked_missing(tree: PyTree) -> PyTree:
+    """The tree with ``MaskedNode`` in place of every missing leaf."""
     flat = trees.flatten(tree)
     return flat.unflatten(
         optax.MaskedNode() if trees.is_missing(leaf) else leaf for leaf in flat.leaves
@@ -143,10 +145,13 @@ def _with_masked_missing(tree: PyTree) -> PyTree:
 
 
 def _mask_of(tree: PyTree, select: Callable[[PyTree], PyTree]) -> PyTree:
-    """A tree of bools like ``tree``, whose gaps stay, from a function to one or to a prefix."""
+    """The bools that ``select`` gives, broadcast to the structure of ``tree``.
+
+    Missing leaves stay as they are.
+    """
     flat = trees.flatten(tree)
     if not flat.leaves:
-        return False  # Optax's placeholder for any tree of parameters, which no mask fits
+        return False  # Optax's params placeholder has no leaves, so no mask fits it
     frozen = select(tree)
     if frozen is False and flat.paths != [()]:
         raise ValueError(

@@ -1,10 +1,10 @@
-"""Fast Trainable Projection (FTP).
+"""Fast Trainable Projection (FTP): TPGM's radii, learned without a validation pass.
 
 Tian, Liu, Smith, Kira: "Fast Trainable Projection for Robust Fine-Tuning", NeurIPS 2023,
-https://arxiv.org/abs/2310.19182, Algorithm 1; the authors' code: GT-RIPL/FTP. TPGM's radii, learned
-without a validation pass: the training gradient at the projected weights takes the place of the
-validation gradient one step later. For each layer with parameters θ, anchor θ₀, raw gradient g and
-the inner optimizer's step u, at its step t, with rows j as in :mod:`optax_spd.core.balls`:
+https://arxiv.org/abs/2310.19182, Algorithm 1; the authors' code: GT-RIPL/FTP. The training gradient
+at the projected weights, one step later, replaces TPGM's validation gradient. For each layer with
+parameters θ, anchor θ₀, raw gradient g and the inner optimizer's step u, at the layer's step t,
+with rows j as in :mod:`optax_spd.core.balls`:
 
     C_t = θ_{t-1} + u - θ₀                               the unconstrained deviation
     N_t,j = Σ |C_t,j| + 1e-8                              (l2: ‖C_t‖ + 1e-8, one for the layer)
@@ -13,27 +13,27 @@ the inner optimizer's step u, at its step t, with rows j as in :mod:`optax_spd.c
     γ_t = clip(AdamUpdate(γ_{t-1}, q), 1e-8, max_j N_t,j)   γ_1 = 1e-8
     θ_t = θ₀ + clip(γ_t / N_t, 0, 1) C_t
 
-κ (``k``) = 1 is the paper's default; κ < 1 slows the shrinking of radii, κ = 0 leaves only the
-clip to shrink them.
+κ (``k``) = 1 is the paper's default. κ < 1 slows the shrinking of radii; with κ = 0 only the clip
+shrinks them.
 
 Differences from the authors' code:
 
-1. It is a stage behind any optimizer and not an Adam or SGD of its own; behind ``optax.adam`` and
+1. It is a stage behind any optimizer, not an Adam or SGD of its own. Behind ``optax.adam`` and
    ``optax.sgd`` the numbers are the same.
-2. Each layer counts its own steps. In the original one counter walks over a list of all layers'
-   radii, and a missing gradient makes them change places.
-3. Row norms of C_{t-1} are computed again from C_{t-1} and not stored beside it; in
-   ``state_dtype`` it is rounded first.
+2. Each layer counts its own steps. In the original a single counter runs over a list of all layers'
+   radii, so a missing gradient assigns radii to the wrong layers.
+3. The row norms of C_{t-1} are recomputed from the stored C_{t-1}, which ``state_dtype`` may have
+   rounded. The original stores them.
 4. A layer whose q² or N_t is not finite keeps the inner optimizer's update, and its radius, moments
-   and C stay those of its last step (in the original NaN stays forever).
-5. Sums are taken in at least float32 whatever the parameters' dtype: in bfloat16 a row's sum has
-   no digits left.
-6. ``norm="l2"``, for comparison with TPGM's; the original has MARS only. The radii's learning rate,
-   a constant 1e-2 there, is an argument, since it bounds how far a short run can go; it and k may
-   be schedules.
+   and C do not change (in the original NaN stays forever).
+5. Sums have at least float32 whatever the parameters' dtype: in bfloat16 a row's sum would lose all
+   its digits.
+6. ``norm="l2"`` is ours, for comparison with TPGM; the original has MARS only. The radii's learning
+   rate, a constant 1e-2 in the original, is an argument, since it bounds how far a short run can
+   go. It and k may be schedules.
 7. A layer may be a slice of an array or several arrays, and rows lie on any axis (``layers=``),
    since JAX stacks layers and keeps output units last.
-8. The update of a row inside the ball passes through by a select, so it is exactly u.
+8. A row inside its ball keeps exactly u, by a select.
 """
 
 import math
@@ -48,21 +48,23 @@ from optax_spd.anchors import policy
 from optax_spd.core import balls, recompute, stage, sums
 from optax_spd.layers import checks, fingerprints
 from optax_spd.layers.spec import LayerFn
+from optax_spd.layers.types import Anchor, AxisName, DType, Mask, Norm
 
 PyTree = Any
 
-# The Adam of the radii; fixed in the original, whatever the inner optimizer's.
+# The radii's Adam. As in the original they do not depend on the inner optimizer's.
 B1 = 0.9
 B2 = 0.999
 
 
 class RadiusMoments(NamedTuple):
-    """Adam's memory of the radii, one entry per layer.
+    """State of the radii's Adam, one entry per layer.
 
     Attributes:
-      steps: how many steps the layer has taken part in, int32.
-      first: moment of q. (Not Adam's names: they would hide its moments from ``optax.tree.get``.)
-      second: moment of q.
+      steps: the number of steps in which the layer was active, int32.
+      first: first moment of q. (Not named ``mu``: ``optax.tree.get`` fails on a second match, and
+        would no longer find the inner Adam's.)
+      second: second moment of q.
     """
 
     steps: jax.Array
@@ -77,11 +79,11 @@ class FTPState(NamedTuple):
     Attributes:
       count: number of updates so far, int32; what scheduled arguments are evaluated at.
       anchor: θ₀, a tree like params, or ``optax.EmptyState()`` if none is held.
-      layer_fingerprint: tells for which layers the vectors are (:func:`optax_spd.check_state`).
+      layer_fingerprint: identifies the layers of the vectors (:func:`optax_spd.check_state`).
       ftp_deviation: C of each layer's last step, a tree like params; MaskedNode where there is no
         layer.
       ftp_radii: γ after the last update, one entry per layer in ``layer_names`` order.
-      ftp_moments: what the radii's Adam remembers.
+      ftp_moments: state of the radii's Adam.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
@@ -100,11 +102,11 @@ def radius_update(
     k: jax.Array,
     learning_rate: jax.Array,
 ) -> tuple[jax.Array, RadiusMoments]:
-    """AdamUpdate of Algorithm 1 and the clip behind it, for one layer or a vector of layers.
+    """AdamUpdate of Algorithm 1 and the clip after it, for one layer or a vector of layers.
 
     Args:
       radius: γ_{t-1}.
-      moments: of the steps before.
+      moments: before the step.
       slope: q, before annealing.
       largest: max_j N_t,j.
       k: κ.
@@ -112,77 +114,76 @@ def radius_update(
 
     Returns:
       γ_t and the moments after the step. In a layer's first step γ = 1e-8, whatever ``largest``
-      is, and both moments stay 0; its second step, the first of this Adam, is corrected for t = 2.
+      is, and both moments stay 0. Its second step, Adam's first, has the bias correction of t = 2.
     """
     slope = jnp.where(slope > 0, k * slope, slope)
     steps = moments.steps + 1
     mu = B1 * moments.first + (1 - B1) * slope
     nu = B2 * moments.second + (1 - B2) * slope**2
     t = steps.astype(radius.dtype)
-    # 1 - b^t by expm1: in float32 the textbook form has no digits to spare at small t.
+    # 1 - b^t by expm1: in float32 the textbook form loses digits at small t.
     mu_hat = mu / -jnp.expm1(t * math.log(B1))
     nu_hat = nu / -jnp.expm1(t * math.log(B2))
     moved = radius - learning_rate * mu_hat / (sums.norm_of(nu_hat) + balls.EPS)
     clipped = jnp.minimum(jnp.maximum(moved, balls.EPS), largest)
 
-    begins = moments.steps == 0
-    return jnp.where(begins, balls.EPS, clipped), RadiusMoments(
-        steps, jnp.where(begins, 0, mu), jnp.where(begins, 0, nu)
+    is_first = moments.steps == 0
+    return jnp.where(is_first, balls.EPS, clipped), RadiusMoments(
+        steps, jnp.where(is_first, 0, mu), jnp.where(is_first, 0, nu)
     )
 
 
 def ftp(
     k: checks.ScalarOrSchedule = 1.0,
     *,
-    norm: str = "mars",
+    norm: Norm = "mars",
     radius_learning_rate: checks.ScalarOrSchedule = 1e-2,
-    state_dtype: Any = None,
-    anchor: Any = "initial",
-    anchor_dtype: Any = None,
+    state_dtype: DType = None,
+    anchor: Anchor = "initial",
+    anchor_dtype: DType = None,
     layers: LayerFn | None = None,
-    mask: Any = None,
-    axis_name: Any = None,
+    mask: Mask = None,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Fast Trainable Projection: keeps each layer in a ball whose radius is learned in passing.
+    r"""Fast Trainable Projection: keeps each layer in a ball of a radius learned from gradients.
 
     .. math::
 
         \theta_t = \theta_0 + \mathrm{clip}(\gamma_t / N_t, 0, 1)\, C_t, \qquad
         C_t = \theta_{t-1} + u - \theta_0
 
-    The first step takes every row to within 1e-8 of its anchor, also one that started elsewhere;
-    from then on the radius moves by about ``radius_learning_rate`` a step, up while the training
-    gradient says that going further along the last deviation lowers the loss. So a layer can go no
-    further than about ``radius_learning_rate`` times the number of steps: mask out what has to
-    move far, such as a new head. It stands last in the chain, after the learning rate.
+    The first step takes every row to within 1e-8 of its anchor, even if it started elsewhere. From
+    then on the radius moves by about ``radius_learning_rate`` a step; it grows while, by the
+    training gradient, a larger deviation lowers the loss. So a layer can go no further than about
+    ``radius_learning_rate`` times the number of steps: mask out what has to move far, such as a new
+    head. Place it last in the chain, after the learning rate.
 
     With ``anchor="zero"`` the first step zeroes the layer; for LoRA leave "initial", or mask A out.
 
     Args:
-      k: κ in [0, 1], or a schedule of it: what positive gradients of the radius, those that shrink
-        it, are multiplied by. 1 constrains most; with 0 only the clip to the layer's largest norm
-        shrinks a radius.
+      k: κ in [0, 1], or a schedule of it: the factor on positive gradients of the radius, which
+        shrink it. 1 constrains most; with 0 only the clip to the layer's largest norm shrinks a
+        radius.
       norm: "mars" (each output unit by its own absolute row sum, as in the paper) or "l2".
       radius_learning_rate: of the radii's Adam, >= 0, or a schedule; in units of the norm a step.
-      state_dtype: dtype to store C in; None for the parameters'. bfloat16 halves what C costs in
-        float32; only the radii's gradient sees the rounding.
-      anchor: θ₀, as for :func:`optax_spd.spd`, as all that follow.
+      state_dtype: dtype to store C in; None for the parameters'. With bfloat16 C takes half of its
+        float32 size; only the radii's gradient sees the rounding.
+      anchor: θ₀, as for :func:`optax_spd.spd`.
       anchor_dtype: dtype to store the anchor in; None for its own.
-      layers: what a layer is, and which axes count its output units
-        (:func:`optax_spd.outputs`).
+      layers: what a layer is, and which axes are output units (:func:`optax_spd.outputs`).
       mask: True where FTP applies. Neither anchor nor C is stored where it does not.
       axis_name: for hand-split parameters under ``shard_map`` or ``pmap``; "mars" needs the
         arrays' PartitionSpecs here.
 
     Returns:
       A stage whose ``update`` needs ``params`` and the extra argument ``grad`` (the raw gradient;
-      its size matters little, as Adam's does). Updates keep their structure and dtypes. The state
-      holds the anchor and, of the same size, C: 8 bytes a parameter in float32, 4 with bfloat16
-      for both, beside Adam's 8. ``ftp_radii`` are the γ: shape (layers,), the widest parameter
-      dtype and at least float32, in the order of :func:`optax_spd.layer_names`, in units of the
-      norm. Integer, empty, None and MaskedNode leaves pass through. Under
-      ``optax.inject_hyperparams`` name ``norm``, ``state_dtype``, ``anchor``, ``anchor_dtype``,
-      ``layers``, ``mask`` and ``axis_name`` in ``static_args``.
+      its scale matters little, since the radii's optimizer is Adam). Updates keep their structure
+      and dtypes. The state holds the anchor and C, of the same size: 8 bytes a parameter in
+      float32, 4 with bfloat16 for both, in addition to Adam's 8. ``ftp_radii`` holds γ: shape
+      (layers,), the widest parameter dtype and at least float32, in the order of
+      :func:`optax_spd.layer_names`, in units of the norm. Integer, empty, None and MaskedNode
+      leaves pass through. Under ``optax.inject_hyperparams`` name ``norm``, ``state_dtype``,
+      ``anchor``, ``anchor_dtype``, ``layers``, ``mask`` and ``axis_name`` in ``static_args``.
 
     Raises:
       TypeError: a complex parameter (in ``init``), a mask that is not bools, a wrong argument type.
@@ -241,10 +242,10 @@ def ftp(
 
         previous = view.match(state.ftp_deviation, "the state's ftp_deviation")
         current = view.map(lambda d: d.tentative)
-        now, slope = balls.norms_and_slope(
+        norms, slope = balls.norms_and_slope(
             norm, view.plan, view.axes, previous, current, view.match(grad, "grad")
         )
-        largest = now.largest + balls.EPS
+        largest = norms.largest + balls.EPS
         radii, moments = radius_update(
             state.ftp_radii,
             state.ftp_moments,
@@ -253,22 +254,22 @@ def ftp(
             checks.value_at(k, state.count, view.plan.dtype),
             checks.value_at(radius_learning_rate, state.count, view.plan.dtype),
         )
-        # q² and not q: a second moment that overflows would hold the radius still for good.
+        # q² must be finite too: a second moment that overflows would freeze the radius for good.
         active = jnp.isfinite(slope**2) & jnp.isfinite(largest) & view.has_update
         radii, moments = jax.tree.map(
             lambda new, old: jnp.where(active, new, old),
             (radii, moments),
             (state.ftp_radii, state.ftp_moments),
         )
-        factors = balls.factors(view.plan, radii, now, active)
+        factors = balls.factors(view.plan, radii, norms, active)
         second = recompute.second_pass(view, active)
         steps = second.map(stage.project_step, factors)
-        kept = second.map(_kept, view.spread(active), previous)
+        deviations = second.map(_next_deviation, view.spread(active), previous)
         return second.rebuild(steps), FTPState(
             count=optax.safe_increment(state.count),
             anchor=state.anchor,
             layer_fingerprint=state.layer_fingerprint,
-            ftp_deviation=view.store(state.ftp_deviation, kept),
+            ftp_deviation=view.store(state.ftp_deviation, deviations),
             ftp_radii=radii,
             ftp_moments=moments,
         )
@@ -276,6 +277,6 @@ def ftp(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _kept(d: stage.Deviation, active: jax.Array, previous: jax.Array) -> jax.Array:
-    """C for the next step; the last one where the layer was not active."""
+def _next_deviation(d: stage.Deviation, active: jax.Array, previous: jax.Array) -> jax.Array:
+    """C for the next step; the previous one where the layer is not active."""
     return jnp.where(sums.sharded_like(active > 0, previous), d.tentative, previous)

@@ -6,8 +6,8 @@ Networks", ICML 2018, https://arxiv.org/abs/1802.01483. The penalty on pretraine
 
     λ Δ = λ (θ - θ₀)
 
-Differences from the paper: the paper adds a plain L2 penalty on the new layers; here that is
-``optax.add_decayed_weights`` under the complementary mask (or ``anchor="zero"`` under it).
+Difference from the paper: it also has a plain L2 penalty on the new layers. Here that is a second
+stage, ``optax.add_decayed_weights`` or ``anchor="zero"``, under the complementary mask.
 """
 
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import optax
 from optax_spd.anchors import policy
 from optax_spd.core import stage
 from optax_spd.layers import checks
+from optax_spd.layers.types import Anchor, DType, Mask
 
 PyTree = Any
 
@@ -39,17 +40,17 @@ class L2SPState(NamedTuple):
 def l2_sp(
     weight_decay: checks.ScalarOrSchedule,
     *,
-    anchor: Any = "initial",
-    anchor_dtype: Any = None,
-    mask: Any = None,
+    anchor: Anchor = "initial",
+    anchor_dtype: DType = None,
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds :math:`\lambda(\theta - \theta_0)` to the update: weight decay toward the anchor.
 
-    As ``optax.add_decayed_weights`` adds :math:`\lambda\theta`. So it stands where that stands.
+    Place it where ``optax.add_decayed_weights``, which adds :math:`\lambda\theta`, would stand.
     First in the chain, before ``scale_by_adam``, it is the paper's penalty
-    :math:`\frac{\lambda}{2}\|\theta - \theta_0\|^2`; between ``scale_by_adam`` and the learning
-    rate it is decoupled as in AdamW (:func:`optax_spd.adamw_l2_sp`), and multiplied by the
-    learning rate. After the learning rate its sign would be wrong.
+    :math:`\frac{\lambda}{2}\|\theta - \theta_0\|^2`. Between ``scale_by_adam`` and the learning
+    rate it is decoupled and multiplied by the learning rate, as in AdamW
+    (:func:`optax_spd.adamw_l2_sp`). After the learning rate its sign would be wrong.
 
     Args:
       weight_decay: λ >= 0, or a schedule of it.

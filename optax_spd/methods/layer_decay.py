@@ -1,4 +1,4 @@
-"""Layer-wise learning-rate decay: the nearer a layer is to the input, the smaller its steps.
+"""Layer-wise learning-rate decay: smaller steps for layers nearer to the input.
 
 Howard & Ruder: "Universal Language Model Fine-tuning for Text Classification", ACL 2018,
 https://arxiv.org/abs/1801.06146 (discriminative fine-tuning); Clark et al.: "ELECTRA", ICLR 2020,
@@ -9,31 +9,26 @@ A layer at depth d of a model whose head is at depth D takes its step times
 
 Differences from those papers and their code:
 
-1. It scales the update and not the learning rate. Behind ``optax.adamw`` that is the same, weight
+1. It scales the update, not the learning rate. Behind ``optax.adamw`` that is the same, weight
    decay included.
-2. Depths are BEiT's: the embeddings are one below layer 0, what follows the last layer is one above
-   it and has the full rate. ELECTRA's code leaves out one more depth, so that all its layers' rates
-   are smaller by one factor. ULMFiT has a factor of 1/2.6.
+2. Depths are BEiT's: the embeddings are one below layer 0, and everything after the last layer is
+   one above it, with the full rate. ELECTRA's code skips one depth below the head, so all its
+   layers' rates are smaller by one more factor. ULMFiT has a factor of 1/2.6.
 3. ``min_scale`` is ours.
 """
 
-import math
-import re
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optax_spd.core import scaling, stage
-from optax_spd.layers import checks, embeddings, fingerprints, masks, plans, trees
+from optax_spd.layers import checks, depth as depths, fingerprints, plans, trees
 from optax_spd.layers.spec import LayerFn, check_layers
+from optax_spd.layers.types import Mask
 
 PyTree = Any
-Depth = str | Callable[[str], float | None]
-_EMBEDDING = re.compile("|".join(embeddings.DEFAULT_EMBEDDING_PATTERNS))
 
 
 class LayerDecayState(NamedTuple):
@@ -41,9 +36,9 @@ class LayerDecayState(NamedTuple):
 
     Attributes:
       count: number of updates so far, int32; what a scheduled decay is evaluated at.
-      layer_fingerprint: tells for which layers the vectors are (:func:`optax_spd.check_state`).
-      layer_decay_scale: s of the last update (before the first: of the next), one entry per layer
-        in ``layer_names`` order.
+      layer_fingerprint: identifies the layers of the vectors (:func:`optax_spd.check_state`).
+      layer_decay_scale: s of the last update (initially of the first), one entry per layer in
+        ``layer_names`` order.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
@@ -67,18 +62,17 @@ def decay_scale(decay: jax.Array, height: jax.Array, min_scale: jax.Array) -> ja
 
 def layerwise_lr_decay(
     decay: checks.ScalarOrSchedule,
-    depth: Depth,
+    depth: depths.Depth,
     *,
     min_scale: checks.ScalarOrSchedule = 0.0,
     layers: LayerFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales each layer's update by its depth; place it *behind* the optimizer, never before.
 
     ``optax.chain(optax.adam(1e-3), layerwise_lr_decay(0.75, ...))``. Before Adam it would do
-    **nothing**: Adam divides by the gradient's size, and the scale with it. Behind the optimizer it
-    scales the step that is taken; before :func:`optax_spd.spd`, ``tpgm`` and ``ftp``, which judge
-    that step. A layer's update is multiplied by
+    **nothing**, since Adam divides every scale out again. Place it before :func:`optax_spd.spd`,
+    ``tpgm`` and ``ftp``, which act on the scaled step. A layer's update is multiplied by
 
     .. math::
 
@@ -88,35 +82,34 @@ def layerwise_lr_decay(
 
     Args:
       decay: the factor from one layer to the one below, from 0 to 1 (usual: 0.65 to 0.9), or a
-        schedule of it. With 0 only what is at depth D moves.
+        schedule of it. With 0 only layers at depth D move.
       depth: d, as one of
 
         - a regular expression with one group, the layer's number (``r"layer_(\d+)/"``), searched
           in the layer names (:func:`optax_spd.layer_names`; a stacked layer's ends in "[i]", so
           ``r"\[(\d+)\]$"`` counts the layers of a scanned model). Then D is the largest number
-          plus one: the last layer has the scale ``decay``. Embeddings
-          (:data:`optax_spd.DEFAULT_EMBEDDING_PATTERNS`) that it does not match are one below the
-          smallest, and everything else it does not match, such as the head and the last
-          normalisation, is at depth D: full rate;
+          plus one: the last layer has the scale ``decay``. Layers that do not match are embeddings
+          (:data:`optax_spd.DEFAULT_EMBEDDING_PATTERNS`), one below the smallest number, or
+          everything else, such as the head and the last normalisation, at depth D: full rate;
         - a function from layer name to d, or to None for full rate. Then D is the largest d.
       min_scale: the smallest scale, from 0 to 1, or a schedule of it.
       layers: what a layer is, see :func:`optax_spd.stacked`; None for one per array.
-      mask: as for :func:`optax_spd.spd`: where False, the scale is 1 and the layer does not count
-        for D.
+      mask: as for :func:`optax_spd.spd`. Where it is False the scale is 1, and the layer is
+        ignored in D.
 
     Returns:
       A stage whose ``update`` needs ``params``. Updates keep their structure and dtypes; scales
-      are taken in at least float32. The state holds ``layer_decay_scale``, s per layer: shape
+      are computed in at least float32. The state holds ``layer_decay_scale``, s per layer: shape
       (layers,), in the order of :func:`optax_spd.layer_names`. Integer, empty, None and MaskedNode
-      leaves pass through. It counts the layers that it is shown: inside ``optax.partition`` or
-      ``optax.masked`` those of its part only, which is right for the towers of a CLIP model, and
-      wrong where a part lacks the last layers (then put it behind: ``chain(partition(...),
-      layerwise_lr_decay(...))``). Under ``optax.inject_hyperparams`` name ``depth``, ``layers``
-      and ``mask`` in ``static_args``. Under ``shard_map`` leave the stacked axes whole.
+      leaves pass through. Inside ``optax.partition`` or ``optax.masked`` D is that of its part of
+      the tree. This is right for the towers of a CLIP model, and wrong for a part without the last
+      layers: then put it behind, ``chain(partition(...), layerwise_lr_decay(...))``. Under
+      ``optax.inject_hyperparams`` name ``depth``, ``layers`` and ``mask`` in ``static_args``. Under
+      ``shard_map`` leave the stacked axes whole.
 
     Raises:
       TypeError: a complex parameter, a mask that is not bools, a wrong argument type, a depth that
-        is no number.
+        is not a number.
       ValueError: ``decay`` or ``min_scale`` outside [0, 1], a pattern without exactly one group
         (at construction); a pattern that matches no layer, with the nearest; a depth that is not
         finite, no params, trees or shapes that do not match.
@@ -137,12 +130,12 @@ def layerwise_lr_decay(
       <https://arxiv.org/abs/2003.10555>`_, ICLR 2020; Bao et al., `BEiT
       <https://arxiv.org/abs/2106.08254>`_, ICLR 2022.
 
-    .. seealso:: :func:`optax_spd.with_frozen`, which saves the memory too
+    .. seealso:: :func:`optax_spd.with_frozen`, which also saves memory
     """
     checks.check_scalar("decay", decay, high=1.0)
     checks.check_scalar("min_scale", min_scale, high=1.0)
     check_layers(layers)
-    heights = _by_pattern(depth) if isinstance(depth, str) else _by_function(depth)
+    heights = depths.heights_from(depth)
 
     def scales(flat: trees.FlatTree, plan: plans.LayerPlan, count: jax.Array) -> jax.Array:
         return decay_scale(
@@ -170,115 +163,3 @@ def layerwise_lr_decay(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-Heights = Callable[[plans.LayerPlan, trees.FlatTree], np.ndarray]
-
-
-def _by_pattern(pattern: str) -> Heights:
-    """Heights D - d from the number in a layer's name, embeddings at the bottom."""
-    regex = checks.compile_pattern(pattern)
-    if regex.groups != 1:
-        raise ValueError(
-            f"depth={pattern!r} has {regex.groups} groups; it must have exactly one, around the "
-            r"layer's number, as 'layer_(\d+)'. Write other groups as (?:...)."
-        )
-
-    def heights(plan: plans.LayerPlan, flat: trees.FlatTree) -> np.ndarray:
-        found = np.zeros(plan.vector_size)
-        matches = [regex.search(name) for name in plan.names]
-        numbers = {
-            i: _number(match.group(1), name, pattern)
-            for i, (name, match) in enumerate(zip(plan.names, matches, strict=True))
-            if match is not None
-        }
-        below = sorted(_embeddings(plan) - set(numbers))
-        if not numbers:
-            _refuse_no_layers(pattern, plan, flat, below)
-            return found
-        top = max(numbers.values()) + 1
-        for i, number in numbers.items():
-            found[i] = top - number
-        found[below] = top - min(numbers.values()) + 1
-        return found
-
-    return heights
-
-
-def _number(text: str | None, name: str, pattern: str) -> float:
-    try:
-        number = float(text)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"The group of depth={pattern!r} matches {text!r} in the layer {name!r}; it must be "
-            r"the layer's number, as in 'layer_(\d+)'."
-        ) from error
-    return _finite(number, name)
-
-
-def _finite(number: float, name: str) -> float:
-    if not math.isfinite(number):
-        raise ValueError(f"depth gives {number} for the layer {name!r}; it must be finite.")
-    return number
-
-
-def _embeddings(plan: plans.LayerPlan) -> set[int]:
-    """The layers with an embedding array in them: by its path, since a group has a label."""
-    return {
-        number
-        for entry in plan.arrays
-        if entry is not None and _EMBEDDING.search(entry.name)
-        for number in entry.numbers
-    }
-
-
-def _refuse_no_layers(
-    pattern: str, plan: plans.LayerPlan, flat: trees.FlatTree, below: list[int]
-) -> None:
-    """Refuses a pattern that matches nothing, unless another mask may have taken what it would."""
-    nearest = trees.nearest_paths(pattern, [(name,) for name in plan.names])
-    if masks.is_whole(flat):
-        raise ValueError(
-            f"depth={pattern!r} matches no layer, so none would be scaled. The nearest layer "
-            f"names: {nearest}. Stacked layers have a number only with layers=stacked(...)."
-        )
-    if below:
-        raise ValueError(
-            f"depth={pattern!r} matches no layer of this part of the tree, so how far below the "
-            f"head the embeddings are ({plan.names[below[0]]!r}) cannot be told. Put "
-            "layerwise_lr_decay behind the partition or mask, where it sees all layers, or give "
-            "depth= as a function."
-        )
-
-
-def _by_function(depth: Callable[[str], Any]) -> Heights:
-    """Heights D - d from a function of the layer's name."""
-    if not callable(depth):
-        raise TypeError(
-            "depth must be a regular expression with one group or a function from layer name to "
-            f"number, got {depth!r}."
-        )
-
-    def heights(plan: plans.LayerPlan, flat: trees.FlatTree) -> np.ndarray:
-        del flat
-        found = np.zeros(plan.vector_size)
-        numbers = {
-            i: _real(number, name)
-            for i, name in enumerate(plan.names)
-            if (number := depth(name)) is not None
-        }
-        top = max(numbers.values(), default=0.0)
-        for i, number in numbers.items():
-            found[i] = top - number
-        return found
-
-    return heights
-
-
-def _real(number: Any, name: str) -> float:
-    is_number = isinstance(number, int | float | np.integer | np.floating)
-    if not is_number or isinstance(number, bool):
-        raise TypeError(
-            f"depth must return a number or None, got {number!r} for the layer {name!r}."
-        )
-    return _finite(float(number), name)

@@ -1,4 +1,4 @@
-"""Selective Projection Decay (SPD).
+"""Selective Projection Decay (SPD): weight decay only for layers that move away from the anchor.
 
 Tian, Huang, Kira: "Rethinking Weight Decay for Robust Fine-Tuning of Foundation Models",
 NeurIPS 2024, https://arxiv.org/abs/2411.01713, Algorithm 2; the authors' code: GT-RIPL/Selective-
@@ -7,24 +7,23 @@ g and the inner optimizer's step u:
 
     Δ = θ - θ₀                     the deviation now
     Δ̃ = Δ + u                      where the inner optimizer would take it
-    c = -⟨g, Δ⟩                     < 0: the step so far goes against this gradient
+    c = -⟨g, Δ⟩                     < 0: the descent direction -g points back to the anchor
     r = clip((‖Δ̃‖ - ‖Δ‖) / ‖Δ̃‖, 0, 1)  if c < 0, else 0
     u' = u - λ r Δ̃
 
 Differences from the authors' code:
 
-1. It is a stage behind any optimizer and not an Adam of its own; behind ``optax.adam`` the numbers
-   are the same.
-2. ‖Δ̃‖ - ‖Δ‖ is computed as ⟨u, Δ + Δ̃⟩ / (‖Δ̃‖ + ‖Δ‖): the same number, without the cancellation
-   that leaves no digit of it in float32 when steps are small.
+1. It is a stage behind any optimizer, not an Adam of its own. Behind ``optax.adam`` the numbers are
+   the same.
+2. ‖Δ̃‖ - ‖Δ‖ is computed as ⟨u, Δ + Δ̃⟩ / (‖Δ̃‖ + ‖Δ‖). The value is the same, without the
+   cancellation that in float32 loses all its digits when steps are small.
 3. A layer whose c or r is not finite keeps the inner optimizer's update (in the original NaN
-   spreads over the layer), and so does one with Δ̃ = 0.
-4. Sums are taken in at least float32 whatever the parameters' dtype.
+   spreads over the layer), and so does a layer with Δ̃ = 0.
+4. Sums have at least float32 whatever the parameters' dtype.
 5. A layer may be a slice of an array or several arrays (``layers=``).
 """
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +34,7 @@ from optax_spd.core.stage import Deviation
 from optax_spd.core.sums import norm_of
 from optax_spd.layers import checks
 from optax_spd.layers.spec import LayerFn
-
-PyTree = Any
+from optax_spd.layers.types import Anchor, AxisName, DType, Mask, PyTree
 
 
 class SPDState(NamedTuple):
@@ -45,9 +43,9 @@ class SPDState(NamedTuple):
     Attributes:
       count: number of updates so far, int32; what a scheduled λ is evaluated at.
       anchor: θ₀, a tree like params, or ``optax.EmptyState()`` if none is held.
-      layer_fingerprint: tells for which layers the vectors are (:func:`optax_spd.check_state`).
+      layer_fingerprint: identifies the layers of the vectors (:func:`optax_spd.check_state`).
       spd_ratio: r of the last update, one entry per layer in ``layer_names`` order.
-      spd_fired: in how many updates so far the layer was pulled back (r > 0), int32, likewise.
+      spd_fired: in how many updates so far the layer was pulled back (r > 0), per layer, int32.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
@@ -66,9 +64,9 @@ def decay_ratio(alignment: jax.Array, growth: jax.Array, old_square: jax.Array) 
       old_square: ‖Δ‖².
 
     Returns:
-      r in [0, 1]; 0 where c >= 0 and where ‖Δ̃‖ = 0. The driver sees to sums that are not finite.
+      r in [0, 1]; 0 where c >= 0 and where ‖Δ̃‖ = 0. The driver handles sums that are not finite.
     """
-    # r > 0 needs growth > 0, and then this sum has no cancellation: ‖Δ̃‖² need not be measured.
+    # ‖Δ̃‖² need not be measured: r > 0 only if growth > 0, and then this sum has no cancellation.
     new_square = old_square + growth
     moved = new_square > 0
     new_norm, old_norm = norm_of(new_square), norm_of(old_square)
@@ -78,7 +76,7 @@ def decay_ratio(alignment: jax.Array, growth: jax.Array, old_square: jax.Array) 
 
 def measure(d: Deviation, gradient: jax.Array) -> tuple[jax.Array, ...]:
     """What is summed over a layer: ⟨g, Δ⟩, ⟨u, Δ + Δ̃⟩, ‖Δ‖²."""
-    # Δ + Δ̃ is written 2Δ + u: XLA on CPU would keep a Δ̃ that is in this sum and in the update.
+    # 2Δ + u instead of Δ + Δ̃: XLA:CPU would materialise a Δ̃ used both here and in the update.
     return gradient * d.delta, d.step * (2 * d.delta + d.step), d.delta**2
 
 
@@ -90,7 +88,7 @@ def decide(
     *,
     weight_decay: jax.Array,
 ) -> Decision:
-    """r, and λ r for :func:`act`; per layer."""
+    """Per layer r, and λ r for :func:`act`."""
     ratio = decay_ratio(alignment, growth, old_square)
     fires = ratio > 0
     return Decision(
@@ -109,27 +107,26 @@ def act(d: Deviation, decay: jax.Array) -> jax.Array:
 def spd(
     weight_decay: checks.ScalarOrSchedule = 1.0,
     *,
-    anchor: Literal["initial", "zero", "argument"] | PyTree = "initial",
-    anchor_dtype: jax.typing.DTypeLike | None = None,
+    anchor: Anchor = "initial",
+    anchor_dtype: DType = None,
     layers: LayerFn | None = None,
-    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
-    axis_name: str | tuple[str, ...] | PyTree | None = None,
+    mask: Mask = None,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Selective Projection Decay; its λ is *not* multiplied by the learning rate.
 
-    So a ``weight_decay`` of 1e-4, copied from AdamW, does nothing here: λ = 1, the default, takes
-    a layer that moves away against its gradient back to the distance from the anchor that it had
-    before the step; λ = 0 is off, and λ > 1 pulls further. Only layers with
-    :math:`c = -\langle g, \Delta\rangle < 0` are touched:
+    So a ``weight_decay`` of 1e-4, copied from AdamW, does nothing here. λ = 1, the default,
+    projects a layer back to the distance from the anchor that it had before the step; λ = 0 is off,
+    and λ > 1 pulls further. Only layers with :math:`c = -\langle g, \Delta\rangle < 0` change:
 
     .. math::
 
         r = \mathrm{clip}\left(\frac{\|\tilde\Delta\| - \|\Delta\|}{\|\tilde\Delta\|}, 0, 1\right),
         \qquad u' = u - \lambda\, r\, \tilde\Delta
 
-    with :math:`\Delta = \theta - \theta_0` and :math:`\tilde\Delta = \Delta + u`. It stands last
-    in the chain, after the learning rate, since it acts on the step that would be taken. Only
-    :math:`c`'s sign matters, so clipping or scaling of the gradient changes nothing.
+    with :math:`\Delta = \theta - \theta_0` and :math:`\tilde\Delta = \Delta + u`. Place it last in
+    the chain, after the learning rate, since it acts on the step that would be taken. Only the sign
+    of :math:`c` matters, so clipping or scaling the gradient changes nothing.
 
     Args:
       weight_decay: λ >= 0, or a schedule of it.
@@ -141,9 +138,9 @@ def spd(
       anchor_dtype: dtype to store the anchor in; None for its own.
       layers: what a layer is, see :func:`optax_spd.stacked` and :func:`optax_spd.by_module`; None
         for one per array.
-      mask: a tree of bools, a prefix of params' or like it, or a function of params that returns
-        one (:func:`optax_spd.path_mask`): True where SPD applies. The anchor is not stored where
-        it does not. Mask out what is not pretrained, such as a new head.
+      mask: a tree of bools like params or a prefix of it, or a function of params that returns one
+        (:func:`optax_spd.path_mask`): True where SPD applies. Elsewhere no anchor is stored. Mask
+        out what is not pretrained, such as a new head.
       axis_name: only under ``shard_map`` or ``pmap`` with parameters split by hand: the axis or
         axes that every array is split over, or the arrays' PartitionSpecs. Leave it None under
         ``jit`` whatever the sharding.
@@ -153,9 +150,9 @@ def spd(
       ``optax_spd.chain`` supplies it). Updates keep their structure and dtypes. The state holds
       ``spd_ratio``, the last r per layer: shape (layers,), the widest parameter dtype and at least
       float32, in the order of :func:`optax_spd.layer_names`; and ``spd_fired``, how many updates
-      so far pulled the layer back. Integer, empty, None and MaskedNode
-      leaves pass through. Under ``optax.inject_hyperparams`` name ``anchor``, ``anchor_dtype``,
-      ``layers``, ``mask`` and ``axis_name`` in ``static_args``.
+      so far pulled the layer back. Integer, empty, None and MaskedNode leaves pass through. Under
+      ``optax.inject_hyperparams`` name ``anchor``, ``anchor_dtype``, ``layers``, ``mask`` and
+      ``axis_name`` in ``static_args``.
 
     Raises:
       TypeError: a complex parameter (in ``init``), a mask that is not bools, a wrong argument type.

@@ -1,4 +1,4 @@
-"""Trainable Projected Gradient Method (TPGM).
+"""Trainable Projected Gradient Method (TPGM): radii around the anchor, learned on validation data.
 
 Tian, Dai, Ma, He, Liu, Kira: "Trainable Projected Gradient Method for Robust Fine-tuning",
 CVPR 2023, https://arxiv.org/abs/2303.10720, Algorithm 1 and 2; the authors' code: PotatoTian/TPGM.
@@ -7,7 +7,7 @@ validation data, with the weights held fixed. For each layer with parameters θ,
 inner optimizer's step u, with rows j and norms n_j as in :mod:`optax_spd.core.balls`:
 
     Δ̃ = θ + u - θ₀                              where the inner optimizer would take it
-    γ = min_j n_j / 2                            before the first step of all
+    γ = min_j n_j / 2                            initially
     for each validation batch:                   the bi-level loop, every ``every`` updates
         γ = clip(γ, 1e-8, max_j n_j)
         Π(γ)_j = θ₀,j + clip(γ / (n_j + 1e-8), 0, 1) Δ̃_j
@@ -17,24 +17,24 @@ inner optimizer's step u, with rows j and norms n_j as in :mod:`optax_spd.core.b
 
 Differences from the authors' code:
 
-1. It is a stage behind any optimizer and not a class that walks over a model; masked arrays are
-   what they call excluded.
-2. ∂L/∂γ is written out (:meth:`optax_spd.core.bilevel.Constraint.radius_gradient`), with n and
-   Δ̃ constant as in their code; where γ/(n + 1e-8) is exactly 1 no gradient flows, as there.
-3. For a layer that has not moved at all their code raises an exception in current PyTorch. Here
-   its radius is 0, and starts when the layer first moves.
-4. A loss or gradient that is not finite leaves the radii as they are; a layer whose Δ̃ is not finite
+1. It is a stage behind any optimizer, not a class that iterates over a model. ``mask=`` replaces
+   their list of excluded layers.
+2. ∂L/∂γ is written out (:meth:`optax_spd.core.bilevel.Constraint.radius_gradient`). As in their
+   code n and Δ̃ are constants, and no gradient flows where γ/(n + 1e-8) is exactly 1.
+3. A layer that has not moved has radius 0, and its radius starts when it first moves. Their code
+   raises an exception for it in current PyTorch.
+4. A loss or gradient that is not finite leaves the radii as they are. A layer whose Δ̃ is not finite
    keeps the inner optimizer's update (in the original NaN stays forever).
-5. Sums are taken in at least float32 whatever the parameters' dtype: in bfloat16 a row's sum has
-   no digits left.
+5. Sums have at least float32 whatever the parameters' dtype: in bfloat16 a row's sum would lose all
+   its digits.
 6. A layer may be a slice of an array or several arrays, and rows lie on any axis (``layers=``),
    since JAX stacks layers and keeps output units last.
-7. Given ``radii=`` and no validation data, the radii stay as given. In their code every projection
-   also lowers the radii to the largest norm, so they would shrink to the first step's.
-8. The loss is a function of the caller's, and so is its evaluation mode; their code copies the
-   model, switches the copy to evaluation and uses cross-entropy.
-9. Each call brings its batches, since a pure function cannot hold a loader; theirs goes on where it
-   stopped. ``every`` stands for calling theirs every so many steps.
+7. With ``radii=`` and no validation data the radii stay as given. In their code every projection
+   also lowers the radii to the largest norm, so they would shrink to that of the first step.
+8. The caller passes the loss and sets evaluation mode. Their code copies the model, switches the
+   copy to evaluation mode and uses cross-entropy.
+9. The caller passes the batches of each call, since a pure function cannot hold a data loader.
+   Their loader continues where it stopped. ``every=k`` replaces calling theirs every k steps.
 """
 
 from typing import Any, NamedTuple
@@ -47,6 +47,7 @@ from optax_spd.anchors import policy
 from optax_spd.core import balls, bilevel, recompute, stage, sums
 from optax_spd.layers import checks, fingerprints, trees
 from optax_spd.layers.spec import LayerFn
+from optax_spd.layers.types import Anchor, AxisName, DType, Mask, Norm
 
 PyTree = Any
 
@@ -56,12 +57,12 @@ class TPGMState(NamedTuple):
     """State of :func:`tpgm`.
 
     Attributes:
-      count: number of updates so far, int32; what ``every`` counts.
+      count: number of updates so far, int32; what ``every`` refers to.
       anchor: θ₀, a tree like params, or ``optax.EmptyState()`` if none is held.
-      layer_fingerprint: tells for which layers the vectors are (:func:`optax_spd.check_state`).
+      layer_fingerprint: identifies the layers of the vectors (:func:`optax_spd.check_state`).
       tpgm_radii: γ after the last update, one entry per layer in ``layer_names`` order.
-      tpgm_started: per layer whether its radius has been started, bool.
-      radius_state: of the radii's optimizer.
+      tpgm_started: per layer whether its radius has started, bool.
+      radius_state: state of the radii's optimizer.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
@@ -75,57 +76,57 @@ class TPGMState(NamedTuple):
 def tpgm(
     radius_optimizer: optax.GradientTransformation | None = None,
     *,
-    norm: str = "mars",
+    norm: Norm = "mars",
     every: int = 1,
     radii: jax.typing.ArrayLike | None = None,
-    anchor: Any = "initial",
-    anchor_dtype: Any = None,
+    anchor: Anchor = "initial",
+    anchor_dtype: DType = None,
     layers: LayerFn | None = None,
-    mask: Any = None,
-    axis_name: Any = None,
+    mask: Mask = None,
+    axis_name: AxisName = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Trainable Projected Gradient Method: radii around the anchor, learned on validation data.
 
     Pass the validation objective to ``update``, as extra arguments:
 
-    - ``validation_fn``: (params, batch) -> scalar loss. It gets the full parameter tree with the
-      projected layers in it; arrays outside ``mask`` are at their tentative values θ + u. It runs
-      whatever you put into it: evaluation mode (no dropout, frozen statistics) is yours to set.
+    - ``validation_fn``: (params, batch) -> scalar loss. It gets the full parameter tree: layers are
+      projected, and arrays outside ``mask`` have their tentative values θ + u. Write it for
+      evaluation mode (no dropout, frozen statistics).
     - ``validation_batches``: a tree of arrays with a leading axis, one entry per inner step. Draw
       new ones for every call, from the distribution that you tune hyperparameters on.
 
-    Given neither, it only clips and projects. Then the radii start at half of the *first* step's
-    smallest row norm and never grow: give ``radii=`` to project onto fixed balls. It stands last
-    in the chain, after the learning rate.
+    Without both it only clips and projects. Then the radii start at half of the *first* step's
+    smallest row norm and never grow: give ``radii=`` to project onto fixed balls. Place it last in
+    the chain, after the learning rate.
 
     Args:
-      radius_optimizer: of the radii, seen as one vector; None for ``optax.adam(1e-2)``. Its
-        learning rate is in units of the norm a step and may be a schedule of inner steps. It is
-        given the validation loss as ``value=``, but cannot evaluate it again (line searches).
+      radius_optimizer: updates the radii, as one vector; None for ``optax.adam(1e-2)``. Its
+        learning rate is in units of the norm a step and may be a schedule of inner steps. It gets
+        the validation loss as ``value=``, but cannot reevaluate it (no line searches).
       norm: "mars" (each output unit by its own absolute row sum) or "l2".
-      every: learn on updates 0, every, 2 every, ...; the others only project, and neither the
-        forward nor the backward pass of the validation runs there.
-      radii: to start from: a scalar, or one per layer in :func:`optax_spd.layer_names` order; None
+      every: learn on updates 0, every, 2 every, ...; the others only project and do not run
+        ``validation_fn``.
+      radii: initial radii: a scalar, or one per layer in :func:`optax_spd.layer_names` order; None
         for half the smallest row norm of the layer's first deviation. Without validation data they
-        stay as they are; with it they are clipped to the layer's largest norm like any radius, so
-        a larger value starts at the whole of the first step.
-      anchor: θ₀, as for :func:`optax_spd.spd`, as all that follow.
+        stay as given. With it they are clipped to the layer's largest norm like any radius, so
+        with a larger value the first step is taken in full.
+      anchor: θ₀, as for :func:`optax_spd.spd`.
       anchor_dtype: dtype to store the anchor in; None for its own.
-      layers: what a layer is, and which axes count its output units (:func:`optax_spd.outputs`).
-      mask: True where TPGM applies. Use this and not ``optax.masked``, inside which the stage
-        cannot see the full tree that ``validation_fn`` needs.
+      layers: what a layer is, and which axes are output units (:func:`optax_spd.outputs`).
+      mask: True where TPGM applies. Do not use ``optax.masked`` instead: inside it the stage cannot
+        see the full tree that ``validation_fn`` needs.
       axis_name: for hand-split parameters under ``shard_map`` or ``pmap``; "mars" needs the
         arrays' PartitionSpecs here. ``validation_fn`` must then return the loss of all devices.
 
     Returns:
       A stage whose ``update`` needs ``params``. Updates keep their structure and dtypes. The state
       holds the anchor (4 bytes a parameter in float32) and per-layer vectors only. ``tpgm_radii``
-      are the γ: shape (layers,), the widest parameter dtype and at least float32, in units of the
-      norm. A learning update holds one more copy of the parameters, their projection, and what
-      ``validation_fn`` and its gradient need. Under ``optax.inject_hyperparams`` name
-      ``radius_optimizer``, ``norm``, ``radii``, ``anchor``, ``anchor_dtype``, ``layers``, ``mask``
-      and ``axis_name`` in ``static_args``. Inside ``optax.MultiSteps`` validation runs on every
-      micro-step; see the documentation for how to avoid it.
+      holds γ: shape (layers,), the widest parameter dtype and at least float32, in units of the
+      norm. An update that learns needs memory for one more copy of the parameters (their
+      projection), and for ``validation_fn`` and its gradient. Under ``optax.inject_hyperparams``
+      name ``radius_optimizer``, ``norm``, ``radii``, ``anchor``, ``anchor_dtype``, ``layers``,
+      ``mask`` and ``axis_name`` in ``static_args``. Inside ``optax.MultiSteps`` validation runs on
+      every micro-step; see the documentation for how to avoid it.
 
     Raises:
       TypeError: a complex parameter (in ``init``), a mask that is not bools, a wrong argument type.
@@ -164,9 +165,9 @@ def tpgm(
     def init(params: PyTree) -> TPGMState:
         plan, held = options.init(params)
         start = jnp.zeros(plan.vector_size, plan.dtype)
-        # Optax's placeholder for any parameters has no layer that a vector of radii could fit.
+        # Optax's params placeholder has no layers, so a vector of radii would not fit it.
         if radii is not None and plan.names:
-            # A copy: the caller's array would be donated together with the state.
+            # A copy, so that donating the state does not donate the caller's array.
             start = jnp.array(sums.per_layer("radii", radii, plan))
         return TPGMState(
             count=jnp.zeros((), jnp.int32),
@@ -201,15 +202,15 @@ def tpgm(
             )
             return learned.radii, learned.optimizer_state
 
-        def keep() -> tuple[jax.Array, PyTree]:
+        def only_clip() -> tuple[jax.Array, PyTree]:
             return constraint.clipped(start), state.radius_state
 
         if validate is None:
-            new_radii, radius_state = keep() if radii is None else (start, state.radius_state)
+            new_radii, radius_state = only_clip() if radii is None else (start, state.radius_state)
         elif isinstance(every, int) and every == 1:
             new_radii, radius_state = learn()
         else:
-            new_radii, radius_state = jax.lax.cond(state.count % every == 0, learn, keep)
+            new_radii, radius_state = jax.lax.cond(state.count % every == 0, learn, only_clip)
 
         factors = constraint.factors(new_radii)
         second = recompute.second_pass(view, active)
@@ -226,7 +227,10 @@ def tpgm(
 
 
 def _validation(view: stage.StageView, params: PyTree, extra_args: dict[str, Any]) -> Any:
-    """The loss of projected leaves, how to project them, and the batches; None without."""
+    """``loss_fn``, ``place`` and ``batches`` for :func:`bilevel.learn_radii`.
+
+    None if ``update`` got no validation data.
+    """
     validation_fn: Any = extra_args.get("validation_fn")
     batches = extra_args.get("validation_batches")
     if validation_fn is None and batches is None:
@@ -242,7 +246,7 @@ def _validation(view: stage.StageView, params: PyTree, extra_args: dict[str, Any
         if isinstance(leaf, optax.MaskedNode):
             raise ValueError(
                 f"validation_fn needs the full parameter tree, but params is masked at "
-                f"{trees.shown(path)}: tpgm stands inside optax.masked or optax.partition. Put it "
+                f"{trees.shown(path)}: tpgm is inside optax.masked or optax.partition. Put it "
                 "outside and give it mask= (optax.chain(optax.masked(...), tpgm(mask=...)))."
             )
     others = {

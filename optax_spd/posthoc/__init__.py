@@ -1,1 +1,1 @@
-"""Functions of two checkpoints, for after training."""
+"""Functions of two checkpoints, for use after training."""

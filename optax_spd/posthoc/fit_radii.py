@@ -1,8 +1,8 @@
-"""TPGM after training: radii for a pair of checkpoints.
+"""TPGM after training: learns radii for a pair of checkpoints.
 
-Tian et al., CVPR 2023; the equations are in :mod:`optax_spd.methods.tpgm`. This is the paper's use
-of TPGM on ImageNet: one bi-level loop on the finished weights. The differences from the authors'
-code that :mod:`optax_spd.methods.tpgm` lists hold here as far as they concern the loop.
+Tian et al., CVPR 2023; the equations are in :mod:`optax_spd.methods.tpgm`. The paper uses TPGM this
+way on ImageNet: one bi-level loop on the finished weights. The differences from the authors' code
+listed in :mod:`optax_spd.methods.tpgm` apply here too, as far as they concern the loop.
 """
 
 import functools
@@ -15,18 +15,19 @@ import optax
 from optax_spd.core import balls, bilevel
 from optax_spd.layers import plans
 from optax_spd.layers.spec import LayerFn
+from optax_spd.layers.types import Mask, Norm
 from optax_spd.posthoc.project import displacement, matched_anchor, plan_of
 
 PyTree = Any
 
 
 class FittedRadii(NamedTuple):
-    """Outcome of :func:`fit_radii`.
+    """Result of :func:`fit_radii`.
 
     Attributes:
       params: the projected parameters, a tree like params.
       radii: γ, one entry per layer in ``layer_names`` order.
-      losses: the validation loss of each inner step, before that step's change of the radii.
+      losses: the validation loss of each inner step, before the step changes the radii.
     """
 
     params: PyTree
@@ -41,9 +42,9 @@ def fit_radii(
     validation_batches: PyTree,
     *,
     radius_optimizer: optax.GradientTransformation | None = None,
-    norm: str = "mars",
+    norm: Norm = "mars",
     layers: LayerFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
 ) -> FittedRadii:
     r"""Learns per-layer radii after training and projects the parameters onto them.
 
@@ -56,14 +57,14 @@ def fit_radii(
       params: the fine-tuned parameters θ; they may be sharded.
       anchor: the pretrained parameters θ₀; matched by path.
       validation_fn: (params, batch) -> scalar loss, in evaluation mode. Compiled code is reused in
-        later calls with the *same* function and optimizer objects: make both once, outside of
-        loops. It also keeps them alive, with whatever they close over.
-      validation_batches: a tree of arrays with a leading axis, one entry per inner step. All of
-        them are on the device at once.
-      radius_optimizer: of the radii, as for :func:`optax_spd.tpgm`. Adam's rate times the number
-        of batches bounds how far a radius can move, in units of the norm.
+        later calls with the *same* function and optimizer objects: make both once, outside loops.
+        The cache keeps them alive, with everything they close over.
+      validation_batches: a tree of arrays with a leading axis, one entry per inner step. All
+        batches are on the device at once.
+      radius_optimizer: updates the radii, as for :func:`optax_spd.tpgm`. Adam's rate times the
+        number of batches bounds how far a radius can move, in units of the norm.
       norm: "mars" (each output unit by its own absolute row sum) or "l2".
-      layers: what a layer is, and which axes count its output units (:func:`optax_spd.outputs`).
+      layers: what a layer is, and which axes are output units (:func:`optax_spd.outputs`).
       mask: True where to project; the other parameters stay as they are.
 
     Returns:
@@ -71,7 +72,7 @@ def fit_radii(
       dtypes; the radii have shape (layers,), the losses (inner steps,).
 
     Raises:
-      TypeError: a complex parameter, a ``validation_fn`` that is no function or has no hash.
+      TypeError: a complex parameter, a ``validation_fn`` that is not a function or not hashable.
       ValueError: an unknown norm, trees or shapes that do not match, batches without a common
         leading axis, a ``validation_fn`` that does not return a scalar.
 
@@ -99,7 +100,7 @@ def fit_radii(
         hash(validation_fn)
     except TypeError as error:
         raise TypeError(
-            f"validation_fn must be hashable, since compiled code is kept by it, got "
+            f"validation_fn must be hashable, since compiled code is cached by it, got "
             f"{validation_fn!r}. Wrap it in a function: def loss(params, batch): ..."
         ) from error
     plan = plan_of(params, layers, mask)
@@ -117,7 +118,7 @@ def _fit(
     batches: PyTree,
     validation_fn: bilevel.ValidationFn,
     optimizer: optax.GradientTransformation,
-    norm: str,
+    norm: Norm,
     plan: plans.LayerPlan,
 ) -> FittedRadii:
     displaced = displacement(params, pretrained, plan)

@@ -1,4 +1,4 @@
-"""Projection onto balls around a pretrained checkpoint, and what it shares with ``fit_radii``.
+"""Projection onto balls around a pretrained checkpoint, and helpers shared with ``fit_radii``.
 
 Gouk, Hospedales, Pontil: "Distance-Based Regularisation of Deep Networks for Fine-Tuning", ICLR
 2021, https://arxiv.org/abs/2002.08253; Tian et al., CVPR 2023, https://arxiv.org/abs/2303.10720:
@@ -6,12 +6,12 @@ Gouk, Hospedales, Pontil: "Distance-Based Regularisation of Deep Networks for Fi
     θ' = θ₀ + min(1, γ/n) (θ - θ₀)
 
 with n as in :mod:`optax_spd.core.balls`. Difference from the authors' code: a row with n <= γ is
-left as it is, to the bit, where theirs shrinks it if n + 1e-8 > γ; so projecting twice is
-projecting once.
+returned bit for bit, while theirs shrinks it if n + 1e-8 > γ. So a second projection changes
+nothing.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,7 @@ from optax_spd.anchors import policy
 from optax_spd.core import balls, sums
 from optax_spd.layers import plans, trees
 from optax_spd.layers.spec import LayerFn, check_layers
-
-PyTree = Any
+from optax_spd.layers.types import Mask, Norm, PyTree
 
 
 def project(
@@ -29,9 +28,9 @@ def project(
     anchor: PyTree,
     radii: jax.typing.ArrayLike,
     *,
-    norm: Literal["mars", "l2"] = "mars",
+    norm: Norm = "mars",
     layers: LayerFn | None = None,
-    mask: PyTree | Callable[[PyTree], PyTree] | None = None,
+    mask: Mask = None,
 ) -> PyTree:
     r"""Projects each layer onto the ball of its radius around the anchor.
 
@@ -39,23 +38,23 @@ def project(
 
         \theta' = \theta_0 + \min\left(1, \frac{\gamma}{n}\right) (\theta - \theta_0)
 
-    where n is the Euclidean norm of the layer's deviation ("l2"), or of each output unit the sum
-    of its absolute deviations ("mars": every output unit has its own n, all share the layer's
-    radius). May be jitted and differentiated; works on sharded parameters.
+    where n is the Euclidean norm of the layer's deviation ("l2"), or the sum of an output unit's
+    absolute deviations ("mars": every output unit has its own n, all share the layer's radius).
+    May be jitted and differentiated; works on sharded parameters.
 
     Args:
       params: θ.
       anchor: θ₀; matched by path.
-      radii: γ >= 0: a scalar, or one per layer in :func:`optax_spd.layer_names` order (what
-        ``tpgm_radii``, ``ftp_radii`` and :func:`optax_spd.fit_radii` hold). 0 gives the anchor,
-        infinity leaves the layer alone.
+      radii: γ >= 0: a scalar, or one per layer in :func:`optax_spd.layer_names` order (such as
+        ``tpgm_radii``, ``ftp_radii`` or the radii of :func:`optax_spd.fit_radii`). 0 gives the
+        anchor; infinity leaves the layer unchanged.
       norm: "mars" or "l2".
-      layers: what a layer is and which axes count its output units, see :func:`optax_spd.outputs`.
+      layers: what a layer is, and which axes are output units (:func:`optax_spd.outputs`).
       mask: True where to project, as for :func:`optax_spd.spd`; the rest is returned as it is.
 
     Returns:
-      A tree like ``params``, with its dtypes. A row that is inside its ball comes back bit by bit;
-      one outside lands on its surface (within 1e-8 and rounding). Leaves that are no layers
+      A tree like ``params``, with its dtypes. A row inside its ball is returned bit for bit; one
+      outside is moved to the surface (within 1e-8 and rounding). Leaves that are not layers
       (integers, empty, None), and layers that are not finite, are those of ``params``.
 
     Raises:
@@ -90,9 +89,9 @@ class Displacement(NamedTuple):
     """Two checkpoints as lists of leaves, in the order of the parameters.
 
     Attributes:
-      flat: the parameters, with gaps.
-      anchors: per layer's leaf θ₀ in at least float32, else None.
-      deltas: per layer's leaf Δ = θ - θ₀, else None.
+      flat: the parameters, missing leaves included.
+      anchors: θ₀ in at least float32; None for a leaf that is not a layer.
+      deltas: Δ = θ - θ₀; None for a leaf that is not a layer.
     """
 
     flat: trees.FlatTree
@@ -100,7 +99,7 @@ class Displacement(NamedTuple):
     deltas: list[jax.Array | None]
 
     def projected(self, multipliers: Sequence[jax.Array | None]) -> list[jax.Array | None]:
-        """Per layer's leaf θ₀ + f Δ in the parameter's dtype; θ itself where f = 1."""
+        """θ₀ + f Δ in the parameters' dtypes, exactly θ where f = 1; None outside layers."""
         return [
             None
             if theta_0 is None or delta is None or f is None
@@ -115,7 +114,7 @@ class Displacement(NamedTuple):
         ]
 
     def filled(self, leaves: Sequence[jax.Array | None]) -> PyTree:
-        """The parameter tree with other values in its layers."""
+        """The parameter tree with new leaves; None keeps a leaf."""
         return self.flat.unflatten(
             theta if leaf is None else leaf
             for theta, leaf in zip(self.flat.leaves, leaves, strict=True)
@@ -129,10 +128,10 @@ def plan_of(params: PyTree, layers: LayerFn | None, mask: Any) -> plans.LayerPla
 
 
 def matched_anchor(params: PyTree, anchor: PyTree, plan: plans.LayerPlan) -> list[Any]:
-    """Per leaf the anchor's array where there is a layer, else None.
+    """Per leaf the anchor's array; None for a leaf that is not a layer.
 
     Raises:
-      ValueError: the trees do not match there.
+      ValueError: the trees do not match in the layers.
     """
     wanted = trees.flatten(params).only(entry is not None for entry in plan.arrays)
     leaves = policy.match_anchor(wanted, anchor)
@@ -142,23 +141,23 @@ def matched_anchor(params: PyTree, anchor: PyTree, plan: plans.LayerPlan) -> lis
 
 
 def displacement(params: PyTree, pretrained: Sequence[Any], plan: plans.LayerPlan) -> Displacement:
-    """How far a checkpoint is from the anchor's leaves, as :func:`matched_anchor` gives them.
+    """The displacement of a checkpoint from the leaves that :func:`matched_anchor` returned.
 
     Raises:
       TypeError: the anchor is complex.
     """
     flat = trees.flatten(params)
-    anchors_found: list[jax.Array | None] = []
+    anchors: list[jax.Array | None] = []
     deltas: list[jax.Array | None] = []
     for path, entry, theta, theta_0 in zip(
         flat.paths, plan.arrays, flat.leaves, pretrained, strict=True
     ):
         if entry is None:
-            anchors_found.append(None)
+            anchors.append(None)
             deltas.append(None)
             continue
         dtype = plans.compute_dtype(theta, theta_0)
         pretrained_leaf = trees.as_real(policy.on_device(theta_0), dtype, "anchor", path)
-        anchors_found.append(pretrained_leaf)
+        anchors.append(pretrained_leaf)
         deltas.append(jnp.asarray(theta, dtype) - pretrained_leaf)
-    return Displacement(flat, anchors_found, deltas)
+    return Displacement(flat, anchors, deltas)

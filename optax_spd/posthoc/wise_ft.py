@@ -30,8 +30,8 @@ def wise_ft(
 ) -> PyTree:
     r"""Interpolates in weight space: :math:`(1-\alpha)\,\theta_0 + \alpha\,\theta`.
 
-    Works after training, on any pair of checkpoints; cheap enough to try many α on validation
-    data. It may be jitted.
+    Use it after training, on any pair of checkpoints. It is cheap enough to try many α on
+    validation data, and may be jitted.
 
     Args:
       params: the fine-tuned parameters θ.
@@ -41,7 +41,7 @@ def wise_ft(
       layers: what a layer is, if ``alpha`` is given per layer.
 
     Returns:
-      A tree like ``params``, with its dtypes. Leaves that are no layers (integers, empty, None)
+      A tree like ``params``, with its dtypes. Leaves that are not layers (integers, empty, None)
       are those of ``params``.
 
     Raises:

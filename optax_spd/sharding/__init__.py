@@ -1,1 +1,1 @@
-"""Axes that the caller split by hand, and where the arrays of a state are placed."""
+"""Mesh axes that split arrays by hand, and the sharding of optimizer state."""

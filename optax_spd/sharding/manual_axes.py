@@ -1,4 +1,4 @@
-"""What ``axis_name=`` says: how ``shard_map`` or ``pmap`` split the arrays by hand."""
+"""Manual mesh axes: how ``shard_map`` or ``pmap`` split the arrays, from ``axis_name=``."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,13 +8,13 @@ import jax
 from optax_spd.layers import trees
 from optax_spd.layers.plans import ArrayLayers, LayerPlan
 
-# The mesh axes an array is split over by hand, each with the array axis it splits; None stands
-# for an axis that a bare name does not tell.
+# The manual mesh axes that split an array, each with the array axis it splits; None if that is
+# unknown, because the caller gave a bare name.
 MeshAxes = Mapping[str, int | None]
 
 
 def check_axis_name(axis_name: Any) -> None:
-    """Refuses, when a stage is built, an ``axis_name=`` that is no name and no tree of specs."""
+    """Raises ValueError unless ``axis_name`` is None, names, or a tree of PartitionSpecs."""
     if axis_name is None or is_names(axis_name):
         return
     leaves = jax.tree.leaves(axis_name, is_leaf=_is_spec)
@@ -26,11 +26,11 @@ def check_axis_name(axis_name: Any) -> None:
 
 
 def sharded_axes(axis_name: Any, flat: trees.FlatTree, plan: LayerPlan) -> list[MeshAxes] | None:
-    """Per leaf the mesh axes it is split over by hand, and which of its axes each splits.
+    """Per leaf the manual mesh axes that split it, and which array axis each splits.
 
     Args:
-      axis_name: a name or a tuple of names, over which every array is split; or PartitionSpecs,
-        as given to ``shard_map``, each array being split over the axes its spec names; or None.
+      axis_name: a name or a tuple of names that split every array; or PartitionSpecs, as given to
+        ``shard_map``, where each array is split over the axes its spec names; or None.
       flat: the parameters.
       plan: their layers.
 
@@ -61,26 +61,26 @@ def _axes_of_spec(spec: Any, entry: ArrayLayers) -> MeshAxes:
         if parts and axis in entry.stacked_axes:
             raise ValueError(
                 f"axis_name= splits {entry.name!r} over {parts} along axis {axis}, which layers= "
-                "calls stacked. Under shard_map each device would hold other layers; split another "
-                "axis, or use jit with NamedSharding."
+                "calls stacked. Under shard_map each device would hold different layers; split "
+                "another axis, or use jit with NamedSharding."
             )
         axes.update(dict.fromkeys(parts, axis))
     return axes
 
 
 def varying_axes(array: jax.Array) -> frozenset[str]:
-    """The mesh axes along which a checked ``shard_map`` knows the array to differ.
+    """The mesh axes along which the array varies, as tracked by ``shard_map``.
 
     Empty under ``pmap``, and in a ``shard_map`` with ``check_vma=False``.
     """
-    kind = jax.typeof(array)
-    current = getattr(kind, "manual_axis_type", None)  # older JAX: vma, without the wrapping
-    varying: frozenset[str] = kind.vma if current is None else current.varying
+    aval = jax.typeof(array)
+    manual_axis_type = getattr(aval, "manual_axis_type", None)  # older JAX has aval.vma only
+    varying: frozenset[str] = aval.vma if manual_axis_type is None else manual_axis_type.varying
     return varying
 
 
 def is_names(axis_name: Any) -> bool:
-    """Whether ``axis_name=`` is a bare name or several, that do not say which arrays they split."""
+    """Whether ``axis_name`` is a bare name or a tuple of names, not PartitionSpecs."""
     return isinstance(axis_name, str) or (
         isinstance(axis_name, tuple)
         and len(axis_name) > 0
@@ -89,15 +89,12 @@ def is_names(axis_name: Any) -> bool:
 
 
 def require_specs(axis_name: Any, reason: str, otherwise: str = "") -> None:
-    """Raises for bare names where it matters which of an array's axes they split.
+    """Raises ValueError for bare names, if it matters which array axes they split.
 
     Args:
       axis_name: the stage's argument.
       reason: why it matters, for the message.
-      otherwise: what else the user can do, for the message.
-
-    Raises:
-      ValueError: as said.
+      otherwise: an alternative for the user, for the message.
     """
     if is_names(axis_name):
         raise ValueError(

@@ -1,7 +1,7 @@
 """Give optimizer state the sharding of its parameters.
 
-Zeros depend on nothing. In a jitted ``init`` under automatic sharding the partitioner therefore
-puts a whole copy of them on every device, unless they are made to depend on their parameter.
+Zeros depend on no input. So in a jitted ``init`` under automatic sharding the partitioner
+replicates them on every device, unless they are made to depend on their parameter.
 """
 
 from typing import Any
@@ -15,16 +15,17 @@ PyTree = Any
 
 
 def with_sharding_of(array: Any, like: Any) -> Any:
-    """The same array, sharded as ``like`` where a program is being traced.
+    """The same array, sharded as ``like``.
 
-    Only where both hold floating numbers in the device's memory.
+    Only during tracing, and if both have a floating dtype and are in device memory; otherwise the
+    array is returned unchanged.
     """
     if not all(map(_is_traced_on_device, (array, like))):
         return array
-    # Each element is made to depend on the parameter's, as a copy would. (``shard_alike`` would not
-    # do: XLA merges zeros of one shape into one constant first, and would shard it only one way.)
-    always = 0 * jnp.where(jnp.isfinite(like), like, 0) == 0
-    return jnp.where(always, array, jnp.zeros_like(array))
+    # Makes each element depend on the parameter's. (``shard_alike`` is not enough: XLA first merges
+    # all zeros of one shape into a single constant, which has a single sharding.)
+    always_true = 0 * jnp.where(jnp.isfinite(like), like, 0) == 0
+    return jnp.where(always_true, array, jnp.zeros_like(array))
 
 
 def _is_traced_on_device(array: Any) -> bool:
@@ -36,14 +37,15 @@ def _is_traced_on_device(array: Any) -> bool:
 
 
 def shard_like_params(state: PyTree, params: PyTree) -> PyTree:
-    """A state whose arrays at a parameter's path and of its shape are sharded as it is.
+    """Gives each state array with a parameter's path and shape that parameter's sharding.
 
-    Anchors are left alone: a copy of the parameters is sharded like them already. Here XLA would
-    compute an initializer in the same program a second time for it, and round differently.
+    Anchors are left unchanged: as copies of the parameters they already have the sharding. If an
+    initializer is in the same program, XLA would compute it a second time for the anchor, with
+    different rounding.
 
     Args:
-      state: of any transformation, as its ``init`` returned it.
-      params: what that ``init`` was given.
+      state: the result of any transformation's ``init``.
+      params: the argument of that ``init``.
     """
     flat = trees.flatten(params)
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in flat.leaves):

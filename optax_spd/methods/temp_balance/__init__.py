@@ -1,1 +1,1 @@
-"""TempBalance: learning rates of layers, balanced by the spectra of their weights."""
+"""TempBalance: scales each layer's learning rate by the spectrum of its weights."""

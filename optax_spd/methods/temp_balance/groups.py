@@ -1,4 +1,4 @@
-"""Which layers take the learning-rate factors of which: by module, or by block."""
+"""Groups of layers that share a learning-rate factor: by module, or by block."""
 
 import re
 from collections.abc import Callable, Hashable, Sequence
@@ -11,23 +11,23 @@ import numpy as np
 from optax_spd.layers import plans, trees
 from optax_spd.methods.temp_balance import weights
 
-INDEX = re.compile(r"\[[\d,]+\]$")  # behind the name of a stacked layer
+INDEX = re.compile(r"\[[\d,]+\]$")  # the end of a stacked layer's name
 
 Follows = Callable[[str], str]
 """From the path of an array's module to the path of the module whose factor it takes."""
 
 Scales = Callable[[jax.Array, jax.Array], jax.Array]
-"""From exponents, and which of them count, to factors."""
+"""(exponents, which to include) -> factors."""
 
 
 class Modules(NamedTuple):
-    """Each layer that counts has a factor of its own, and others follow.
+    """A factor for each balanced layer; other layers follow balanced ones.
 
     Attributes:
       size: length of the per-layer vectors.
       followers: layers that take a factor, with repetitions.
-      leaders: whose factors they take; the mean, where there are several. A layer that counts is
-        its own leader.
+      leaders: the layer whose factor each follower takes. A layer with several leaders takes the
+        mean. A balanced layer leads itself.
     """
 
     size: int
@@ -36,7 +36,7 @@ class Modules(NamedTuple):
 
     @property
     def scalable(self) -> np.ndarray:
-        """Per layer whether it may have another factor than 1."""
+        """Per layer whether its factor may differ from 1."""
         marks = np.zeros(self.size, bool)
         marks[self.followers] = True
         return marks
@@ -55,11 +55,11 @@ class Modules(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """All layers of a block have the factor of the mean exponent in it.
+    """All layers of a block share the factor of the block's mean exponent.
 
     Attributes:
-      block: per layer the number of its block, -1 for one outside of all.
-      number: how many blocks there are.
+      block: per layer the number of its block; -1 outside all blocks.
+      number: the number of blocks.
     """
 
     block: np.ndarray
@@ -67,7 +67,7 @@ class Blocks(NamedTuple):
 
     @property
     def scalable(self) -> np.ndarray:
-        """Per layer whether it may have another factor than 1."""
+        """Per layer whether its factor may differ from 1."""
         return self.block >= 0
 
     def scales(
@@ -89,48 +89,47 @@ class Blocks(NamedTuple):
 def modules(
     flat: trees.FlatTree, selection: weights.Selection, follows: Follows | None, *, whole: bool
 ) -> Modules:
-    """Which layers' factors the arrays without a spectrum of their own take.
+    """Assigns arrays without a spectrum to the layers whose factors they take.
 
-    An array without a spectrum of any size follows the weights of its module (what its path names
-    without the last key), or of the module that ``follows`` names; a stacked one index by index.
-    The top of the tree is a module only if it holds one weight: with several, what stands there
-    belongs to none of them.
+    An array without a spectrum follows the weights of its module (its path without the last key),
+    or of the module that ``follows`` names; a stacked array does so index by index. The top of the
+    tree is a module only if it holds a single weight: with several it is unclear which to follow.
 
     Args:
       flat: the parameters.
-      selection: the weights that count.
+      selection: the balanced weights.
       follows: from an array's module to the module it follows.
-      whole: whether no other mask has taken parameters away.
+      whole: whether the tree is complete: no other mask has removed parameters.
 
     Raises:
-      ValueError: a module to follow does not exist, or is stacked in another way.
+      ValueError: the module to follow does not exist, or is stacked differently.
     """
     plan, counted = selection.plan, selection.counted
     leaders: dict[str, dict[tuple[int, ...], list[int]]] = {}
     for weight in selection.weights:
         members = leaders.setdefault(_module(weight.entry.name), {})
-        for layer, place in _places(weight.entry):
-            if counted[layer] and layer not in members.setdefault(place, []):
-                members[place].append(layer)
+        for layer, index in _stacked_layers(weight.entry):
+            if counted[layer] and layer not in members.setdefault(index, []):
+                members[index].append(layer)
     if sum(map(len, leaders.get("", {}).values())) > 1:
         del leaders[""]
     known = {_module(trees.path_name(path)) for path in flat.paths}
     pairs = {(int(layer), int(layer)) for layer in np.flatnonzero(counted)}
-    for index, (entry, leaf) in enumerate(zip(plan.arrays, flat.leaves, strict=True)):
-        if entry is None or weights.as_weight(index, entry, jnp.shape(leaf)) is not None:
+    for leaf_index, (entry, leaf) in enumerate(zip(plan.arrays, flat.leaves, strict=True)):
+        if entry is None or weights.as_weight(leaf_index, entry, jnp.shape(leaf)) is not None:
             continue
         module = _module(entry.name)
         target = module if follows is None else _target(follows, module, known, whole=whole)
         members = leaders.get(target, {})
-        for layer, place in _places(entry):
+        for layer, index in _stacked_layers(entry):
             if counted[layer] or not members:
                 continue
-            if place not in members:
+            if index not in members:
                 raise ValueError(
                     f"{entry.name!r} follows the weights of {target!r}, but layers= divides them "
                     "differently into stacked layers. Describe both alike."
                 )
-            pairs.update((layer, leader) for leader in members[place])
+            pairs.update((layer, leader) for leader in members[index])
     ordered = np.array(sorted(pairs), np.int32).reshape(-1, 2)
     return Modules(plan.vector_size, ordered[:, 0], ordered[:, 1])
 
@@ -139,7 +138,8 @@ def _module(name: str) -> str:
     return name.rpartition("/")[0]
 
 
-def _places(entry: plans.ArrayLayers) -> list[tuple[int, tuple[int, ...]]]:
+def _stacked_layers(entry: plans.ArrayLayers) -> list[tuple[int, tuple[int, ...]]]:
+    """An array's layers: (index in the per-layer vectors, index along the stacked axes)."""
     return list(zip(entry.numbers, np.ndindex(*entry.stacked_shape), strict=True))
 
 
@@ -160,12 +160,12 @@ def blocks(plan: plans.LayerPlan, pattern: re.Pattern[str] | None, *, whole: boo
 
     Args:
       plan: the layers.
-      pattern: a block is what it matches in the layer's name - what its groups match, if it has
-        some. None for the numbering that the paths have.
-      whole: whether no other mask has taken parameters away.
+      pattern: the text that it matches in a layer's name (its groups, if it has any) names the
+        block. None to use the numbers in the paths.
+      whole: whether the tree is complete: no other mask has removed parameters.
 
     Raises:
-      ValueError: no layer of a whole tree is in a block.
+      ValueError: no layer of a complete tree is in a block.
     """
     labels = _numbered(plan.names) if pattern is None else [_match(pattern, n) for n in plan.names]
     if whole and plan.names and not any(labels):
@@ -187,9 +187,9 @@ def _match(pattern: re.Pattern[str], name: str) -> Hashable | None:
 
 
 def _numbered(names: Sequence[str]) -> list[Hashable | None]:
-    """Each name up to the first key whose number tells it from its siblings, and its index.
+    """Labels each name by its path up to the first numbered key with siblings, and its index.
 
-    A number that has no other beside it ("ResNet50_0", "wav2vec2") counts nothing.
+    A number without siblings ("ResNet50_0", "wav2vec2") is ignored.
     """
     siblings: dict[tuple[str, str], set[str]] = {}
     for name in names:
@@ -218,6 +218,6 @@ def _numbered_keys(name: str) -> list[tuple[str, str, str]]:
 
 
 def _mean(values: jax.Array, counted: jax.Array) -> jax.Array:
-    """The mean of the values that count; 1 if it is 0, or there is none."""
+    """The mean of the counted values; 1 if it is 0, or there are none."""
     mean = jnp.sum(jnp.where(counted, values, 0)) / jnp.maximum(jnp.sum(counted), 1)
     return jnp.where(mean > 0, mean, 1)

@@ -1,24 +1,25 @@
-"""From the exponents of layers' spectra to the factors of their learning rates.
+"""TempBalance's learning-rate factors as a function of the power-law exponents.
 
-The equations of :mod:`optax_spd.methods.temp_balance.stage`, as a pure function of the exponents.
-Differences from the authors' code: exponents that are not finite are left out, and "log2" of
-exponents that are all 1 gives all layers 1 (theirs NaN).
+The equations are those of :mod:`optax_spd.methods.temp_balance.stage`. Differences from the
+authors' code: exponents that are not finite are left out, and "log2" of exponents that are all 1
+gives all layers 1 (theirs gives NaN).
 """
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from optax_spd.layers import checks, plans
 
-ASSIGNMENTS = ("linear", "sqrt", "log2", "step", "sigmoid")
+Assignment = Literal["linear", "sqrt", "log2", "step", "sigmoid"]
+ASSIGNMENTS = get_args(Assignment)
 
 
 def balance_scales(
     alpha: jax.typing.ArrayLike,
     *,
-    assign: str = "linear",
+    assign: Assignment = "linear",
     min_scale: jax.typing.ArrayLike = 0.5,
     max_scale: jax.typing.ArrayLike = 1.5,
     sigmoid_min: jax.typing.ArrayLike = 2.0,
@@ -26,28 +27,28 @@ def balance_scales(
     temperature: jax.typing.ArrayLike = 10.0,
     where: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
-    r"""The factors of layers' learning rates, from the exponents of their spectra.
+    r"""Computes a learning-rate factor for each layer from the power-law exponents.
 
     Args:
       alpha: the exponents, shape (layers,).
       assign: "linear", "sqrt", "log2" or "step" (Zhou et al. 2023), or "sigmoid" (Liu et al. 2024);
         equations in :mod:`optax_spd.methods.temp_balance.stage`.
-      min_scale: the smallest factor, of "linear" and "step".
-      max_scale: the largest. "step" only comes near it: ranks are divided by their number. If all
-        exponents are equal, "linear" gives all layers this one.
-      sigmoid_min: c where an exponent is at most the mean: its factor is at least 10^(-c/2).
-      sigmoid_max: c where an exponent is above the mean: its factor is at most 10^(c/2).
+      min_scale: the smallest factor of "linear" and "step".
+      max_scale: the largest factor of "linear" and "step". "step" does not reach it, since a rank
+        is at most n - 1. If all exponents are equal, "linear" gives all layers this factor.
+      sigmoid_min: c for exponents up to the mean: the factor is at least 10^(-c/2).
+      sigmoid_max: c for exponents above the mean: the factor is at most 10^(c/2).
       temperature: τ of "sigmoid".
-      where: per layer whether it counts; None for all. Exponents that are not finite never do, nor
-        negative ones in a root, nor those up to 0 in a logarithm.
+      where: per layer whether to include it; None for all. Exponents that are not finite are always
+        left out, and so are negative ones for "sqrt" and those up to 0 for "log2".
 
     Returns:
-      The factors, shape (layers,), float64 for float64 exponents, else float32; 1 for what does not
-      count.
+      The factors, shape (layers,), float64 for float64 exponents, else float32; 1 for a layer that
+      is left out.
 
     Raises:
       TypeError: an argument of the wrong type.
-      ValueError: ``alpha`` is no vector, an unknown ``assign``, a number out of range, or
+      ValueError: ``alpha`` is not a vector, an unknown ``assign``, a number out of range, or
         ``min_scale`` above ``max_scale``.
 
     Example:
@@ -85,8 +86,8 @@ def balance_scales(
     if assign == "linear":
         least = jnp.min(a, initial=jnp.inf, where=counted)
         width = jnp.max(a, initial=-jnp.inf, where=counted) - least
-        apart = width > 0
-        s = span(jnp.where(apart, (a - least) / jnp.where(apart, width, 1), 1))
+        distinct = width > 0
+        s = span(jnp.where(distinct, (a - least) / jnp.where(distinct, width, 1), 1))
     elif assign in ("sqrt", "log2"):
         values = (jnp.sqrt if assign == "sqrt" else jnp.log2)(jnp.where(counted, a, 1))
         total = jnp.sum(values, where=counted)
@@ -110,11 +111,7 @@ def check_scales(
     sigmoid_max: Any,
     temperature: Any,
 ) -> None:
-    """Refuses what is wrong with the arguments of :func:`balance_scales` when it is concrete.
-
-    Raises:
-      TypeError, ValueError: as said there.
-    """
+    """Checks the concrete arguments of :func:`balance_scales`; raises as documented there."""
     if assign not in ASSIGNMENTS:
         allowed = ", ".join(map(repr, ASSIGNMENTS))
         raise ValueError(f"assign must be one of {allowed}, got {assign!r}.")

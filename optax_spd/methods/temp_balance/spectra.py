@@ -1,12 +1,12 @@
 """Spectra of weights: the squared singular values of every layer's matrices.
 
-The eigenvalues of the Gram matrix of a weight's smaller side cost less than its singular values, a
-third for an MLP's kernel, and are as good - except where they are small: a Gram matrix in float32
-has no digits of what is below 1e-7 of its largest eigenvalue. ``python -m benchmarks.balancing``
-measures what each costs and what error it leaves.
+The eigenvalues of the Gram matrix of a weight's smaller side cost less than its singular values (a
+third for an MLP's kernel). They are as accurate unless they are small: a float32 Gram matrix loses
+eigenvalues below 1e-7 of the largest. ``python -m benchmarks.balancing`` measures cost and error of
+both.
 
-(To take singular values only where a Gram matrix turns out to lack the digits would need a
-condition inside of :func:`optax_spd.temp_balance`'s: on CPU, JAX 0.10.2 hung in such a program.)
+(Computing singular values only when the Gram matrix turns out to be too inaccurate would need a
+condition inside :func:`optax_spd.temp_balance`'s own. On CPU, JAX 0.10.2 hung in such a program.)
 """
 
 from collections.abc import Callable, Sequence
@@ -15,16 +15,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Weights are decomposed in batches whose matrices take no more than this, so that a stack of large
-# layers does not need memory for all of them at once.
+# The matrices of a batch take at most this much memory, so that large stacks need not be widened
+# and decomposed all at once.
 BATCH_BYTES = 2**26
 
 
 class Spectrum(NamedTuple):
-    """The eigenvalues of some layers, ``scale * relative``.
+    """The eigenvalues of several layers, ``scale * relative``.
 
     Attributes:
-      relative: ascending, of order 1 for the largest; shape (layers, N), with N the number of
+      relative: ascending, the largest of order 1; shape (layers, N), where N is the number of
         spatial positions times the smaller side.
       scale: shape (layers,); NaN for a layer that is not finite. It may overflow.
     """
@@ -34,14 +34,15 @@ class Spectrum(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Layers of one shape, which can be had all at once or one by one.
+    """Layers of one shape, read all at once or one by one.
 
     Attributes:
       shape: (spatial positions, rows, columns) of a layer.
-      dtype: in which it is decomposed.
-      layers: how many.
-      whole: from a condition that is always true to all of them, shape (layers, *shape).
-      one: from a number (a tracer) to that layer, shape ``shape``.
+      dtype: the dtype to decompose in.
+      layers: the number of layers.
+      whole: returns all layers, shape (layers, *shape). Its argument is a condition that is always
+        true, and that delays the read (see :func:`_ready_after`).
+      one: returns the layer of a given index (a tracer), shape ``shape``.
     """
 
     shape: tuple[int, int, int]
@@ -56,12 +57,12 @@ def decomposed(matrices: jax.Array, *, exact: bool) -> Spectrum:
 
     Args:
       matrices: shape (layers, positions, rows, columns), float32 or float64.
-      exact: by singular values, with digits of the smallest eigenvalues too; else from the Gram
+      exact: compute singular values, accurate for the smallest eigenvalues too; else use the Gram
         matrix of the smaller side.
     """
     matrices = _wide(matrices)
-    # Squares of small weights would underflow. NaN or an infinity stays in the scale, and never
-    # enters a decomposition, whose iterations it could stall.
+    # Divide by the largest entry, since squares of small weights would underflow. NaN and infinity
+    # go into the scale only: in a decomposition they could stall its iterations.
     largest = jnp.max(jnp.abs(matrices), axis=(1, 2, 3))
     usable = jnp.isfinite(largest) & (largest > 0)
     divisor = jnp.where(usable, largest, 1)[:, None, None, None]
@@ -69,7 +70,7 @@ def decomposed(matrices: jax.Array, *, exact: bool) -> Spectrum:
     scale = jnp.where(jnp.isfinite(largest), largest, jnp.nan) ** 2
     if exact:
         return Spectrum(_pooled(jnp.linalg.svd(unit, compute_uv=False) ** 2), scale)
-    # The accelerators' default would multiply in bfloat16 or TF32.
+    # Accelerators multiply in bfloat16 or TF32 by default.
     gram = jnp.einsum("...ij,...kj->...ik", unit, unit, precision=jax.lax.Precision.HIGHEST)
     return Spectrum(_pooled(jnp.maximum(jnp.linalg.eigvalsh(gram), 0)), scale)
 
@@ -84,7 +85,7 @@ def spectra_of(sources: Sequence[Source], *, exact: bool) -> list[Spectrum]:
 
     Args:
       sources: the weights.
-      exact: as :func:`decomposed`.
+      exact: as for :func:`decomposed`.
     """
     shapes: dict[Any, list[int]] = {}
     for index, source in enumerate(sources):
@@ -92,34 +93,34 @@ def spectra_of(sources: Sequence[Source], *, exact: bool) -> list[Spectrum]:
         key = (positions, min(rows, columns), max(rows, columns), source.dtype)
         shapes.setdefault(key, []).append(index)
     found: dict[int, Spectrum] = {}
-    go: jax.Array | bool = True
+    ready: jax.Array | bool = True
     for (positions, small, large, dtype), indices in shapes.items():
-        # The layer itself, scaled, and the Gram matrices.
-        each = positions * (2 * small * large + small * small) * jnp.dtype(dtype).itemsize
-        most = max(1, BATCH_BYTES // each)
-        for batch in _batches(indices, [sources[i].layers for i in indices], most):
+        # A layer, its scaled copy, and the Gram matrices.
+        layer_bytes = positions * (2 * small * large + small * small) * jnp.dtype(dtype).itemsize
+        max_layers = max(1, BATCH_BYTES // layer_bytes)
+        for batch in _batches(indices, [sources[i].layers for i in indices], max_layers):
             first = sources[batch[0]]
-            if first.layers > most:
-                found[batch[0]] = _one_by_one(first, most, go, exact=exact)
-                go = _after(found[batch[0]])
+            if first.layers > max_layers:
+                found[batch[0]] = _one_by_one(first, max_layers, ready, exact=exact)
+                ready = _ready_after(found[batch[0]])
                 continue
-            wide = [_wide(sources[i].whole(go)) for i in batch]
-            together = decomposed(jnp.concatenate(wide), exact=exact)
-            go = _after(together)
+            wide = [_wide(sources[i].whole(ready)) for i in batch]
+            combined = decomposed(jnp.concatenate(wide), exact=exact)
+            ready = _ready_after(combined)
             start = 0
             for index, part in zip(batch, wide, strict=True):
-                here = slice(start, start + len(part))
-                found[index] = Spectrum(together.relative[here], together.scale[here])
+                span = slice(start, start + len(part))
+                found[index] = Spectrum(combined.relative[span], combined.scale[span])
                 start += len(part)
     return [found[index] for index in range(len(sources))]
 
 
-def _after(spectrum: Spectrum) -> jax.Array:
-    """True, which a compiler cannot know before the spectrum is there.
+def _ready_after(spectrum: Spectrum) -> jax.Array:
+    """True, but the compiler cannot know it before ``spectrum`` is computed.
 
-    Each batch waits for the one before it. Without that all of them might be in memory at once; and
-    on several CPU devices loops that gather sharded layers ran side by side, in different orders,
-    and waited for each other. (An optimization barrier does not outlive compilation for a CPU.)
+    It makes each batch wait for the one before. Otherwise all batches might be in memory at once.
+    On several CPU devices, loops that gather sharded layers also ran concurrently, in a different
+    order on each device, and deadlocked. (XLA:CPU removes optimization barriers.)
     """
     last = spectrum.relative[0, -1]
     return ~((last > 1) & (last < 0))
@@ -130,24 +131,27 @@ def _wide(matrices: jax.Array) -> jax.Array:
     return jnp.swapaxes(matrices, -1, -2) if tall else matrices
 
 
-def _one_by_one(source: Source, most: int, go: jax.Array | bool, *, exact: bool) -> Spectrum:
-    """Too many layers for one batch: they are taken from their array a few at a time."""
+def _one_by_one(
+    source: Source, max_layers: int, ready: jax.Array | bool, *, exact: bool
+) -> Spectrum:
+    """Decomposes an array with more layers than a batch holds, a few layers at a time."""
 
     def decompose(number: jax.Array) -> Spectrum:
         spectrum = decomposed(source.one(number)[None], exact=exact)
         return Spectrum(spectrum.relative[0], spectrum.scale[0])
 
-    numbers = jnp.where(go, jnp.arange(source.layers), 0)
-    together: Spectrum = jax.lax.map(decompose, numbers, batch_size=most if most > 1 else None)
-    return together
+    numbers = jnp.where(ready, jnp.arange(source.layers), 0)
+    batch_size = max_layers if max_layers > 1 else None
+    spectrum: Spectrum = jax.lax.map(decompose, numbers, batch_size=batch_size)
+    return spectrum
 
 
-def _batches(indices: list[int], sizes: list[int], most: int) -> list[list[int]]:
-    """Cuts a list where the sizes would add up to more than ``most``."""
+def _batches(indices: list[int], sizes: list[int], limit: int) -> list[list[int]]:
+    """Splits ``indices`` into consecutive batches whose sizes add up to at most ``limit``."""
     batches: list[list[int]] = []
-    total = most
+    total = limit
     for index, size in zip(indices, sizes, strict=True):
-        if total + size > most:
+        if total + size > limit:
             batches.append([])
             total = 0
         batches[-1].append(index)

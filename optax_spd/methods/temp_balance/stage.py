@@ -1,11 +1,12 @@
-"""TempBalance: learning rates of layers balanced by the spectra of their weights.
+"""TempBalance: scales each layer's learning rate by the spectrum of its weights.
 
 Zhou, Pang, Liu, Yang, Yan, Gal, Mahoney, Yang: "Temperature Balancing, Layer-wise Weight Analysis,
 and Neural Network Training", NeurIPS 2023, https://arxiv.org/abs/2312.00359; the authors' code:
 YefanZhou/TempBalance. Liu et al.: "Model Balancing Helps Low-data Training and Fine-tuning", EMNLP
 2024, https://arxiv.org/abs/2410.12178; the authors' code: ZihangHLiu/ModelBalancing. For each of n
-layers with incoming update u and weights of exponent α (:mod:`power_law` beside this file; a small
-one means a heavy tail, a layer that is well trained):
+layers with incoming update u and power-law exponent α of the weights' spectrum
+(:mod:`optax_spd.methods.temp_balance.power_law`; a small α means a heavy tail: a well-trained
+layer):
 
     u' = s u
 
@@ -16,25 +17,25 @@ one means a heavy tail, a layer that is well trained):
     "sigmoid"   s = 10^(c (1 / (1 + exp(-τ x)) - 1/2)),  x = α - mean α,
                 c = c_max if x > 0, else c_min
 
-The first four are those of the paper of 2023, per layer. The last is that of the paper of 2024,
-which has one s for all layers of a block, from the mean of their α.
+The first four are from the 2023 paper, per layer. The last is from the 2024 paper, which gives all
+layers of a block one s, from the mean of their α.
 
 Differences from the authors' code:
 
-1. It is a stage that scales updates, and not a writer of learning rates. Behind ``optax.adam`` or
-   ``optax.sgd`` that is the same, also with decoupled weight decay in front of it.
-2. The first step is balanced already; theirs sets rates after a step, so the first has the base
-   rate.
-3. The first and last layers count unless told otherwise; theirs leaves them out by default. All
-   arrays with two axes count, embeddings too; theirs takes linear and convolution layers.
-4. A layer whose α cannot be had (not finite, all eigenvalues equal, no candidate for a tail) takes
-   no part and has s = 1. In theirs NaN would spread over all layers.
-5. Who follows whom is told by paths and not by the order of modules, which trees do not keep. So
-   normalisation keeps its update unless ``follows`` names its layer; theirs lets it follow the
+1. It scales updates and does not set learning rates. Behind ``optax.adam`` or ``optax.sgd`` the
+   effect is the same, decoupled weight decay included.
+2. The first step is already balanced. Their code sets rates after a step, so the first step has
+   the base rate.
+3. The first and last layers are balanced by default; their code leaves them out by default. All
+   arrays with two axes are balanced, embeddings too; theirs takes linear and convolution layers.
+4. A layer without a usable α (not finite, all eigenvalues equal, no candidate for a tail) is left
+   out and has s = 1. In their code NaN would spread to all layers.
+5. Modules are associated by path, because a pytree does not preserve module order. So
+   normalisation keeps its update unless ``follows`` names its layer; in their code it follows the
    layer in front of it, or the one with the same number.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +44,9 @@ import optax
 from optax_spd.core import scaling, stage
 from optax_spd.layers import checks, fingerprints, masks, plans, trees
 from optax_spd.layers.spec import LayerFn, check_layers
+from optax_spd.layers.types import Mask
 from optax_spd.methods.temp_balance import groups, power_law, weights
-from optax_spd.methods.temp_balance.scales import balance_scales, check_scales
+from optax_spd.methods.temp_balance.scales import Assignment, balance_scales, check_scales
 
 PyTree = Any
 
@@ -56,11 +58,11 @@ class TempBalanceState(NamedTuple):
 
     Attributes:
       count: number of updates so far, int32; what schedules are evaluated at.
-      layer_fingerprint: tells for which layers the vectors are (:func:`optax_spd.check_state`).
-      measured: the count at which the spectra were last taken, int32.
-      temp_balance_alpha: α then, one entry per layer in ``layer_names`` order; 0 where none was
-        taken or could be had.
-      temp_balance_scale: s, one entry per layer; 1 where the layer takes no part.
+      layer_fingerprint: identifies the layers of the vectors (:func:`optax_spd.check_state`).
+      measured: the count at which the spectra were last computed, int32.
+      temp_balance_alpha: α at that count, one entry per layer in ``layer_names`` order; 0 for a
+        layer without a usable α.
+      temp_balance_scale: s, one entry per layer; 1 for a layer that is not balanced.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
@@ -73,12 +75,12 @@ class TempBalanceState(NamedTuple):
 def temp_balance(
     *,
     every: int | checks.Schedule = 100,
-    fit: str = "median",
-    assign: str = "linear",
+    fit: power_law.FitMethod = "median",
+    assign: Assignment = "linear",
     min_scale: checks.ScalarOrSchedule = 0.5,
     max_scale: checks.ScalarOrSchedule = 1.5,
     min_eigenvalues: int = 50,
-    unit: str = "layer",
+    unit: Literal["layer", "block"] = "layer",
     block: str | None = None,
     follows: groups.Follows | None = None,
     skip_first: bool = False,
@@ -92,89 +94,89 @@ def temp_balance(
     sigmoid_max: checks.ScalarOrSchedule = 1.0,
     temperature: checks.ScalarOrSchedule = 10.0,
     layers: LayerFn | None = None,
-    mask: Any = None,
+    mask: Mask = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""TempBalance; it stands *behind* the optimizer that it balances, next in the chain.
+    r"""TempBalance; place it directly *behind* the optimizer that it balances.
 
-    In front of Adam it would do nothing, since Adam divides every scale out again. On every
-    ``every``-th update it estimates the power-law exponent α of each weight matrix's spectrum, and
-    from then on multiplies the layer's update:
+    In front of Adam it would do nothing, since Adam divides every scale out again. Every ``every``
+    updates it estimates the power-law exponent α of each weight matrix's spectrum. Until the next
+    estimate it multiplies the layer's update:
 
     .. math::
 
         u' = s\,u, \qquad
         s = s_{min} + (s_{max} - s_{min}) \frac{\alpha - \min \alpha}{\max \alpha - \min \alpha}
 
-    and likewise for the other ``assign``. The first update is balanced already. In between
+    and likewise for the other ``assign``. The first update is already balanced. Between estimates
     a step costs one multiplication. It needs no gradient and no anchor.
 
-    Arrays with at least two axes and ``min_eigenvalues`` eigenvalues count, except those named
-    "bias". Biases, and what else has fewer axes, follow the weights of their module. Everything
-    else keeps its update (normalisation too, unless ``follows`` or ``unit="block"`` says
-    otherwise). What this means for a model is in the state, by :func:`optax_spd.layer_names`. A
-    model without such weights (LoRA of rank 8) is not balanced at all. Embedding tables count
-    unless masked out. In ``optax.partition`` or ``optax.masked`` a part is balanced by itself.
+    Arrays with at least two axes and ``min_eigenvalues`` eigenvalues are balanced, except those
+    named "bias". Biases and other arrays with fewer axes follow the weights of their module.
+    Everything else keeps its update (normalisation too, unless ``follows`` or ``unit="block"``
+    includes it). The state shows the result for a model, in :func:`optax_spd.layer_names` order.
+    A model without such weights (LoRA of rank 8) is not balanced at all. Embedding tables are
+    balanced unless masked out. In ``optax.partition`` or ``optax.masked`` each part is balanced
+    separately.
 
     Args:
-      every: take the spectra on updates 0, ``every``, 2 ``every``, ...; or a schedule of how many
-        updates to wait, evaluated at each update.
+      every: compute the spectra on updates 0, ``every``, 2 ``every``, ...; or a schedule of the
+        interval, evaluated at each update.
       fit: "median", "goodness-of-fit" or "fix-finger", see :func:`optax_spd.power_law_alpha`.
       assign: "linear", "sqrt", "log2", "step" or "sigmoid", see :func:`optax_spd.balance_scales`.
-      min_scale: smallest factor; a schedule of it is evaluated when spectra are taken, as all that
-        follow.
+      min_scale: smallest factor. A schedule of any scale argument is evaluated when the spectra
+        are computed.
       max_scale: largest factor.
-      min_eigenvalues: weights with fewer do not count. A convolution has positions times
+      min_eigenvalues: weights with fewer are left out. A convolution has positions times
         min(in, out).
-      unit: "layer" (Zhou et al. 2023) or "block" (Liu et al. 2024: all arrays of a block have the
-        factor that belongs to the mean α of its weights; arrays outside of blocks keep their
-        update).
-      block: for ``unit="block"``: regular expression searched in layer names; what it matches - its
-        groups, if it has some - is the block. None for the first key of the path whose number
+      unit: "layer" (Zhou et al. 2023) or "block" (Liu et al. 2024: all arrays of a block share the
+        factor of its weights' mean α; arrays outside blocks keep their update).
+      block: for ``unit="block"``: a regular expression searched in layer names. The text it matches
+        (its groups, if it has any) names the block. None for the first key of the path whose number
         differs from its siblings' ("encoder/layer_3", "h/0"), and the index of a stacked layer.
         Two stacks (encoder and decoder) need a pattern: ``r"^(\w+)/.*(\[\d+\])$"``.
-      follows: for ``unit="layer"``: from the path of an array's module to the path of the module
-        whose factor it takes if it has less than two axes: normalisation after its layer.
+      follows: for ``unit="layer"``: a function from a module's path to the path of the module whose
+        factor its arrays with fewer than two axes take, such as normalisation after its layer.
       skip_first: leave out the first layer with at least two axes, in ``layer_names`` order.
       skip_last: leave out the last. Dictionaries are in the order of their keys, not of the
         network: ``mask`` is the surer way to leave out a stem or a head.
-      normalize: divide the factors by their mean over the layers that count.
-      xmin_pos: see :func:`optax_spd.power_law_alpha`, as all that follow.
-      conv_norm: for convolutions: arrays with one output axis and at least four in all, or with
-        ``spatial_axes`` in their :class:`optax_spd.LayerSpec`.
+      normalize: divide the factors by their mean over the balanced layers.
+      xmin_pos: see :func:`optax_spd.power_law_alpha`.
+      conv_norm: likewise. Convolutions are arrays with one output axis and at least four axes, or
+        with ``spatial_axes`` in their :class:`optax_spd.LayerSpec`.
       filter_zeros: leave out eigenvalues up to 1e-5.
-      bins: of "fix-finger".
-      sigmoid_min: see :func:`optax_spd.balance_scales`, as the next two.
-      sigmoid_max: steepness above the mean.
-      temperature: τ.
-      layers: what a layer is, see :func:`optax_spd.stacked`; each slice of a stacked array has a
-        spectrum of its own, a group has the mean of its arrays. Give attention kernels their output
-        axes (:func:`optax_spd.outputs`), or a kernel (embed, heads, head_dim) is taken for a matrix
-        of embed times heads inputs; and PyTorch-like convolutions (Equinox's) output and spatial
-        axes.
+      bins: number of histogram bins for "fix-finger".
+      sigmoid_min: see :func:`optax_spd.balance_scales`.
+      sigmoid_max: likewise.
+      temperature: τ of "sigmoid".
+      layers: what a layer is, see :func:`optax_spd.stacked`. Each slice of a stacked array has a
+        spectrum of its own; a group has the mean α of its arrays. Give attention kernels their
+        output axes (:func:`optax_spd.outputs`), or a kernel (embed, heads, head_dim) is read as a
+        matrix of embed times heads inputs. Give PyTorch-like convolutions (Equinox's) their output
+        and spatial axes.
       mask: a tree of bools or a function of params: True where the method applies.
 
     Returns:
-      A stage whose ``update`` needs ``params``. Updates keep structure and dtypes. State: two
-      numbers a layer. Under ``jit`` with sharding each device decomposes all matrices, gathering
-      some at a time. Under ``vmap`` every step takes the spectra, since a condition becomes a
-      choice between results. ``optax.MultiSteps`` updates the inner stage on each micro-step: one
-      that is due takes the spectra anew on each of them. Under ``optax.inject_hyperparams`` name in
-      ``static_args`` what shapes the program: ``("min_eigenvalues", "xmin_pos", "conv_norm",
-      "filter_zeros", "bins", "skip_first", "skip_last", "normalize", "follows", "layers",
-      "mask")``.
+      A stage whose ``update`` needs ``params``. Updates keep structure and dtypes. The state holds
+      two numbers a layer. Under ``jit`` with sharding each device decomposes all matrices,
+      gathering a few at a time. Under ``vmap`` every step computes the spectra, since ``vmap``
+      turns a condition into a select. ``optax.MultiSteps`` updates the inner stage on each
+      micro-step, so all micro-steps of a step that is due compute the spectra. Under
+      ``optax.inject_hyperparams`` name in ``static_args`` what shapes the program:
+      ``("min_eigenvalues", "xmin_pos", "conv_norm", "filter_zeros", "bins", "skip_first",
+      "skip_last", "normalize", "follows", "layers", "mask")``.
 
     Raises:
       TypeError: an argument of the wrong type, a complex parameter.
       ValueError: an unknown ``fit``, ``assign`` or ``unit``, a number out of range (at
-        construction); no params, trees that do not match, weights split by a checked ``shard_map``
-        (in ``update``; ``pmap`` and ``check_vma=False`` cannot be checked).
+        construction); no params, trees that do not match, weights split by ``shard_map`` (in
+        ``update``; not detected under ``pmap`` and ``check_vma=False``).
 
     Example:
       >>> import jax
       >>> import optax
       >>> import optax_spd
       >>> params = {"a": jax.random.normal(jax.random.key(0), (64, 64)), "b": jax.numpy.eye(64)}
-      >>> params["b"] = params["b"] + 0.1 * params["a"]  # a spectrum with less of a tail
+      >>> params["b"] = params["b"] + 0.1 * params["a"]  # a lighter tail than a's
       >>> tx = optax.chain(optax.adam(1e-3), optax_spd.temp_balance(every=100))
       >>> updates, state = tx.update(params, tx.init(params), params)
       >>> print(optax.tree.get(state, "temp_balance_scale"))  # "a", "b"
@@ -247,25 +249,25 @@ def temp_balance(
             group = groups.blocks(plan, pattern, whole=masks.is_whole(flat))
 
         def measure() -> tuple[jax.Array, ...]:
-            alpha, found = selection.alphas(flat.leaves, options)
-            now = {
+            alpha, usable = selection.alphas(flat.leaves, options)
+            values = {
                 name: checks.value_at(value, state.count, plan.dtype)
                 for name, value in scalars.items()
             }
 
             def scales(alpha: jax.Array, where: jax.Array) -> jax.Array:
-                return balance_scales(alpha, assign=assign, where=where, **now)
+                return balance_scales(alpha, assign=assign, where=where, **values)
 
-            scale = group.scales(alpha, found, scales, normalize=normalize)
+            scale = group.scales(alpha, usable, scales, normalize=normalize)
             return state.count, alpha, scale.astype(plan.dtype)
 
-        def keep() -> tuple[jax.Array, ...]:
-            held = (state.temp_balance_alpha, state.temp_balance_scale)
-            return state.measured, *(vector.astype(plan.dtype) for vector in held)
+        def reuse() -> tuple[jax.Array, ...]:
+            vectors = (state.temp_balance_alpha, state.temp_balance_scale)
+            return state.measured, *(vector.astype(plan.dtype) for vector in vectors)
 
-        wait = every(state.count) if callable(every) else every
-        due = (state.count == 0) | (state.count - state.measured >= wait)
-        measured, alpha, scale = jax.lax.cond(due, measure, keep)
+        interval = every(state.count) if callable(every) else every
+        due = (state.count == 0) | (state.count - state.measured >= interval)
+        measured, alpha, scale = jax.lax.cond(due, measure, reuse)
         new_updates = scaling.scaled(updates, flat, plan, scale, group.scalable)
         return new_updates, TempBalanceState(
             optax.safe_increment(state.count), state.layer_fingerprint, measured, alpha, scale

@@ -1,4 +1,4 @@
-"""Which weights a spectrum is taken of, and the exponents of all of them at once."""
+"""Selects the weights whose spectra TempBalance computes, and computes their exponents."""
 
 import dataclasses
 import math
@@ -19,16 +19,16 @@ BIAS = re.compile(r"bias$")
 
 
 class Weight(NamedTuple):
-    """An array with a spectrum: where its axes and its layers are.
+    """A weight array as a matrix or a convolution.
 
     Attributes:
-      leaf: its number among the tree's leaves.
+      leaf: its index among the tree's leaves.
       entry: its layers.
-      order: its axes with the stacked ones first, then spatial positions, inputs, outputs.
+      order: its axes, reordered: stacked, spatial positions, inputs, outputs.
       positions: number of spatial positions of a convolution; 1 for a matrix.
       rows: number of inputs.
       columns: number of outputs.
-      convolution: whether it is one.
+      convolution: whether it is a convolution.
     """
 
     leaf: int
@@ -41,12 +41,12 @@ class Weight(NamedTuple):
 
     @property
     def eigenvalues(self) -> int:
-        """How many each layer has."""
+        """The number of eigenvalues of each layer."""
         return self.positions * min(self.rows, self.columns)
 
     @property
     def layers(self) -> np.ndarray:
-        """The numbers of its layers."""
+        """The indices of its layers in the per-layer vectors."""
         return np.array(self.entry.numbers)
 
     def source(self, array: jax.Array) -> spectra.Source:
@@ -57,18 +57,20 @@ class Weight(NamedTuple):
         inner = [axis - sum(s < axis for s in stacked) for axis in rest]
         dtype = plans.compute_dtype(array)
 
-        def whole(go: jax.Array | bool) -> jax.Array:
-            waited = array if go is True else jnp.where(go, array, jnp.zeros((), array.dtype))
-            ordered = jnp.transpose(sums.replicated(waited), self.order)
+        def whole(ready: jax.Array | bool) -> jax.Array:
+            delayed = (
+                array if ready is True else jnp.where(ready, array, jnp.zeros((), array.dtype))
+            )
+            ordered = jnp.transpose(sums.replicated(delayed), self.order)
             return ordered.astype(dtype).reshape(-1, *shape)
 
         def one(number: jax.Array) -> jax.Array:
             layer = array
-            places = jnp.unravel_index(number, self.entry.stacked_shape)
-            for axis, place in reversed(list(zip(stacked, places, strict=True))):
-                layer = jax.lax.dynamic_index_in_dim(layer, place, axis, keepdims=False)
-            # A decomposition needs whole matrices; under jit with automatic sharding XLA sees to
-            # it. Only this layer is gathered and widened, not the stack.
+            indices = jnp.unravel_index(number, self.entry.stacked_shape)
+            for axis, index in reversed(list(zip(stacked, indices, strict=True))):
+                layer = jax.lax.dynamic_index_in_dim(layer, index, axis, keepdims=False)
+            # A decomposition needs whole matrices. Gather and widen this layer only, not the
+            # stack. (Under jit with automatic sharding XLA gathers by itself.)
             ordered = jnp.transpose(sums.replicated(layer), inner)
             return ordered.astype(dtype).reshape(shape)
 
@@ -76,13 +78,13 @@ class Weight(NamedTuple):
 
 
 def as_weight(index: int, entry: plans.ArrayLayers, shape: tuple[int, ...]) -> Weight | None:
-    """How an array is a matrix or a convolution; None for one that has no spectrum.
+    """Reads an array as a matrix or a convolution; None if it has no spectrum.
 
-    None are arrays with fewer than two axes, those whose axes are all outputs, and biases by name
-    (an attention's have two axes). Unless ``layers=`` says which axes are spatial, an array with
-    one output axis and at least four in all is a convolution, whose inputs are the last axis that
-    is not the output; else all axes that are not outputs are inputs. (An attention kernel has
-    three axes, or several outputs.)
+    Arrays without a spectrum have fewer than two axes, or only output axes, or are named "bias" (an
+    attention bias has two axes). If ``layers=`` names no spatial axes, an array with one output
+    axis and at least four axes is a convolution, and its input is the last axis that is not the
+    output. In all other arrays every axis that is neither output nor spatial is an input. (An
+    attention kernel has three axes, or several outputs.)
     """
     rest = [axis for axis in range(len(shape)) if axis not in entry.stacked_axes]
     inputs = [axis for axis in rest if axis not in entry.output_axes]
@@ -110,12 +112,12 @@ def as_weight(index: int, entry: plans.ArrayLayers, shape: tuple[int, ...]) -> W
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """The weights whose spectra are taken.
+    """The weights whose spectra are computed.
 
     Attributes:
       plan: the layers.
       weights: the arrays with a spectrum and enough eigenvalues.
-      counted: per layer whether it has a spectrum that counts.
+      counted: per layer whether it is balanced: it has such a weight and is not skipped.
     """
 
     plan: plans.LayerPlan
@@ -123,16 +125,17 @@ class Selection:
     counted: np.ndarray
 
     def alphas(self, leaves: list[Any], fit: power_law.Fit) -> tuple[jax.Array, jax.Array]:
-        """α of every layer, and whether there is one.
+        """α of every layer, and whether it is usable.
 
-        A layer of several arrays has the unweighted mean of theirs.
+        A layer of several arrays has the unweighted mean of their α.
 
         Args:
           leaves: the parameters' leaves.
-          fit: how a spectrum becomes an exponent.
+          fit: how to fit an exponent to a spectrum.
 
         Returns:
-          Two vectors of shape (``plan.vector_size``,): α, in ``plan.dtype``, 0 where there is none.
+          Two vectors of shape (``plan.vector_size``,): α in ``plan.dtype``, 0 where unusable; and
+          bools.
         """
         found = spectra.spectra_of(
             [w.source(leaves[w.leaf]) for w in self.weights], exact=fit.exact
@@ -144,7 +147,8 @@ class Selection:
         alphas = power_law.fitted_alphas(scaled, fit)
         alpha = jnp.concatenate([a.astype(self.plan.dtype) for a in alphas])
         ids = np.concatenate([w.layers for w in self.weights])
-        # 0 is "fix-finger" finding no tail, infinity a spectrum of equals, NaN a broken weight.
+        # 0: "fix-finger" found no tail. Infinity: all eigenvalues are equal. NaN: the weight is not
+        # finite.
         usable = jnp.isfinite(alpha) & (alpha > 0) & self.counted[ids]
         return mean_by(alpha, usable, ids, self.counted.size)
 
@@ -157,13 +161,13 @@ def select(
     skip_first: bool,
     skip_last: bool,
 ) -> Selection:
-    """Finds the weights whose spectra are taken.
+    """Finds the weights whose spectra are computed.
 
     Args:
       flat: the parameters.
       plan: their layers.
-      min_eigenvalues: weights with fewer do not count.
-      skip_first: leave out the first layer that has a spectrum of any size.
+      min_eigenvalues: weights with fewer are left out.
+      skip_first: leave out the first layer that has a spectrum, of any size.
       skip_last: leave out the last.
 
     Raises:
@@ -200,7 +204,7 @@ def _check_whole(name: str, leaf: Any) -> None:
 def mean_by(
     values: jax.Array, counted: jax.Array, segments: np.ndarray, size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The mean of the values that count in each segment (0 where none does), and where one does."""
+    """The mean of the counted values of each segment (0 if there is none), and if there is one."""
 
     def total(x: jax.Array) -> jax.Array:
         return jnp.zeros(size, x.dtype).at[segments].add(x)

@@ -1,0 +1,164 @@
+"""How deep each layer lies in a model, from a pattern or a function of the layer names.
+
+A *height* is D - d: how many layers a layer at depth d is below the head, at depth D.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from optax_spd.layers import checks, embeddings, masks, plans, trees
+
+Depth = str | Callable[[str], float | None]
+"""A regular expression with the layer's number as its group, or a function from name to depth."""
+
+Heights = Callable[[plans.LayerPlan, trees.FlatTree], np.ndarray]
+"""(layers, parameters) -> a height for each entry of a per-layer vector."""
+
+EMBEDDING = re.compile("|".join(embeddings.DEFAULT_EMBEDDING_PATTERNS))
+
+
+def heights_from(depth: Depth) -> Heights:
+    """The heights that a ``depth=`` argument describes.
+
+    Raises:
+      TypeError, ValueError: as :func:`heights_from_pattern` and :func:`heights_from_function`.
+    """
+    if isinstance(depth, str):
+        return heights_from_pattern(depth)
+    return heights_from_function(depth)
+
+
+def heights_from_pattern(pattern: str) -> Heights:
+    """Heights from the number in a layer's name.
+
+    The head is one above the largest number, embeddings are one below the smallest, and all other
+    layers that do not match have height 0.
+
+    Raises:
+      ValueError: not exactly one group. When called: a group that is not a finite number, or a
+        pattern that matches no layer.
+    """
+    regex = checks.compile_pattern(pattern)
+    if regex.groups != 1:
+        raise ValueError(
+            f"depth={pattern!r} has {regex.groups} groups; it must have exactly one, around the "
+            r"layer's number, as 'layer_(\d+)'. Write other groups as (?:...)."
+        )
+
+    def heights(plan: plans.LayerPlan, flat: trees.FlatTree) -> np.ndarray:
+        result = np.zeros(plan.vector_size)
+        matches = [regex.search(name) for name in plan.names]
+        numbers = {
+            i: parse_number(match.group(1), name, pattern)
+            for i, (name, match) in enumerate(zip(plan.names, matches, strict=True))
+            if match is not None
+        }
+        unnumbered = sorted(embedding_layers(plan) - set(numbers))
+        if not numbers:
+            check_no_match(pattern, plan, flat, unnumbered)
+            return result
+        top = max(numbers.values()) + 1
+        for i, number in numbers.items():
+            result[i] = top - number
+        result[unnumbered] = top - min(numbers.values()) + 1
+        return result
+
+    return heights
+
+
+def heights_from_function(depth: Callable[[str], Any]) -> Heights:
+    """Heights from a function of the layer's name; None is the head's depth.
+
+    Raises:
+      TypeError: not a function. When called: a depth that is not a number.
+      ValueError: when called, a depth that is not finite.
+    """
+    if not callable(depth):
+        raise TypeError(
+            "depth must be a regular expression with one group or a function from layer name to "
+            f"number, got {depth!r}."
+        )
+
+    def heights(plan: plans.LayerPlan, flat: trees.FlatTree) -> np.ndarray:
+        del flat
+        result = np.zeros(plan.vector_size)
+        numbers = {
+            i: check_number(number, name)
+            for i, name in enumerate(plan.names)
+            if (number := depth(name)) is not None
+        }
+        top = max(numbers.values(), default=0.0)
+        for i, number in numbers.items():
+            result[i] = top - number
+        return result
+
+    return heights
+
+
+def embedding_layers(plan: plans.LayerPlan) -> set[int]:
+    """The layers with an embedding array; by the array's path, since a group has only a label."""
+    return {
+        number
+        for entry in plan.arrays
+        if entry is not None and EMBEDDING.search(entry.name)
+        for number in entry.numbers
+    }
+
+
+def parse_number(text: str | None, name: str, pattern: str) -> float:
+    """The number that a pattern's group matched.
+
+    Raises:
+      ValueError: it is not a finite number.
+    """
+    try:
+        number = float(text)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The group of depth={pattern!r} matches {text!r} in the layer {name!r}; it must be "
+            r"the layer's number, as in 'layer_(\d+)'."
+        ) from error
+    return check_finite(number, name)
+
+
+def check_number(number: Any, name: str) -> float:
+    """Raises TypeError or ValueError unless a function's depth is a finite number."""
+    is_number = isinstance(number, int | float | np.integer | np.floating)
+    if not is_number or isinstance(number, bool):
+        raise TypeError(
+            f"depth must return a number or None, got {number!r} for the layer {name!r}."
+        )
+    return check_finite(float(number), name)
+
+
+def check_finite(number: float, name: str) -> float:
+    """Raises ValueError unless the depth is finite."""
+    if not math.isfinite(number):
+        raise ValueError(f"depth gives {number} for the layer {name!r}; it must be finite.")
+    return number
+
+
+def check_no_match(
+    pattern: str, plan: plans.LayerPlan, flat: trees.FlatTree, unnumbered: list[int]
+) -> None:
+    """Raises ValueError for a pattern that matches no layer.
+
+    It may match nothing in a part of the tree, where another mask has removed the layers, unless
+    the part has embeddings (``unnumbered``), whose height is then unknown.
+    """
+    nearest = trees.nearest_paths(pattern, [(name,) for name in plan.names])
+    if masks.is_whole(flat):
+        raise ValueError(
+            f"depth={pattern!r} matches no layer, so none would be scaled. The nearest layer "
+            f"names: {nearest}. Stacked layers have a number only with layers=stacked(...)."
+        )
+    if unnumbered:
+        raise ValueError(
+            f"depth={pattern!r} matches no layer of this part of the tree, so the distance of the "
+            f"embeddings ({plan.names[unnumbered[0]]!r}) from the head is unknown. Put the stage "
+            "behind the partition or mask, where it sees all layers, or give depth= as a function."
+        )

@@ -25,7 +25,8 @@ Parts of TempBalance: ``power_law_alpha``, ``balance_scales``.
 """
 
 from optax_spd.anchors.edit import drop_anchor, set_anchor
-from optax_spd.core.layerwise import Decision, LayerwiseState, layerwise
+from optax_spd.core.decisions import Decision
+from optax_spd.core.layerwise import LayerwiseState, layerwise
 from optax_spd.layers.embeddings import DEFAULT_EMBEDDING_PATTERNS
 from optax_spd.layers.fingerprints import check_state
 from optax_spd.layers.masks import path_mask

@@ -11,8 +11,7 @@ count, and isolation of layers that are not finite.
 
 import functools
 import math
-import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,36 +20,14 @@ import optax
 
 from optax_spd import wrappers
 from optax_spd.anchors import policy
-from optax_spd.core import recompute, rows, stage
-from optax_spd.core.sums import (
-    Products,
-    block_sums,
-    joined,
-    layer_sums,
-    sharded_like,
-    spread_block,
-)
+from optax_spd.core import recompute, stage
+from optax_spd.core.decisions import Decision, decide_layers, decide_rows
+from optax_spd.core.sums import Products, sharded_like
 from optax_spd.layers import checks, fingerprints
 from optax_spd.layers.plans import LayerPlan
 from optax_spd.layers.spec import LayerFn
 from optax_spd.layers.types import Anchor, AxisName, DType, Mask, PyTree
 from optax_spd.sharding import manual_axes
-
-
-class Decision(NamedTuple):
-    """The result of ``decide``, for a vector of layers or of rows.
-
-    Attributes:
-      record: vectors that the state keeps until the next update, by name.
-      coefficients: vectors for ``act``, which gets them shaped to broadcast against the array.
-      changes: where ``act`` gives the new update; elsewhere u passes through. Bool.
-      memory: the memory for the next update, by name; None if there is none.
-    """
-
-    record: Mapping[str, jax.Array]
-    coefficients: tuple[jax.Array, ...]
-    changes: jax.Array
-    memory: Mapping[str, jax.Array] | None = None
 
 
 @policy.holds_anchor
@@ -194,10 +171,11 @@ def layerwise(
         _check_products(name, products, sums)
         values = values_at(state.count, view.plan)
         if level == "row":
-            decided = _decide_rows(view, products, functools.partial(decide, **values))
+            names = [key for key, _ in _vectors(state)]
+            decided = decide_rows(view, products, names, functools.partial(decide, **values))
         else:
             remembered = {key: _field(state, "memory", key) for key in initial}
-            decided = _decide_layers(
+            decided = decide_layers(
                 view, products, sums, remembered, functools.partial(decide, **values)
             )
         second = recompute.second_pass(view, decided.changing)
@@ -218,85 +196,6 @@ def layerwise(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class _Decisions(NamedTuple):
-    """All decisions of one update.
-
-    Attributes:
-      leaves: per active leaf where it changes, and the coefficients; they broadcast against the
-        array.
-      changing: per layer whether it may change.
-      record, memory: for the new state.
-    """
-
-    leaves: dict[int, tuple[jax.Array, tuple[jax.Array, ...]]]
-    changing: jax.Array
-    record: Mapping[str, jax.Array]
-    memory: Mapping[str, jax.Array]
-
-
-def _decide_layers(
-    view: stage.StageView,
-    products: Products,
-    count: int,
-    memory: Mapping[str, jax.Array],
-    decide: Callable[..., Decision],
-) -> _Decisions:
-    """One decision per layer.
-
-    The state records the decision made from the joined vectors. Each array uses a decision made
-    from its own sums, so that it waits for no other layer, and arrays of one shape can share a
-    kernel. (XLA compiles a separate kernel for each entry that is read from a vector.)
-    """
-    plan = view.plan
-    blocks = block_sums(plan, products, view.axes)
-    table = joined(plan, blocks, count)
-    finite = _all_finite(table)
-    decision = decide(*jnp.where(finite, table, 0), *memory.values())
-    new = decision.memory or {}
-    kept = {
-        key: _remembered(old, new[key], finite & view.has_update) for key, old in memory.items()
-    }
-    block_decisions: dict[int, Decision] = {}
-    for start, block in blocks.items():
-        shape = block.shape[1:]
-        remembered = [m[start : start + math.prod(shape)].reshape(shape) for m in memory.values()]
-        block_decision = decide(*block, *remembered)
-        changes = block_decision.changes & _all_finite(block)
-        block_decisions[start] = block_decision._replace(changes=changes)
-    leaves = {}
-    for i, (entry, d) in enumerate(zip(plan.arrays, view.deviations, strict=True)):
-        if entry is not None and d is not None:
-            block_decision = block_decisions[entry.start]
-            changes, *coefficients = (
-                spread_block(entry, vector, d.step.ndim)
-                for vector in (block_decision.changes, *block_decision.coefficients)
-            )
-            leaves[i] = changes, tuple(coefficients)
-    return _Decisions(leaves, decision.changes & finite, decision.record, kept)
-
-
-def _decide_rows(
-    view: stage.StageView, products: Products, decide: Callable[..., Decision]
-) -> _Decisions:
-    """One decision per row; the state records the mean over each layer's rows."""
-    plan = view.plan
-    leaves = {}
-    records: list[tuple[jax.Array, ...] | None] = []
-    names: tuple[str, ...] = ()
-    for i, sums_of_rows in enumerate(rows.row_sums(plan, products, view.axes).own):
-        if sums_of_rows is None:
-            records.append(None)
-            continue
-        decision = decide(*sums_of_rows)
-        leaves[i] = decision.changes & _all_finite(sums_of_rows), decision.coefficients
-        names = tuple(decision.record)
-        terms = (*decision.record.values(), jnp.ones_like(decision.changes))
-        records.append(tuple(term.astype(plan.dtype) for term in terms))
-    *totals, number = layer_sums(plan, records, len(names) + 1, rows.row_axes(plan, view.axes))
-    record = {key: total / jnp.maximum(number, 1) for key, total in zip(names, totals, strict=True)}
-    return _Decisions(leaves, jnp.ones(plan.vector_size, bool), record, {})
-
-
 def _new_update(
     act: Callable[..., jax.Array],
     d: stage.Deviation,
@@ -306,14 +205,6 @@ def _new_update(
     """``act`` where the decision changes u; u elsewhere, by a select, which stops NaN."""
     new = act(d, *(c.astype(d.step.dtype) for c in coefficients))
     return jnp.where(sharded_like(changes, d.step), new, d.step)
-
-
-def _all_finite(vectors: Iterable[jax.Array]) -> jax.Array:
-    return functools.reduce(operator.and_, map(jnp.isfinite, vectors))
-
-
-def _remembered(old: jax.Array, new: jax.Array, usable: jax.Array) -> jax.Array:
-    return jnp.where(usable & jnp.isfinite(new), new, old).astype(old.dtype)
 
 
 def _memory_dtype(value: Any, plan: LayerPlan) -> Any:

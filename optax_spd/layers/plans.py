@@ -7,6 +7,7 @@ of a state.
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -209,6 +210,11 @@ def _layer_names(name: str, entry: ArrayLayers) -> list[str]:
     if not entry.stacked_axes:
         return [name]
     return [f"{name}[{','.join(map(str, index))}]" for index in np.ndindex(*entry.stacked_shape)]
+
+
+def natural_key(name: str) -> list[int | str]:
+    """A key that sorts names as a reader would: "layer_2" before "layer_10"."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)]
 
 
 def layer_names(

@@ -29,7 +29,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_spd.core.layerwise import Decision, layerwise
+from optax_spd.core.decisions import Decision
+from optax_spd.core.layerwise import layerwise
 from optax_spd.core.stage import Deviation
 from optax_spd.core.sums import norm_of
 from optax_spd.layers import checks

@@ -415,3 +415,24 @@ def test_what_does_not_fit_together_is_named() -> None:
     group = lambda path, array: LayerSpec((0,) if array.ndim > 2 else (), group="all")
     with pytest.raises(ValueError, match="in the group 'all'"):
         leash(layers=group).init(params)
+
+
+def test_a_row_method_keeps_its_state_where_no_array_has_an_update() -> None:
+    tx = optax_spd.layerwise(
+        "rows",
+        measure=lambda d: (d.step,),
+        decide=lambda total: optax_spd.Decision({"total": total}, (), total > 0),
+        act=lambda d: d.step,
+        sums=1,
+        level="row",
+        gradient=False,
+    )
+    params = {"w": jnp.ones((2, 2))}
+    state = tx.init(params)
+    _, after = tx.update({"w": None}, state, params)
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+    # And a row that is not finite is decided as one whose sums are 0.
+    step = {"w": jnp.array([[jnp.nan, 1.0], [0.0, 1.0]])}
+    updates, after = tx.update(step, state, params)
+    np.testing.assert_array_equal(after.record["total"], [1.0])
+    np.testing.assert_array_equal(updates["w"], step["w"])

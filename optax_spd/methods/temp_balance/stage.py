@@ -136,9 +136,10 @@ def temp_balance(
         Two stacks (encoder and decoder) need a pattern: ``r"^(\w+)/.*(\[\d+\])$"``.
       follows: for ``unit="layer"``: a function from a module's path to the path of the module whose
         factor its arrays with fewer than two axes take, such as normalisation after its layer.
-      skip_first: leave out the first layer with at least two axes, in ``layer_names`` order.
-      skip_last: leave out the last. Dictionaries are in the order of their keys, not of the
-        network: ``mask`` is the surer way to leave out a stem or a head.
+      skip_first: leave out the first layer with at least two axes, in natural order of the layer
+        names ("block_2" before "block_10").
+      skip_last: leave out the last. That order need not be the network's: ``mask`` is the surer way
+        to leave out a stem or a head.
       normalize: divide the factors by their mean over the balanced layers.
       xmin_pos: see :func:`optax_spd.power_law_alpha`.
       conv_norm: likewise. Convolutions are arrays with one output axis and at least four axes, or

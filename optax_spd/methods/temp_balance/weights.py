@@ -167,7 +167,8 @@ def select(
       flat: the parameters.
       plan: their layers.
       min_eigenvalues: weights with fewer are left out.
-      skip_first: leave out the first layer that has a spectrum, of any size.
+      skip_first: leave out the first layer that has a spectrum, of any size, by natural order of
+        the names ("2" before "10").
       skip_last: leave out the last.
 
     Raises:
@@ -185,7 +186,7 @@ def select(
             _check_whole(entry.name, leaf)
             counted[weight.layers] = True
             weights.append(weight)
-    present = np.flatnonzero(matrices)
+    present = sorted(np.flatnonzero(matrices), key=lambda i: plans.natural_key(plan.names[i]))
     if skip_first:
         counted[present[:1]] = False
     if skip_last:

@@ -1,0 +1,134 @@
+"""Decisions for each layer, or each row, from sums over them."""
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_spd.core import rows, stage
+from optax_spd.core.sums import Products, block_sums, joined, layer_sums, spread_block
+
+
+class Decision(NamedTuple):
+    """The result of ``decide``, for a vector of layers or of rows.
+
+    Attributes:
+      record: vectors that the state keeps until the next update, by name.
+      coefficients: vectors for ``act``, which gets them shaped to broadcast against the array.
+      changes: where ``act`` gives the new update; elsewhere u passes through. Bool.
+      memory: the memory for the next update, by name; None if there is none.
+    """
+
+    record: Mapping[str, jax.Array]
+    coefficients: tuple[jax.Array, ...]
+    changes: jax.Array
+    memory: Mapping[str, jax.Array] | None = None
+
+
+class Decisions(NamedTuple):
+    """All decisions of one update.
+
+    Attributes:
+      leaves: per active leaf where it changes, and the coefficients; they broadcast against the
+        array.
+      changing: per layer whether it may change.
+      record, memory: for the new state.
+    """
+
+    leaves: dict[int, tuple[jax.Array, tuple[jax.Array, ...]]]
+    changing: jax.Array
+    record: Mapping[str, jax.Array]
+    memory: Mapping[str, jax.Array]
+
+
+def decide_layers(
+    view: stage.StageView,
+    products: Products,
+    count: int,
+    memory: Mapping[str, jax.Array],
+    decide: Callable[..., Decision],
+) -> Decisions:
+    """One decision per layer.
+
+    The state records the decision made from the joined vectors. Each array uses a decision made
+    from its own sums, so that it waits for no other layer, and arrays of one shape can share a
+    kernel. (XLA compiles a separate kernel for each entry that is read from a vector.)
+
+    Args:
+      view: of the first pass.
+      products: per active leaf what is summed over layers.
+      count: how many products there are.
+      memory: the state's, by name.
+      decide: from sums and memory to a decision.
+    """
+    plan = view.plan
+    blocks = block_sums(plan, products, view.axes)
+    table = joined(plan, blocks, count)
+    finite = _all_finite(table)
+    decision = decide(*jnp.where(finite, table, 0), *memory.values())
+    new = decision.memory or {}
+    kept = {
+        key: _remembered(old, new[key], finite & view.has_update) for key, old in memory.items()
+    }
+    block_decisions: dict[int, Decision] = {}
+    for start, block in blocks.items():
+        shape = block.shape[1:]
+        remembered = [m[start : start + math.prod(shape)].reshape(shape) for m in memory.values()]
+        block_decision = decide(*block, *remembered)
+        changes = block_decision.changes & _all_finite(block)
+        block_decisions[start] = block_decision._replace(changes=changes)
+    leaves = {}
+    for i, (entry, d) in enumerate(zip(plan.arrays, view.deviations, strict=True)):
+        if entry is not None and d is not None:
+            block_decision = block_decisions[entry.start]
+            changes, *coefficients = (
+                spread_block(entry, vector, d.step.ndim)
+                for vector in (block_decision.changes, *block_decision.coefficients)
+            )
+            leaves[i] = changes, tuple(coefficients)
+    return Decisions(leaves, decision.changes & finite, decision.record, kept)
+
+
+def decide_rows(
+    view: stage.StageView,
+    products: Products,
+    records: Sequence[str],
+    decide: Callable[..., Decision],
+) -> Decisions:
+    """One decision per row; the state records the mean over each layer's rows.
+
+    Args:
+      view: of the first pass.
+      products: per active leaf what is summed over rows.
+      records: the names of the records.
+      decide: from sums to a decision.
+    """
+    plan = view.plan
+    leaves = {}
+    recorded: list[tuple[jax.Array, ...] | None] = []
+    for i, own in enumerate(rows.row_sums(plan, products, view.axes).own):
+        if own is None:
+            recorded.append(None)
+            continue
+        finite = _all_finite(own)
+        decision = decide(*(jnp.where(finite, x, 0) for x in own))
+        leaves[i] = decision.changes & finite, decision.coefficients
+        terms = (*(decision.record[key] for key in records), jnp.ones_like(decision.changes))
+        recorded.append(tuple(term.astype(plan.dtype) for term in terms))
+    axes = rows.row_axes(plan, view.axes)
+    *totals, number = layer_sums(plan, recorded, len(records) + 1, axes)
+    means = [total / jnp.maximum(number, 1) for total in totals]
+    record = dict(zip(records, means, strict=True))
+    return Decisions(leaves, jnp.ones(plan.vector_size, bool), record, {})
+
+
+def _all_finite(vectors: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(operator.and_, map(jnp.isfinite, vectors))
+
+
+def _remembered(old: jax.Array, new: jax.Array, usable: jax.Array) -> jax.Array:
+    return jnp.where(usable & jnp.isfinite(new), new, old).astype(old.dtype)

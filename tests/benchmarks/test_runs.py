@@ -76,9 +76,9 @@ def test_step_time_compares_all_recipes_and_chains(run: Run) -> None:
     assert rows["must move [bytes/parameter]"][:2] == ["28", "32-48"]
     rate = 28 * result["tree"]["parameters"] / found["adamw"]["step_seconds"]["median"] / 1e9
     assert rows["that is [GB/s]"][0] == f"{rate:.1f}"
-    # Adam's count; and the stage's count with a ratio for each layer.
+    # Adam's count; the stage's count and fingerprint, and per layer the ratio and a counter.
     assert found["adamw"]["state_bytes_other"] == 4
-    assert found["adam_spd"]["state_bytes_other"] == 8 + 4 * arrays
+    assert found["adam_spd"]["state_bytes_other"] == 12 + 8 * arrays
 
 
 @pytest.mark.parametrize("fire", [0, 1])

@@ -18,7 +18,6 @@ import oracles
 import pytest
 
 import optax_spd
-from optax_spd import LayerSpec
 
 STEPS = 6
 RECIPES: list[Callable[..., Any]] = [
@@ -215,54 +214,6 @@ def test_axis_name_is_passed_on(recipe: Any) -> None:
     tx = recipe(0.1, axis_name="shard", **l2)
     with pytest.raises(NameError, match="shard"):  # there is no such axis outside of a map
         tx.update(model(), tx.init(model()), model())
-    if l2:
-        with pytest.raises(ValueError, match="norm='mars' sums along some"):
-            recipe(0.1, axis_name="shard")
-
-
-def one_layer() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Callable[..., Any]]:
-    """A kernel, its gradients, and from arrays to their rows."""
-    params = {"w": np.random.default_rng(0).normal(size=(3, 2))}
-    grads = {"w": np.random.default_rng(1).normal(size=(STEPS, 3, 2)) + 1}
-    return params, grads, lambda x: oracles.rows_by_layer({"w": x}, {"w": LayerSpec()})["w"]
-
-
-@pytest.mark.parametrize("decay", [0.0, 0.5])
-@pytest.mark.parametrize(("momentum", "nesterov"), [(None, False), (0.9, False), (0.9, True)])
-def test_sgd_decays_by_a_penalty_that_the_radii_do_not_see(
-    momentum: float | None, nesterov: bool, decay: float, x64: None
-) -> None:
-    """The original's SGDP, against NumPy: momentum remembers λθ, q does not."""
-    params, grads, rows = one_layer()
-    tx = optax_spd.sgd_ftp(0.1, momentum, nesterov, weight_decay=decay)
-    trained, radii = oracles.train(tx, params, grads)
-    theta, trace, oracle = params["w"], 0.0, oracles.FTP()
-    for step in range(STEPS):
-        g = grads["w"][step]
-        h = g + decay * theta
-        trace = (momentum or 0.0) * trace + h
-        z = h + (momentum or 0.0) * trace if nesterov else trace
-        (u,) = oracle.step(rows(-0.1 * z), rows(theta), rows(params["w"]), rows(g))
-        theta = theta + u.T
-        np.testing.assert_allclose(radii[step], [oracle.gamma], rtol=0, atol=1e-12)
-    np.testing.assert_allclose(trained["w"], theta, rtol=0, atol=1e-12)
-    assert oracle.met["projected"] == STEPS
-
-
-def test_adam_decays_beside_the_moments_and_the_radii(x64: None) -> None:
-    """The original's AdamP, as AdamW: λ times the learning rate, not in the moments, not in q."""
-    params, grads, rows = one_layer()
-    trained, radii = oracles.train(optax_spd.adam_ftp(0.1, weight_decay=0.5), params, grads)
-    theta, m, v, oracle = params["w"], 0.0, 0.0, oracles.FTP()
-    for step in range(STEPS):
-        g = grads["w"][step]
-        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
-        hats = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
-        u = -0.1 * (hats[0] / (np.sqrt(hats[1]) + 1e-8) + 0.5 * theta)
-        (u,) = oracle.step(rows(u), rows(theta), rows(params["w"]), rows(g))
-        theta = theta + u.T
-        np.testing.assert_allclose(radii[step], [oracle.gamma], rtol=0, atol=1e-8)
-    np.testing.assert_allclose(trained["w"], theta, rtol=0, atol=1e-8)
 
 
 # How they are called -----------------------------------------------------------------------------

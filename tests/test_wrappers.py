@@ -60,16 +60,6 @@ def test_a_gradient_that_the_caller_passes_wins() -> None:
     assert seen[1]["grad"] is GRADS
 
 
-@pytest.mark.parametrize(
-    ("factor", "fires"), [(1.0, True), (-0.1, False)], ids=["gradient", "own update"]
-)
-def test_judged_by_the_update_spd_would_not_have_fired(factor: float, fires: bool) -> None:
-    # Why there is no silent fallback: -u is what a stage would take for the gradient.
-    tx = optax.chain(optax.sgd(-0.1), optax_spd.spd(anchor="zero"))
-    _, state = step(tx, grad=jax.tree.map(lambda g: factor * g, GRADS))
-    assert bool(optax.tree.get(state, "spd_ratio")[0] > 0) == fires
-
-
 def test_what_is_no_stage_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one stage"):
         optax_spd.chain()

@@ -6,10 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import optax_suite
-import oracles
 import pytest
 from contract_methods import METHODS
 
@@ -237,27 +235,3 @@ def test_a_suite_that_would_skip_fails() -> None:
     assert result is not None
     assert not result.skipped
     assert "would skip this test: some version" in result.failures[0][1]
-
-
-HELD_BACK = [n for n in CONTRIB_TABLE if "spd" in n or "ftp" in n or n == "shared_anchor"]
-
-
-@pytest.mark.parametrize("label", HELD_BACK)
-def test_the_method_acts_where_the_suite_converges(label: str) -> None:
-    """Its targets are reached although SPD and FTP hold back, not because they never act."""
-    suite = contrib_suite({label: CONTRIB_TABLE[label]})
-    params, _, objective = suite._setup_rosenbrock(jnp.float32)
-    name, kwargs = CONTRIB_TABLE[label]
-    tx = FACTORIES[name](**kwargs)
-
-    def step(carry: Any, _: None) -> Any:
-        params, state = carry
-        updates, state = tx.update(jax.grad(objective)(params), state, params)
-        return (optax.apply_updates(params, updates), state), oracles.decisions(state)
-
-    run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=3000)[1])
-    decided = np.asarray(run((params, tx.init(params))))
-    assert np.sum(decided > (1e-6 if "ftp" in label else 0)) > 0
-    if "ftp" in label:  # the radius grows from nothing
-        assert np.all(decided[0] < 1e-6)
-        assert np.any(np.diff(decided, axis=0) < 0)

@@ -250,15 +250,6 @@ def test_a_state_class_of_ones_own_holds_the_same_and_its_anchor_is_found() -> N
         optax_spd.check_state(found, params)
 
 
-def test_the_second_jitted_step_compiles_nothing() -> None:
-    params, step = arrays(0), arrays(1)
-    for tx in (leash(), leash(state=LeashState), row_ball(1.0)):
-        update, state = jax.jit(tx.update), tx.init(params)
-        for _ in range(3):
-            _, state = update(step, state, params, grad=step)
-        assert update._cache_size() == 1
-
-
 # What passes through -----------------------------------------------------------------------------
 
 

@@ -189,15 +189,6 @@ def test_dtypes_and_structure_stay() -> None:
     assert not np.any(updates["embed"])
 
 
-def test_nothing_frozen_is_the_inner_optimizer() -> None:
-    # The last phase of gradual unfreezing.
-    params = model()
-    tx = optax_spd.with_frozen(
-        optax.adam(0.1), lambda params: jax.tree.map(lambda _: False, params)
-    )
-    assert_equal(train(tx, params)[0], train(optax.adam(0.1), params)[0])
-
-
 # Extra arguments and anchors ---------------------------------------------------------------------
 
 
@@ -236,28 +227,15 @@ def test_tpgm_with_validation_data_stands_behind_it() -> None:
 # sgd_freeze_embed --------------------------------------------------------------------------------
 
 
-def test_bytes_a_parameter() -> None:
-    """Parameters, gradients and optimizer state, in float32: 12, 8 and AdamW's 16."""
-    params = {"embedding": {"kernel": jnp.zeros((16, 8))}, "block": {"kernel": jnp.ones((64, 64))}}
-    grads = jax.jit(jax.grad(lambda p: sum(jnp.sum(x**2) for x in jax.tree.leaves(p))))(params)
-    embedding, block = 16 * 8, 64 * 64
-
-    def total(tx: optax.GradientTransformation) -> int:
-        state = jax.jit(tx.init)(params)
-        return sum(x.nbytes for x in jax.tree.leaves((params, grads, state)))
-
-    assert total(optax_spd.sgd_freeze_embed(0.1)) == 12 * block + 8 * embedding
-    assert total(optax_spd.sgd_freeze_embed(0.1, momentum=None)) == 8 * block + 8 * embedding
-    assert total(optax.adamw(0.1)) == 16 * (block + embedding) + COUNT
-
-
 @pytest.mark.parametrize("momentum", [0.9, None])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_it_is_sgd_on_the_rest(momentum: Any, nesterov: bool) -> None:
     params = {"wte": {"embedding": normal(0, 3, 2)}, "h": {"kernel": normal(1, 2, 2)}}
     rate = optax.linear_schedule(0.2, 0.1, 2)
-    found, _ = train(optax_spd.sgd_freeze_embed(rate, momentum, nesterov), params)
+    found, state = train(optax_spd.sgd_freeze_embed(rate, momentum, nesterov), params)
     expected, _ = train(optax.sgd(rate, momentum, nesterov), params)
+    # A momentum of what trains, if there is one.
+    assert [x.shape for x in jax.tree.leaves(state) if x.ndim] == [(2, 2)] * bool(momentum)
     assert_equal(found["wte"], params["wte"])
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found["h"], expected["h"]

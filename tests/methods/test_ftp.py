@@ -433,13 +433,3 @@ def test_the_first_step_takes_every_layer_to_its_anchor(anchor: str, norm: str, 
     distances = jax.tree.map(lambda x, t: np.abs(x - t).max(), new, target)
     assert 0 < max(jax.tree.leaves(distances)) <= 1e-8
     np.testing.assert_array_equal(optax.tree.get(state, "ftp_radii"), np.full(3, 1e-8))
-
-
-def test_a_layer_that_does_not_move_stays_without_nan() -> None:
-    """Their case of a zero gradient at the anchor: C = 0, q = 0, and the radius is the smallest."""
-    params = {"moving": jnp.ones(3), "still": jnp.ones((2, 2))}
-    grads = {"moving": jnp.ones((STEPS, 3)), "still": jnp.zeros((STEPS, 2, 2))}
-    trained, radii = oracles.train(optax_spd.sgd_ftp(0.1), params, grads)
-    np.testing.assert_array_equal(trained["still"], params["still"])
-    np.testing.assert_array_equal(radii[:, 1], np.full(STEPS, np.float32(1e-8)))
-    assert radii[-1, 0] > 0.01

@@ -67,27 +67,6 @@ def scaled_ones(tx: optax.GradientTransformation, params: Any) -> Any:
 # Where it stands ---------------------------------------------------------------------------------
 
 
-def moved(tx: optax.GradientTransformation) -> Any:
-    """How far each array of the model moved in training."""
-    params = model()
-    return jax.tree.map(lambda new, old: np.asarray(new) - old, train(tx, params), params)
-
-
-def test_behind_adam_the_applied_step_is_scaled() -> None:
-    plain = moved(optax.adam(0.1))
-    decayed = moved(optax.chain(optax.adam(0.1), optax_spd.layerwise_lr_decay(0.5, NUMBER)))
-    expected = jax.tree.map(lambda d, h: d * 0.5**h, plain, heights_of(plain))
-    # Differences of parameters that moved a little: rounding of the parameters shows.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), decayed, expected)
-
-
-def test_before_adam_it_would_vanish() -> None:
-    """The trap that the docstring's first line warns of."""
-    plain = moved(optax.adam(0.1))
-    wrong = moved(optax.chain(optax_spd.layerwise_lr_decay(0.5, NUMBER), optax.adam(0.1)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), wrong, plain)
-
-
 def test_adamw_s_weight_decay_is_scaled_with_the_rate() -> None:
     # As in BEiT, where each layer is a parameter group with a rate of its own.
     params = model()
@@ -119,22 +98,6 @@ def test_numbers_need_not_be_contiguous_and_the_first_match_counts() -> None:
     params = {name: jnp.ones(1) for name in ("block2/unit1", "block4/unit3", "conv_root/kernel")}
     found = scaled_ones(optax_spd.layerwise_lr_decay(0.5, r"(?:block)(\d+)/"), params)
     assert list(found.values()) == [0.5**3, 0.5, 0.5**4]  # one below the lowest number
-
-
-def test_a_layer_that_is_stopped_stays_where_it_is_whatever_its_update() -> None:
-    params = {"layer_0": jnp.ones(2), "layer_1": jnp.ones(2), "head": jnp.ones(2)}
-    updates = {
-        "layer_0": jnp.array([jnp.inf, jnp.nan]),
-        "layer_1": jnp.ones(2),
-        "head": jnp.ones(2),
-    }
-    tx = optax_spd.layerwise_lr_decay(0.0, r"layer_(\d+)")
-    found, _ = tx.update(updates, tx.init(params), params)
-    assert jax.tree.map(lambda x: x.tolist(), found) == {
-        "layer_0": [0, 0],
-        "layer_1": [0, 0],
-        "head": [1, 1],
-    }
 
 
 def test_a_layer_s_own_embedding_is_not_the_model_s() -> None:
@@ -172,9 +135,6 @@ def test_zero_trains_only_the_head_and_one_changes_nothing() -> None:
     tx = optax_spd.layerwise_lr_decay(1.0, NUMBER)
     updates, _ = tx.update(params, tx.init(params), params)
     jax.tree.map(np.testing.assert_array_equal, updates, params)
-
-
-# Stacked layers ----------------------------------------------------------------------------------
 
 
 def test_a_group_with_an_embedding_in_it_is_one() -> None:
@@ -220,9 +180,6 @@ def test_a_part_with_nothing_but_the_embedding_cannot_tell_how_deep_it_is() -> N
     assert set(jax.tree.leaves(scaled_ones(head, params))) == {1.0}
 
 
-# Trees, dtypes and clients -----------------------------------------------------------------------
-
-
 def test_a_tree_without_layers_has_one_unused_entry() -> None:
     # Orbax cannot save an empty array.
     tx = optax_spd.layerwise_lr_decay(0.5, NUMBER)
@@ -236,9 +193,6 @@ def test_a_tree_without_layers_has_one_unused_entry() -> None:
 
 AT_CONSTRUCTION = {
     "decay > 1": ({"decay": 1.1}, ValueError, "decay must be finite and between 0 and 1"),
-    "decay < 0": ({"decay": -0.1}, ValueError, "decay must be"),
-    "decay nan": ({"decay": float("nan")}, ValueError, "decay must be"),
-    "decay text": ({"decay": "0.5"}, TypeError, "decay must be a number"),
     "min_scale": ({"min_scale": 2}, ValueError, "min_scale must be"),
     "no group": ({"depth": "layer"}, ValueError, "has 0 groups"),
     "two groups": ({"depth": r"(layer)_(\d+)"}, ValueError, "has 2 groups"),

@@ -73,43 +73,27 @@ def test_one_scan_under_one_cond(norm: str, every: int) -> None:
         (cond,) = (e for e in equations(jaxpr) if e.primitive.name == "cond")
         scans = [names_in(branch.jaxpr).count("scan") for branch in cond.params["branches"]]
         assert sorted(scans) == [0, 1]
-    forbidden = ("callback", "device_put", "infeed", "outfeed", "print")
-    assert not [name for name in found if any(word in name for word in forbidden)]
 
 
 # Compilation and memory ---------------------------------------------------------------------------
 
-RADIUS_OPTIMIZERS: dict[str, Any] = {
-    "default": lambda: None,
-    "sgd with momentum": lambda: optax.sgd(0.05, momentum=0.9),
-    "a schedule": lambda: optax.adam(optax.linear_schedule(0.1, 0.01, 10)),
-    "injected": lambda: optax.inject_hyperparams(optax.adam)(learning_rate=0.05),
-    "injected schedule": lambda: optax.inject_hyperparams(optax.sgd)(
-        learning_rate=optax.linear_schedule(0.1, 0.01, 10)
-    ),
-}
+RADIUS_RATE = optax.linear_schedule(0.1, 0.01, 10)
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "every"), [("default", 1)] + [(name, 2) for name in RADIUS_OPTIMIZERS]
+    "optimizer",
+    [optax.adam(RADIUS_RATE), optax.inject_hyperparams(optax.adam)(learning_rate=RADIUS_RATE)],
+    ids=["a schedule", "injected"],
 )
-def test_later_steps_compile_nothing(optimizer: str, every: int) -> None:
-    anchor, count = jax.tree.map(jnp.asarray, arrays(0)), Counter()
-    tx = optax_spd.adam_tpgm(
-        optax.linear_schedule(0.1, 0.05, 3),
-        radius_optimizer=RADIUS_OPTIMIZERS[optimizer](),
-        every=every,
-    )
-    step, params, state = stepper(tx, count), anchor, tx.init(anchor)
+def test_later_steps_compile_nothing(optimizer: Any) -> None:
+    anchor = jax.tree.map(jnp.asarray, arrays(0))
+    tx = optax_spd.tpgm(optimizer, every=2)
+    step, params, state = stepper(tx), anchor, tx.init(anchor)
     types = jax.tree.map(jax.typeof, state)
-    traces = 0
-    for index in range(4):
+    for index in range(3):
         params, state = step(params, state, arrays(10 + index), arrays(5, 2))
-        traces = traces or count.traces
-        assert count.traces == traces
         assert jax.tree.map(jax.typeof, state) == types
     assert step._cache_size() == 1
-    assert np.all(radii_of(state) > 0)
 
 
 def test_a_scheduled_radius_rate_counts_inner_steps() -> None:
@@ -146,81 +130,44 @@ def test_memory_does_not_grow_with_the_inner_steps() -> None:
 
 # Optax's wrappers ---------------------------------------------------------------------------------
 
-STATIC = (
-    "mu_dtype",
-    "radius_optimizer",
-    "norm",
-    "anchor",
-    "anchor_dtype",
-    "layers",
-    "mask",
-    "axis_name",
-)
 
-
-def test_injected_hyperparameters_change_nothing_and_can_be_changed() -> None:
-    options: dict[str, Any] = {
-        "learning_rate": optax.linear_schedule(0.1, 0.0, 5),
-        "radius_optimizer": optax.adam(0.05),
-        "every": 2,
-        "norm": "l2",
-    }
-    plain = optax_spd.adam_tpgm
-    injected = optax.inject_hyperparams(plain, static_args=STATIC)
+def test_every_may_be_injected_and_changed() -> None:
+    other = ("radius_optimizer", "norm", "radii", "anchor", "anchor_dtype", "layers", "mask")
+    tx = optax.inject_hyperparams(optax_spd.tpgm, static_args=(*other, "axis_name"))(every=2)
     count = Counter()
-    runs = []
-    for tx, loss in ((plain(**options), half_distance), (injected(**options), count)):
-        step, params, state = stepper(tx, loss), arrays(0), tx.init(arrays(0))
-        for index in range(3):
-            params, state = step(params, state, arrays(10 + index), arrays(5, 2))
-        runs.append((params, radii_of(state)))
-    assert_close(*runs)
-    assert count.taken() == 4  # two batches on each of steps 0 and 2
-    state.hyperparams["every"] = jnp.asarray(3)
-    for runs_now in (2, 0, 0, 2):  # steps 3, 4, 5, 6
+    step, params, state = stepper(tx, count), arrays(0), tx.init(arrays(0))
+    for every, runs in ((2, 2), (2, 0), (2, 2), (3, 2), (3, 0), (3, 0), (3, 2)):
+        state.hyperparams["every"] = jnp.asarray(every)
         params, state = step(params, state, arrays(1), arrays(5, 2))
-        assert count.taken() == runs_now
+        assert count.taken() == runs
 
 
 K = 3
 
 
-def accumulated_by_hand(norm: str, batches: list[Any], gradients: list[Any]) -> Any:
-    """Adam and TPGM on mean gradients, with the validation batches of the last micro-step."""
-    tx = optax_spd.adam_tpgm(0.1, radius_optimizer=optax.adam(0.05), norm=norm)
-    step, params, state = stepper(tx), arrays(0), tx.init(arrays(0))
-    for index in range(0, len(gradients), K):
-        mean = jax.tree.map(lambda *g: np.mean(g, axis=0), *gradients[index : index + K])
-        params, state = step(params, state, mean, batches[index + K - 1])
-    return params, radii_of(state)
-
-
-@pytest.mark.parametrize(("place", "norm"), [("inside", "mars"), ("outside", "l2")])
-def test_accumulated_gradients(place: str, norm: str) -> None:
+def test_behind_accumulated_gradients_it_validates_only_where_they_are_applied() -> None:
     gradients = [arrays(10 + index) for index in range(2 * K)]
     batches = [arrays(30 + index, 4) for index in range(2 * K)]
-    radius_optimizer = optax.adam(0.05)
-    tx: Any
-    if place == "inside":  # validates on every micro-step, and drops all but the last
-        recipe = optax_spd.adam_tpgm(0.1, radius_optimizer=radius_optimizer, norm=norm)
-        tx = optax.MultiSteps(recipe, K)
-    else:
-        tx = optax.chain(
-            optax.MultiSteps(optax.adam(0.1), K).gradient_transformation(),
-            optax.conditionally_transform(
-                optax_spd.tpgm(radius_optimizer, norm=norm), lambda step: step % K == K - 1
-            ),
-        )
+    tpgm = optax_spd.tpgm(optax.adam(0.05), norm="l2")
+    tx: Any = optax.chain(
+        optax.MultiSteps(optax.adam(0.1), K).gradient_transformation(),
+        optax.conditionally_transform(tpgm, lambda step: step % K == K - 1),
+    )
+    plain = optax.chain(optax.adam(0.1), tpgm)
     count = Counter()
     step, params, state = stepper(tx, count), arrays(0), tx.init(arrays(0))
+    plain_step, expected, plain_state = stepper(plain), arrays(0), plain.init(arrays(0))
     for index in range(2 * K):
         before = (params, radii_of(state))
         params, state = step(params, state, gradients[index], batches[index])
         emits = index % K == K - 1
-        assert count.taken() == (4 if emits or place == "inside" else 0)
+        assert count.taken() == (4 if emits else 0)
         if not emits:
             assert_same_bits((params, radii_of(state)), before)
-    assert_close((params, radii_of(state)), accumulated_by_hand(norm, batches, gradients))
+            continue
+        mean = jax.tree.map(lambda *g: np.mean(g, axis=0), *gradients[index + 1 - K : index + 1])
+        expected, plain_state = plain_step(expected, plain_state, mean, batches[index])
+        assert_close((params, radii_of(state)), (expected, radii_of(plain_state)))
     assert any(np.any(params[path] != arrays(0)[path]) for path in params)
 
 

@@ -9,14 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, PartitionSpec as P
 
 import optax_spd
 
 both_norms = pytest.mark.parametrize("norm", ["l2", "mars"])
-axis_types = pytest.mark.parametrize(
-    "axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name
-)
 STEPS, INNER = 3, 2
 SHAPES = {
     "blocks": {"bias": (3, 8), "kernel": (3, 8, 16)},
@@ -98,26 +95,6 @@ def assert_alike(found: Any, expected: Any) -> None:
     wanted, radii = expected
     np.testing.assert_allclose(state.tpgm_radii, radii, rtol=1e-4, atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), params, wanted)
-
-
-# jit ----------------------------------------------------------------------------------------------
-
-
-@both_norms
-@axis_types
-def test_project_keeps_shardings(axis_type: AxisType, norm: str) -> None:
-    mesh, specs = mesh_of(axis_type), SPECS["both"]
-    project = jax.jit(functools.partial(optax_spd.project, norm=norm, layers=GROUPED))
-    params, anchor = arrays(0), arrays(1)
-    expected = project(params, anchor, 0.7)
-    place = lambda tree: jax.tree.map(
-        lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), tree, specs
-    )
-    with jax.set_mesh(mesh):
-        found = project(place(params), place(anchor), 0.7)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
-    for x, like in zip(jax.tree.leaves(found), jax.tree.leaves(place(params)), strict=True):
-        assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
 
 
 # shard_map ----------------------------------------------------------------------------------------

@@ -59,31 +59,6 @@ def test_equals_the_learning_step_of_tpgm_and_numpy(layers: str, norm: str) -> N
     np.testing.assert_array_equal(fitted.params["dense/bias"], params["dense/bias"])
 
 
-def test_it_rescues_an_overfitted_checkpoint() -> None:
-    # A linear model, pretrained near the truth and fine-tuned on few noisy examples.
-    draw = np.random.default_rng(0)
-    truth = draw.normal(size=(20, 3))
-    normal = lambda *shape: draw.normal(size=shape)
-    near = truth + 0.1 * normal(20, 3)
-    x = normal(22, 20)
-    overfitted = np.linalg.lstsq(x, x @ truth + 2.0 * normal(22, 3), rcond=None)[0]
-    data = lambda *lead: (inputs := normal(*lead, 20), inputs @ truth + 0.1 * normal(*lead, 3))
-    loss = lambda params, batch: jnp.mean((batch[0] @ params["kernel"] - batch[1]) ** 2)
-
-    def as_tree(kernel: Any) -> Any:
-        return {"kernel": jnp.asarray(kernel, jnp.float32)}
-
-    batches = jax.tree.map(lambda a: a.astype(np.float32), data(200, 32))
-    fitted = optax_spd.fit_radii(
-        as_tree(overfitted), as_tree(near), loss, batches, radius_optimizer=optax.adam(0.05)
-    )
-    assert np.mean(fitted.losses[-20:]) < 0.5 * np.mean(fitted.losses[:5])
-    test = data(2000)
-    test_loss = lambda params: float(loss(params, test))
-    assert test_loss(fitted.params) < 0.2 * test_loss(as_tree(overfitted))
-    np.testing.assert_array_less(fitted.losses[-1], fitted.losses[0])
-
-
 def test_missing_leaves_and_integers_are_seen_and_come_back() -> None:
     params: dict[str, Any] = {
         "empty": jnp.ones((0, 2)),
@@ -105,6 +80,8 @@ def test_missing_leaves_and_integers_are_seen_and_come_back() -> None:
     np.testing.assert_array_equal(fitted.params["steps"], [0, 1, 2])
     assert jax.tree.structure(fitted.params) == jax.tree.structure(params)
     np.testing.assert_allclose(fitted.radii, [2.5 - 3 * 0.05], rtol=1e-4)
+    used = 2.5 - 0.05 * np.arange(3)  # a loss is taken before its step
+    np.testing.assert_allclose(fitted.losses, used**2, rtol=1e-4)
 
 
 def test_identical_checkpoints_and_sick_layers_come_back() -> None:

@@ -150,9 +150,6 @@ def test_a_row_on_the_surface_keeps_every_bit(dtype: Any, x64: None) -> None:
         np.testing.assert_array_equal(result["w"], params["w"])
 
 
-# Layouts -----------------------------------------------------------------------------------------
-
-
 def numbers(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
@@ -195,18 +192,6 @@ def test_radii_are_one_per_layer_in_the_order_of_layer_names(layers: str, norm: 
     expected = ball_oracles.projected(params, anchor, by_name, norm, NETWORK_LAYERS[layers])
     for path, array in expected.items():
         close(result[path], array)
-
-
-def test_a_group_shares_the_radius_and_each_array_keeps_its_rows() -> None:
-    params = {"dense": {"bias": jnp.array([3.0, 0.0]), "kernel": jnp.array([[4.0, 1.0]])}}
-    anchor = jax.tree.map(jnp.zeros_like, params)
-    layers = optax_spd.by_module()
-    mars = project(params, anchor, 2.0, norm="mars", layers=layers)
-    l2 = project(params, anchor, 2.0, norm="l2", layers=layers)
-    close(mars["dense"]["bias"], [2.0, 0.0])
-    close(mars["dense"]["kernel"], [[2.0, 1.0]])
-    factor = 2 / np.sqrt(3**2 + 4**2 + 1)  # one norm of all
-    jax.tree.map(lambda new, old: close(new, factor * old), l2, params)
 
 
 @pytest.mark.parametrize("radius", [2, np.float64(2.0), np.array(2), jnp.bfloat16(2.0)], ids=repr)

@@ -139,59 +139,6 @@ def test_block_trainer_of_the_original(case: dict[str, Any]) -> None:
     assert_scales(updates, case["param_order"], expected, 1e-9)
 
 
-@pytest.mark.usefixtures("x64")
-def test_weight_decay_of_the_original_balanced_by_a_stage_of_its_own() -> None:
-    (case,) = [
-        c for c in golden.cases("block_trainer") if c["name"] == "net_bert/hybrid_linear_map"
-    ]
-    settings = case["settings"]
-    params = golden.tree("net_bert", case["param_order"])
-    tx = balanced(
-        case,
-        unit="block",
-        assign="linear",
-        min_scale=settings["wd_min_ratio"],
-        max_scale=settings["wd_min_ratio"] + settings["wd_slope"],
-    )
-    decayed = case["decay_parameters"]
-    wd = golden.array(case["name"], "param_wd") / settings["weight_decay"]
-    expected = [w for w, name in zip(wd, case["param_order"], strict=True) if name in decayed]
-    assert_scales(scales(tx, params), decayed, expected, 1e-9)
-
-
-@pytest.mark.usefixtures("x64")
-def test_a_window_of_the_original_is_a_masked_scale() -> None:
-    # The trainer's baseline: one block gets another rate, whatever its spectra.
-    (case,) = [c for c in golden.cases("block_trainer") if c["name"] == "net_bert/sliding_window"]
-    settings = case["settings"]
-    params = golden.tree("net_bert", case["param_order"])
-    block = optax_spd.path_mask(f"layer/{settings['tb_window_idx']}/")
-    tx = optax.masked(optax.scale(settings["tb_window_scale"]), block)
-    expected = golden.array(case["name"], "param_lr") / case["untuned_lr"]
-    assert_scales(scales(tx, params), case["param_order"], expected, 1e-12)
-
-
-@pytest.mark.usefixtures("x64")
-def test_groups_of_like_layers_of_the_original_from_the_pure_functions() -> None:
-    # The trainer's other baseline: reversed, and among the layers of one name in all blocks.
-    (case,) = [c for c in golden.cases("block_trainer") if c["name"] == "net_bert/layer_groups"]
-    weights = golden.kernels("net_bert")
-    alpha = np.array(
-        [
-            optax_spd.power_law_alpha(weights[name], xmin_pos=case["settings"]["xmin_pos"])
-            for name in case["layer_order"]
-        ]
-    )
-    np.testing.assert_allclose(alpha, golden.array(case["name"], "alpha"), rtol=0, atol=1e-9)
-    kinds = [re.sub(r"\.\d+\.", ".", name) for name in case["layer_order"]]
-    found = np.zeros_like(alpha)
-    for kind in set(kinds):
-        members = [i for i, k in enumerate(kinds) if k == kind]
-        found[members] = optax_spd.balance_scales(-alpha[members])
-    expected = golden.array(case["name"], "layer_lr") / case["untuned_lr"]
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
-
-
 # In a training run ------------------------------------------------------------------------------
 
 
@@ -284,19 +231,6 @@ def test_only_the_steps_that_are_due_pay() -> None:
     rest = "\n".join(str(e) for e in jaxpr.eqns if e is not choice)
     assert "eigh" not in rest
     assert "dot_general" not in rest
-
-
-def test_behind_adam_it_acts_and_in_front_it_does_not() -> None:
-    first = {name: 0.1 * factor for name, factor in expected(PARAMS).items()}
-
-    def steps(tx: Any) -> dict[str, float]:
-        updates, _ = jax.jit(tx.update)(ONES, tx.init(PARAMS), PARAMS)
-        flat = trees.flatten(updates)
-        return {"/".join(path): -float(leaf.mean()) for path, leaf in flat.by_path.items()}
-
-    adam = optax.adam(0.1)
-    assert steps(optax.chain(adam, STAGE)) == pytest.approx(first, rel=1e-4)
-    assert steps(optax.chain(STAGE, adam)) == pytest.approx(dict.fromkeys(NAMES, 0.1), rel=1e-4)
 
 
 def test_a_nan_in_one_layer_reaches_no_other() -> None:

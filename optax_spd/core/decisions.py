@@ -67,16 +67,16 @@ def decide_layers(
     """
     plan = view.plan
     blocks = block_sums(plan, products, view.axes)
-    table = joined(plan, blocks, count)
-    finite = _all_finite(table)
-    decision = decide(*jnp.where(finite, table, 0), *memory.values())
+    vectors = joined(plan, blocks, count)
+    finite = _all_finite(vectors)
+    decision = decide(*(jnp.where(finite, x, 0) for x in vectors), *memory.values())
     new = decision.memory or {}
     kept = {
         key: _remembered(old, new[key], finite & view.has_update) for key, old in memory.items()
     }
     block_decisions: dict[int, Decision] = {}
     for start, block in blocks.items():
-        shape = block.shape[1:]
+        shape = block[0].shape
         remembered = [m[start : start + math.prod(shape)].reshape(shape) for m in memory.values()]
         block_decision = decide(*block, *remembered)
         changes = block_decision.changes & _all_finite(block)

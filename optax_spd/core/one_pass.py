@@ -17,6 +17,8 @@ import numpy as np
 
 # The number of terms added sequentially: a float32 sum loses digits with its length.
 PIECE = 64
+# In elements. Smaller arrays fit a cache, and plain sums compile in less time.
+SMALLEST_ARRAY = 2**16
 # Shorter pieces are not worth a second level of sums.
 SHORTEST_PIECE = 8
 

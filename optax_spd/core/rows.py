@@ -153,7 +153,7 @@ def layer_extremes(
         block = sums.replicated(both).reshape(2, entry.count).astype(plan.dtype)
         start = entry.start
         blocks[start] = jnp.maximum(blocks[start], block) if start in blocks else block
-    table = sums.joined(plan, blocks, 2)
+    table = jnp.stack(sums.joined(plan, blocks, 2))
     if differing:
         table = jax.lax.pmax(table, differing)
     return -table[0], table[1]

@@ -5,7 +5,8 @@ by array over axes, since an explicit-sharding mesh rejects ``vdot`` and flatten
 results of all layers are joined into one vector.
 """
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -52,7 +53,7 @@ def block_sums(
     plan: LayerPlan,
     products: Products,
     axes: Sequence[MeshAxes] | None = None,
-) -> dict[int, jax.Array]:
+) -> dict[int, tuple[jax.Array, ...]]:
     """The sums of :func:`layer_sums`, separate for each block of layers.
 
     A block is the layers of one array, or of a group of arrays. If no axis is split by hand, its
@@ -64,23 +65,25 @@ def block_sums(
       axes: as for :func:`layer_sums`.
 
     Returns:
-      For each index of a block's first layer the block's sums, shape (number of sums, sizes of the
-      stacked axes). The sums of an array that is one layer are scalars.
+      For each index of a block's first layer the block's sums, each with the sizes of the stacked
+      axes. The sums of an array that is one layer are scalars.
     """
-    blocks: dict[int, jax.Array] = {}
+    blocks: dict[int, tuple[jax.Array, ...]] = {}
     all_axes = tuple(sorted({name for mesh_axes in axes or () for name in mesh_axes}))
     for index, sums in _array_sums(plan, products).items():
         entry = plan.arrays[index]
         assert entry is not None
-        block = sums.astype(plan.dtype)
+        block = tuple(x.astype(plan.dtype) for x in sums)
         if axes is not None:
-            block = counted_once(block, axes[index], all_axes)
-        blocks[entry.start] = blocks[entry.start] + block if entry.start in blocks else block
+            block = tuple(counted_once(x, axes[index], all_axes) for x in block)
+        if entry.start in blocks:
+            block = tuple(map(operator.add, blocks[entry.start], block))
+        blocks[entry.start] = block
     return summed_between_devices(blocks, all_axes) if all_axes else blocks
 
 
-def _array_sums(plan: LayerPlan, products: Products) -> dict[int, jax.Array]:
-    """The sums of each leaf with products, shape (number of sums, sizes of the stacked axes)."""
+def _array_sums(plan: LayerPlan, products: Products) -> dict[int, list[jax.Array]]:
+    """The sums of each leaf with products, each with the sizes of the stacked axes."""
     found = {
         index: (entry, terms)
         for index, (entry, terms) in enumerate(zip(plan.arrays, products, strict=True))
@@ -88,22 +91,23 @@ def _array_sums(plan: LayerPlan, products: Products) -> dict[int, jax.Array]:
     }
     stack = needs_stacking(products)
 
-    def plain() -> dict[int, jax.Array]:
-        return {
-            index: replicated(jnp.stack(sums_over(terms, _summed_axes(entry, terms), stack=stack)))
-            for index, (entry, terms) in found.items()
-        }
+    def plain(entry: ArrayLayers, terms: tuple[jax.Array, ...]) -> list[jax.Array]:
+        return list(map(replicated, sums_over(terms, _summed_axes(entry, terms), stack=stack)))
 
-    def in_one_pass() -> dict[int, jax.Array]:
-        return {
-            index: one_pass.sums(terms, entry.stacked_axes)
-            for index, (entry, terms) in found.items()
-        }
+    def in_one_pass(entry: ArrayLayers, terms: tuple[jax.Array, ...]) -> list[jax.Array]:
+        if terms[0].size < one_pass.SMALLEST_ARRAY:
+            return plain(entry, terms)
+        return list(one_pass.sums(terms, entry.stacked_axes))
 
-    if one_pass.is_single_cpu_program(products):
-        sums: dict[int, jax.Array] = jax.lax.platform_dependent(cpu=in_one_pass, default=plain)
-        return sums
-    return plain()
+    def sums_by(method: Callable[..., list[jax.Array]]) -> dict[int, list[jax.Array]]:
+        return {index: method(*array) for index, array in found.items()}
+
+    if not one_pass.is_single_cpu_program(products):
+        return sums_by(plain)
+    sums: dict[int, list[jax.Array]] = jax.lax.platform_dependent(
+        cpu=lambda: sums_by(in_one_pass), default=lambda: sums_by(plain)
+    )
+    return sums
 
 
 def _summed_axes(entry: ArrayLayers, terms: tuple[jax.Array, ...]) -> tuple[int, ...]:
@@ -165,18 +169,22 @@ def summed_between_devices(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
     return unravel(jax.lax.psum(vector, axes)) if vector.size else tree
 
 
-def joined(plan: LayerPlan, blocks: Mapping[int, jax.Array], count: int) -> jax.Array:
-    """Joins blocks in layer order, shape (count, plan.vector_size); 0 for a missing block."""
+def joined(
+    plan: LayerPlan, blocks: Mapping[int, Sequence[jax.Array] | jax.Array], count: int
+) -> list[jax.Array]:
+    """The ``count`` quantities of all blocks as per-layer vectors; 0 where there is no block."""
     sizes = {entry.start: entry.count for entry in plan.arrays if entry is not None}
-    columns = [
-        blocks[start].reshape(count, size)
-        if start in blocks
-        else jnp.zeros((count, size), plan.dtype)
-        for start, size in sorted(sizes.items())
-    ]
-    if not columns:
-        return jnp.zeros((count, plan.vector_size), plan.dtype)
-    return jnp.concatenate(columns, axis=1)
+    if not sizes:
+        return [jnp.zeros(plan.vector_size, plan.dtype)] * count
+
+    def vector(number: int) -> jax.Array:
+        parts = [
+            blocks[start][number].reshape(size) if start in blocks else jnp.zeros(size, plan.dtype)
+            for start, size in sorted(sizes.items())
+        ]
+        return jnp.concatenate(parts)
+
+    return [vector(number) for number in range(count)]
 
 
 def norm_of(square: jax.Array) -> jax.Array:

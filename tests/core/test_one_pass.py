@@ -161,7 +161,8 @@ def test_not_where_an_explicit_mesh_splits_an_array(axis_type: AxisType) -> None
         assert applies_to(whole, {"a": split}) == (axis_type is AxisType.Auto)
 
 
-def test_layer_sums_in_one_pass_are_the_plain_ones() -> None:
+def test_layer_sums_in_one_pass_are_the_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_pass, "SMALLEST_ARRAY", 1)
     params = {
         "blocks": {"bias": normal((3, 4), 0), "kernel": normal((3, 4, 16), 1)},
         "columns": {"kernel": normal((40, 3), 2)},

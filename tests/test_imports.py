@@ -1,4 +1,4 @@
-"""The direction of imports (design.md, "The house"), and that no module hides a public function."""
+"""Imports point down, and no module hides a public function."""
 
 import ast
 import pathlib

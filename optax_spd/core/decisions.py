@@ -80,7 +80,10 @@ def decide_layers(
         remembered = [m[start : start + math.prod(shape)].reshape(shape) for m in memory.values()]
         block_decision = decide(*block, *remembered)
         changes = block_decision.changes & _all_finite(block)
-        block_decisions[start] = block_decision._replace(changes=changes)
+        coefficients = (jnp.broadcast_to(c, shape) for c in block_decision.coefficients)
+        block_decisions[start] = block_decision._replace(
+            changes=jnp.broadcast_to(changes, shape), coefficients=tuple(coefficients)
+        )
     leaves = {}
     for i, (entry, d) in enumerate(zip(plan.arrays, view.deviations, strict=True)):
         if entry is not None and d is not None:
@@ -90,7 +93,9 @@ def decide_layers(
                 for vector in (block_decision.changes, *block_decision.coefficients)
             )
             leaves[i] = changes, tuple(coefficients)
-    return Decisions(leaves, decision.changes & finite, decision.record, kept)
+    changed = {start: [d.changes.astype(plan.dtype)] for start, d in block_decisions.items()}
+    changing = joined(plan, changed, 1)[0] > 0
+    return Decisions(leaves, changing, decision.record, kept)
 
 
 def decide_rows(

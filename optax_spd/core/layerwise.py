@@ -154,6 +154,7 @@ def layerwise(
         }
         vectors = [jnp.zeros(size, plan.dtype)] * sums
         decided = jax.eval_shape(decide, *vectors, *remembered.values(), **values_at(count, plan))
+        _check_names(name, decided, initial)
         dtypes = {k: plan.dtype if level == "row" else v.dtype for k, v in decided.record.items()}
         record = {key: jnp.zeros(size, dtype) for key, dtype in dtypes.items()}
         return _new_state(state, count, held, fingerprints.of_plan(plan), record, remembered)
@@ -183,12 +184,17 @@ def layerwise(
             None if d is None else _new_update(act, d, *decided.leaves[i])
             for i, d in enumerate(second.deviations)
         ]
+        held = dict(_vectors(state))
+        record = {  # in the types that init gave them
+            key: jnp.broadcast_to(value, held[key].shape).astype(held[key].dtype)
+            for key, value in decided.record.items()
+        }
         new_state = _new_state(
             type(state),
             optax.safe_increment(state.count),
             state.anchor,
             state.layer_fingerprint,
-            decided.record,
+            record,
             decided.memory,
         )
         return second.rebuild(steps), new_state
@@ -266,6 +272,22 @@ def _check_arguments(level: Any, memory: Mapping[str, Any], count: Any, axis_nam
     checks.check_count("sums", count)
     for key, value in memory.items():
         checks.check_finite(f"memory[{key!r}]", value)
+
+
+def _check_names(name: str, decision: Decision, memory: Mapping[str, Any]) -> None:
+    """Raises if what ``decide`` returns by name is not what the state holds by name."""
+    returned = set(decision.memory or {})
+    if returned != set(memory):
+        raise ValueError(
+            f"decide of {name!r} returned the memory {sorted(returned)}, but memory= declares "
+            f"{sorted(memory)}. Return each of these in Decision.memory."
+        )
+    taken = {*memory, "count", "anchor", "layer_fingerprint"} & set(decision.record)
+    if taken:
+        raise ValueError(
+            f"decide of {name!r} records {sorted(taken)}, which the state already has a field for. "
+            "Rename the record."
+        )
 
 
 def _check_products(name: str, products: Products, count: int) -> None:

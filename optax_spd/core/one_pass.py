@@ -3,7 +3,7 @@
 XLA:CPU hands a plain sum to a kernel library that reads its operand from memory. Intermediates that
 several products share (the deviation, the inner optimizer's step) are then written out in full. One
 reduction with several operands compiles into one loop that writes none of them: SPD's step on a
-ViT-B takes 2.7 times ``optax.adamw``'s time with it and 5.6 times without (benchmarks/README.md).
+ViT-B takes about 3 times ``optax.adamw``'s time with it, 5.6 without (benchmarks/README.md).
 Sharded arrays use plain sums, since the partitioner would gather the results of such a reduction.
 """
 

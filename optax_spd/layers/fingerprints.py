@@ -23,10 +23,12 @@ def of_plan(plan: plans.LayerPlan) -> jax.Array:
     """The fingerprint of the layers, an int32 scalar.
 
     The upper half depends on the arrays' paths, which an anchor has too (:func:`of_arrays`); the
-    lower half on the layers' names.
+    lower half on the layers' names and on how ``layers=`` divides the arrays.
     """
-    arrays = of_arrays(entry.name for entry in plan.arrays if entry is not None)
-    bits = np.array([_checksum(plan.names), arrays], "<u2")
+    entries = [entry for entry in plan.arrays if entry is not None]
+    arrays = of_arrays(entry.name for entry in entries)
+    divided = sorted(f"{entry.name} {entry.stacked_axes} {entry.start}" for entry in entries)
+    bits = np.array([_checksum([*plan.names, *divided]), arrays], "<u2")
     return jnp.asarray(bits.view("<i4")[0], jnp.int32)
 
 

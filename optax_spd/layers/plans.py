@@ -83,7 +83,7 @@ def planned(params: PyTree, layers: LayerFn | None, mask: Any) -> Planned:
     """The layers of a parameter tree under a mask.
 
     Raises:
-      TypeError, ValueError: as :func:`plan_layers` and :func:`optax_spd.masks.resolve_mask`.
+      TypeError, ValueError: as :func:`plan_layers` and :func:`optax_spd.layers.masks.resolve_mask`.
     """
     flat = trees.flatten(params)
     selected = masks.resolve_mask(mask, params, flat)

@@ -127,7 +127,7 @@ def spd(
 
     with :math:`\Delta = \theta - \theta_0` and :math:`\tilde\Delta = \Delta + u`. Place it last in
     the chain, after the learning rate, since it acts on the step that would be taken. Only the sign
-    of :math:`c` matters, so clipping or scaling the gradient changes nothing.
+    of :math:`c` matters, so the size of the gradient does not.
 
     Args:
       weight_decay: λ >= 0, or a schedule of it.

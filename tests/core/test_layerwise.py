@@ -427,3 +427,39 @@ def test_a_row_method_keeps_its_state_where_no_array_has_an_update() -> None:
     updates, after = tx.update(step, state, params)
     np.testing.assert_array_equal(after.record["total"], [1.0])
     np.testing.assert_array_equal(updates["w"], step["w"])
+
+
+def hits(**changes: Any) -> Any:
+    """A method whose record and coefficients have no layer axis of their own."""
+    arguments = {
+        "measure": lambda d: (d.step**2,),
+        "decide": lambda square, *, size: optax_spd.Decision(
+            {"hit": jnp.where(square >= 0, 1.0, 0.0)}, (size,), square > 0
+        ),
+        "act": lambda d, size: size * d.step,
+        "sums": 1,
+        "gradient": False,
+        "hyperparameters": {"size": 0.5},
+    }
+    return optax_spd.layerwise("hits", **{**arguments, **changes})
+
+
+def test_scalars_among_coefficients_and_records_keep_shapes_and_types() -> None:
+    params = {"w": jnp.ones((3, 2))}
+    tx = hits(layers=optax_spd.stacked("w"))
+    state = tx.init(params)
+    updates, after = tx.update(params, state, params)
+    np.testing.assert_array_equal(updates["w"], np.full((3, 2), 0.5))
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+
+
+def test_names_that_decide_and_the_state_do_not_share_are_errors() -> None:
+    params = {"w": jnp.ones(2)}
+    with pytest.raises(ValueError, match=r"returned the memory \[\], but memory= declares"):
+        hits(
+            memory={"m": 0.0}, decide=lambda q, m, *, size: optax_spd.Decision({}, (size,), q > m)
+        ).init(params)
+    with pytest.raises(ValueError, match=r"records \['count'\]"):
+        hits(decide=lambda q, *, size: optax_spd.Decision({"count": q}, (size,), q > 0)).init(
+            params
+        )

@@ -113,3 +113,10 @@ def test_states_inside_of_states_are_found() -> None:
     nested = {"a": [inner, (inner,)], "b": jnp.ones(1), "c": None}
     assert [node is inner for node in fingerprints.fingerprinted(nested)] == [True, True]
     assert list(fingerprints.fingerprinted(jnp.ones(1))) == []
+
+
+def test_other_stacked_axes_of_a_square_array_are_other_layers() -> None:
+    params = {"w": jnp.ones((3, 3))}
+    state = optax_spd.spd(layers=optax_spd.stacked("w", 0)).init(params)
+    with pytest.raises(ValueError, match="made for other layers"):
+        optax_spd.check_state(state, params, layers=optax_spd.stacked("w", 1))

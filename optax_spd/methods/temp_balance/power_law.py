@@ -109,7 +109,8 @@ class Fit:
         if self.fit == "median":
             # floor(n / xmin_pos) for every possible n, computed on the host in double precision.
             starts = np.floor(np.arange(N + 1) / self.xmin_pos).astype(np.int32)
-            return hill(e, first + jnp.asarray(starts)[N - first])[0]
+            start = jax.lax.dynamic_index_in_dim(starts, N - first, keepdims=False)
+            return hill(e, first + start)[0]
         i = jnp.arange(N)
         candidate = (i >= first) & (i <= N - 2)
         if self.fit == "fix-finger":

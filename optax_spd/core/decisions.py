@@ -80,9 +80,9 @@ def decide_layers(
         remembered = [m[start : start + math.prod(shape)].reshape(shape) for m in memory.values()]
         block_decision = decide(*block, *remembered)
         changes = block_decision.changes & _all_finite(block)
-        coefficients = (jnp.broadcast_to(c, shape) for c in block_decision.coefficients)
         block_decisions[start] = block_decision._replace(
-            changes=jnp.broadcast_to(changes, shape), coefficients=tuple(coefficients)
+            changes=jnp.broadcast_to(changes, shape),
+            coefficients=tuple(jnp.broadcast_to(c, shape) for c in block_decision.coefficients),
         )
     leaves = {}
     for i, (entry, d) in enumerate(zip(plan.arrays, view.deviations, strict=True)):

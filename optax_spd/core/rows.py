@@ -78,7 +78,7 @@ def row_sums(
 
     # The single psum runs over all these mesh axes, even those that split an array's output units.
     # So that it does not add up different rows, each device puts its rows in a slot of their own.
-    # This moves few numbers: one for as many weights as an output has inputs.
+    # The cost is small: one number for each row and slot.
     slots = {
         i: tuple(sums.counted_once(_in_slot(x, units[i]), split[i], over) for x in rows[i])
         for i in partial

@@ -39,9 +39,9 @@ def _is_traced_on_device(array: Any) -> bool:
 def shard_like_params(state: PyTree, params: PyTree) -> PyTree:
     """Gives each state array with a parameter's path and shape that parameter's sharding.
 
-    Anchors are left unchanged: as copies of the parameters they already have the sharding. If an
-    initializer is in the same program, XLA would compute it a second time for the anchor, with
-    different rounding.
+    Anchors are left unchanged: as copies of the parameters they already have the sharding. If the
+    program also initialises the parameters, XLA would run the initialiser again for the anchor,
+    with different rounding.
 
     Args:
       state: the result of any transformation's ``init``.

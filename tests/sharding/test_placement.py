@@ -82,3 +82,17 @@ if host_memory_works():
             state = jax.jit(optax_spd.adam_spd(0.1, anchor=anchor).init)(given)
             held = optax.tree.get(state, "anchor")["w"]
             np.testing.assert_array_equal(np.asarray(held), params["w"])
+
+
+def test_an_anchor_made_in_one_program_with_its_parameters_equals_them() -> None:
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    tx = optax_spd.adam_spd(1e-3)
+
+    def create(key: jax.Array) -> Any:
+        params = {"w": jax.nn.initializers.lecun_normal()(key, (8, 16))}
+        return params, tx.init(params)
+
+    shapes = jax.eval_shape(create, jax.random.key(0))
+    where = jax.tree.map(lambda x: NamedSharding(mesh, P("x", "y") if x.ndim == 2 else P()), shapes)
+    params, state = jax.jit(create, out_shardings=where)(jax.random.key(0))
+    np.testing.assert_array_equal(params["w"], optax.tree.get(state, "anchor")["w"])

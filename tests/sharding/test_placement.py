@@ -84,15 +84,9 @@ if host_memory_works():
             np.testing.assert_array_equal(np.asarray(held), params["w"])
 
 
-def test_an_anchor_made_in_one_program_with_its_parameters_equals_them() -> None:
-    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-    tx = optax_spd.adam_spd(1e-3)
-
-    def create(key: jax.Array) -> Any:
-        params = {"w": jax.nn.initializers.lecun_normal()(key, (8, 16))}
-        return params, tx.init(params)
-
-    shapes = jax.eval_shape(create, jax.random.key(0))
-    where = jax.tree.map(lambda x: NamedSharding(mesh, P("x", "y") if x.ndim == 2 else P()), shapes)
-    params, state = jax.jit(create, out_shardings=where)(jax.random.key(0))
-    np.testing.assert_array_equal(params["w"], optax.tree.get(state, "anchor")["w"])
+def test_a_traced_anchor_is_nothing_but_a_copy_of_its_parameter() -> None:
+    """Anything more, XLA may fuse with an initializer in the same program and round differently."""
+    tx, params = optax_spd.adam_spd(1e-3), {"w": jnp.ones((8, 16))}
+    jaxpr = jax.make_jaxpr(lambda params: optax.tree.get(tx.init(params), "anchor"))(params).jaxpr
+    (made,) = (eqn for eqn in jaxpr.eqns if jaxpr.outvars[0] in eqn.outvars)
+    assert (made.primitive.name, *made.invars) == ("copy", *jaxpr.invars)

@@ -163,7 +163,8 @@ def layerwise(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
         view = options.view(updates, state.anchor, params, extra_args)
-        for key, vector in _vectors(state):
+        vectors = _vectors(state)
+        for key, vector in vectors.items():
             stage.check_vector(key, vector, view.plan)
         matched = []
         if gradient:
@@ -172,10 +173,9 @@ def layerwise(
         _check_products(name, products, sums)
         values = values_at(state.count, view.plan)
         if level == "row":
-            names = [key for key, _ in _vectors(state)]
-            decided = decide_rows(view, products, names, functools.partial(decide, **values))
+            decided = decide_rows(view, products, [*vectors], functools.partial(decide, **values))
         else:
-            remembered = {key: _field(state, "memory", key) for key in initial}
+            remembered = {key: vectors[key] for key in initial}
             decided = decide_layers(
                 view, products, sums, remembered, functools.partial(decide, **values)
             )
@@ -184,9 +184,8 @@ def layerwise(
             None if d is None else _new_update(act, d, *decided.leaves[i])
             for i, d in enumerate(second.deviations)
         ]
-        held = dict(_vectors(state))
         record = {  # in the types that init gave them
-            key: jnp.broadcast_to(value, held[key].shape).astype(held[key].dtype)
+            key: jnp.broadcast_to(value, vectors[key].shape).astype(vectors[key].dtype)
             for key, value in decided.record.items()
         }
         new_state = _new_state(
@@ -217,20 +216,12 @@ def _memory_dtype(value: Any, plan: LayerPlan) -> Any:
     return jnp.int32 if jnp.issubdtype(jnp.result_type(value), jnp.integer) else plan.dtype
 
 
-def _field(state: Any, kind: str, key: str) -> jax.Array:
-    """A vector of the state; ``kind`` is "record" or "memory"."""
-    vector: jax.Array = (
-        getattr(state, kind)[key] if isinstance(state, LayerwiseState) else getattr(state, key)
-    )
-    return vector
-
-
-def _vectors(state: Any) -> list[tuple[str, jax.Array]]:
+def _vectors(state: Any) -> dict[str, jax.Array]:
     """The per-layer vectors of a state, by name."""
     if isinstance(state, LayerwiseState):
-        return [*state.record.items(), *state.memory.items()]
+        return {**state.record, **state.memory}
     common = ("count", "anchor", "layer_fingerprint")
-    return [(key, getattr(state, key)) for key in state._fields if key not in common]
+    return {key: getattr(state, key) for key in state._fields if key not in common}
 
 
 def _new_state(

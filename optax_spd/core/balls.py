@@ -13,6 +13,7 @@ units, on whatever axis they lie (``layers=``); an array of rank 0 or 1 is one r
 group has its own rows.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -125,6 +126,7 @@ def norms_and_slope(
 
 def _map_leaves(function: Callable[..., tuple[jax.Array, ...]], *arrays: Leaves) -> list[Any]:
     """Per leaf ``function`` of the lists' arrays; None where there is no layer."""
+    function = jax.jit(function)  # so that arrays of one shape share a trace
     return [
         None if leaves[0] is None else function(*leaves) for leaves in zip(*arrays, strict=True)
     ]
@@ -144,6 +146,7 @@ def _l2_norms(plan: plans.LayerPlan, square: jax.Array, arrays: Leaves) -> BallN
     return BallNorms(spread_over(plan, vector, arrays), vector, vector)
 
 
+@functools.partial(jax.jit, static_argnames="exact")  # so that arrays of one shape share a trace
 def ball_factor(
     radius: jax.Array, norm: jax.Array, active: jax.Array | bool = True, *, exact: bool = False
 ) -> jax.Array:

@@ -35,12 +35,10 @@ class Decisions(NamedTuple):
     Attributes:
       leaves: per active leaf where it changes, and the coefficients; they broadcast against the
         array.
-      changing: per layer whether it may change.
       record, memory: for the new state.
     """
 
     leaves: dict[int, tuple[jax.Array, tuple[jax.Array, ...]]]
-    changing: jax.Array
     record: Mapping[str, jax.Array]
     memory: Mapping[str, jax.Array]
 
@@ -51,6 +49,7 @@ def decide_layers(
     count: int,
     memory: Mapping[str, jax.Array],
     decide: Callable[..., Decision],
+    values: Mapping[str, jax.Array],
 ) -> Decisions:
     """One decision per layer.
 
@@ -63,39 +62,46 @@ def decide_layers(
       products: per active leaf what is summed over layers.
       count: how many products there are.
       memory: the state's, by name.
-      decide: from sums and memory to a decision.
+      decide: from sums, memory and hyperparameters to a decision.
+      values: the hyperparameters, by name.
     """
     plan = view.plan
     blocks = block_sums(plan, products, view.axes)
     vectors = joined(plan, blocks, count)
     finite = _all_finite(vectors)
-    decision = decide(*(jnp.where(finite, x, 0) for x in vectors), *memory.values())
+    decision = decide(*(jnp.where(finite, x, 0) for x in vectors), *memory.values(), **values)
     new = decision.memory or {}
     kept = {
         key: _remembered(old, new[key], finite & view.has_update) for key, old in memory.items()
     }
-    block_decisions: dict[int, Decision] = {}
+    decide_block = jax.jit(functools.partial(_decide_block, decide))
+    decided = {}
     for start, block in blocks.items():
         shape = block[0].shape
         remembered = [m[start : start + math.prod(shape)].reshape(shape) for m in memory.values()]
-        block_decision = decide(*block, *remembered)
-        changes = block_decision.changes & _all_finite(block)
-        block_decisions[start] = block_decision._replace(
-            changes=jnp.broadcast_to(changes, shape),
-            coefficients=tuple(jnp.broadcast_to(c, shape) for c in block_decision.coefficients),
-        )
+        decided[start] = decide_block(block, remembered, values)
     leaves = {}
     for i, (entry, d) in enumerate(zip(plan.arrays, view.deviations, strict=True)):
         if entry is not None and d is not None:
-            block_decision = block_decisions[entry.start]
-            changes, *coefficients = (
-                spread_block(entry, vector, d.step.ndim)
-                for vector in (block_decision.changes, *block_decision.coefficients)
+            changes, coefficients = decided[entry.start]
+            leaves[i] = (
+                spread_block(entry, changes, d.step.ndim),
+                tuple(spread_block(entry, c, d.step.ndim) for c in coefficients),
             )
-            leaves[i] = changes, tuple(coefficients)
-    changed = {start: [d.changes.astype(plan.dtype)] for start, d in block_decisions.items()}
-    changing = joined(plan, changed, 1)[0] > 0
-    return Decisions(leaves, changing, decision.record, kept)
+    return Decisions(leaves, decision.record, kept)
+
+
+def _decide_block(
+    decide: Callable[..., Decision],
+    block: tuple[jax.Array, ...],
+    remembered: Sequence[jax.Array],
+    values: Mapping[str, jax.Array],
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Where the layers of a block change, and their coefficients."""
+    shape = block[0].shape
+    decision = decide(*block, *remembered, **values)
+    changes = jnp.broadcast_to(decision.changes & _all_finite(block), shape)
+    return changes, tuple(jnp.broadcast_to(c, shape) for c in decision.coefficients)
 
 
 def decide_rows(
@@ -103,6 +109,7 @@ def decide_rows(
     products: Products,
     records: Sequence[str],
     decide: Callable[..., Decision],
+    values: Mapping[str, jax.Array],
 ) -> Decisions:
     """One decision per row; the state records the mean over each layer's rows.
 
@@ -110,7 +117,8 @@ def decide_rows(
       view: of the first pass.
       products: per active leaf what is summed over rows.
       records: the names of the records.
-      decide: from sums to a decision.
+      decide: from sums and hyperparameters to a decision.
+      values: the hyperparameters, by name.
     """
     plan = view.plan
     leaves = {}
@@ -120,7 +128,7 @@ def decide_rows(
             recorded.append(None)
             continue
         finite = _all_finite(own)
-        decision = decide(*(jnp.where(finite, x, 0) for x in own))
+        decision = decide(*(jnp.where(finite, x, 0) for x in own), **values)
         leaves[i] = decision.changes & finite, decision.coefficients
         terms = (*(decision.record[key] for key in records), jnp.ones_like(decision.changes))
         recorded.append(tuple(term.astype(plan.dtype) for term in terms))
@@ -128,7 +136,7 @@ def decide_rows(
     *totals, number = layer_sums(plan, recorded, len(records) + 1, axes)
     means = [total / jnp.maximum(number, 1) for total in totals]
     record = dict(zip(records, means, strict=True))
-    return Decisions(leaves, jnp.ones(plan.vector_size, bool), record, {})
+    return Decisions(leaves, record, {})
 
 
 def _all_finite(vectors: Iterable[jax.Array]) -> jax.Array:

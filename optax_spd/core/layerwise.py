@@ -141,7 +141,8 @@ def layerwise(
         policy.holds_anchor(state)
 
     # Jitted so that arrays of one shape share a trace.
-    measure, decide, act = jax.jit(measure), jax.jit(decide), jax.jit(act)
+    measure = jax.jit(measure)
+    change = jax.jit(functools.partial(_new_update, act))
 
     def values_at(count: jax.Array, plan: LayerPlan) -> dict[str, jax.Array]:
         return {key: checks.value_at(value, count, plan.dtype) for key, value in scheduled.items()}
@@ -173,15 +174,13 @@ def layerwise(
         _check_products(name, products, sums)
         values = values_at(state.count, view.plan)
         if level == "row":
-            decided = decide_rows(view, products, [*vectors], functools.partial(decide, **values))
+            decided = decide_rows(view, products, [*vectors], decide, values)
         else:
             remembered = {key: vectors[key] for key in initial}
-            decided = decide_layers(
-                view, products, sums, remembered, functools.partial(decide, **values)
-            )
-        second = recompute.second_pass(view, decided.changing)
+            decided = decide_layers(view, products, sums, remembered, decide, values)
+        second = recompute.second_pass(view, lambda i: decided.leaves[i][0])
         steps = [
-            None if d is None else _new_update(act, d, *decided.leaves[i])
+            None if d is None else change(d, *decided.leaves[i])
             for i, d in enumerate(second.deviations)
         ]
         record = {  # in the types that init gave them

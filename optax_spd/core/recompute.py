@@ -11,7 +11,7 @@ accelerators only: XLA:CPU would write both of its results to memory.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ import optax
 
 from optax_spd import wrappers
 from optax_spd.anchors import policy
-from optax_spd.core import stage, sums
+from optax_spd.core import stage
 from optax_spd.layers import trees
 
 PyTree = Any
@@ -72,16 +72,17 @@ def chain(
     return wrappers.with_gradient(optax.GradientTransformationExtraArgs(plain.init, update))
 
 
-def second_pass(view: stage.StageView, changing: jax.Array) -> stage.StageView:
+def second_pass(view: stage.StageView, changes: Callable[[int], jax.Array]) -> stage.StageView:
     """The view for the second pass over the arrays.
 
     Args:
       view: the view of the first pass.
-      changing: per layer whether the second pass needs its deviation; elsewhere it may be 0.
+      changes: from an active leaf's index to where the second pass needs its deviation (bools
+        that broadcast against the array); elsewhere the deviation may be 0.
 
     Returns:
       The view with deviations recomputed from θ₀. If θ₀ is in host memory, only those of
-      ``changing`` layers are recomputed. Deviations from a zero anchor are reused. The updates are
+      arrays that change are recomputed. Deviations from a zero anchor are reused. The updates are
       those that :func:`chain` recomputed, if any.
     """
     if view.recomputed_updates is not None:
@@ -96,7 +97,7 @@ def second_pass(view: stage.StageView, changing: jax.Array) -> stage.StageView:
     return dataclasses.replace(
         view,
         deviations=[
-            None if d is None else _second_deviation(view, i, d, origins.get(i), changing)
+            None if d is None else _second_deviation(view, i, d, origins.get(i), changes)
             for i, d in enumerate(view.deviations)
         ],
     )
@@ -107,18 +108,16 @@ def _second_deviation(
     index: int,
     first: stage.Deviation,
     origin: jax.Array | None,
-    changing: jax.Array,
+    changes: Callable[[int], jax.Array],
 ) -> stage.Deviation:
-    """One array's Δ and u; Δ may be 0 if no layer of the array is ``changing``."""
+    """One array's Δ and u; Δ may be 0 if no layer of the array changes."""
     path, theta, theta_0 = view.flat.paths[index], view.flat.leaves[index], view.anchor[index]
-    entry, delta = view.plan.arrays[index], first.delta
-    assert entry is not None
+    delta = first.delta
     step = trees.as_real(view.updates[index], delta.dtype, "updates", path)
     if origin is not None:
         delta = stage.delta_of(path, theta, origin, delta.dtype)
     elif isinstance(theta_0, jax.core.Tracer) and delta.size >= MIN_SIZE_TO_REFETCH:
-        needed = sums.spread(entry, changing, delta.ndim).any()
-        delta = _refetched(path, delta, needed, theta, theta_0)
+        delta = _refetched(path, delta, changes(index).any(), theta, theta_0)
     return stage.Deviation(delta, step)
 
 

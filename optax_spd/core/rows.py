@@ -4,6 +4,7 @@ A row is the weights of one output unit. A mesh axis that splits rows needs sums
 Along a mesh axis that splits output units, each device has whole rows of its own.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -62,7 +63,7 @@ def row_sums(
             continue
         kept = entry.stacked_axes + entry.output_axes
         within = tuple(a for a in range(terms[0].ndim) if a not in kept)
-        rows[index] = tuple(sums.sums_over(terms, within, stack=stack, keepdims=True))
+        rows[index] = tuple(sums.sums_over(terms, axes=within, stack=stack, keepdims=True))
         units[index] = tuple(sorted(n for n, a in split[index].items() if a in entry.output_axes))
 
     # Some arrays have rows split across devices and need a psum per row. Others hold whole but
@@ -147,13 +148,19 @@ def layer_extremes(
         if entry is None or row is None:
             continue
         over = tuple(a for a in range(row.ndim) if a not in entry.stacked_axes)
-        # Some devices lose NaN in a maximum over devices, but none loses infinity.
-        highest = jnp.where(jnp.isnan(row), jnp.inf, row)
-        both = jnp.stack([jnp.max(-row, axis=over), jnp.max(highest, axis=over)])
-        block = sums.replicated(both).reshape(2, entry.count).astype(plan.dtype)
+        block = _extremes(row, over=over).astype(plan.dtype)
         start = entry.start
         blocks[start] = jnp.maximum(blocks[start], block) if start in blocks else block
     table = jnp.stack(sums.joined(plan, blocks, 2))
     if differing:
         table = jax.lax.pmax(table, differing)
     return -table[0], table[1]
+
+
+@functools.partial(jax.jit, static_argnames="over")  # so that arrays of one shape share a trace
+def _extremes(row: jax.Array, *, over: tuple[int, ...]) -> jax.Array:
+    """Per layer of one array -min and max of its rows; shape (2, layers)."""
+    # Some devices lose NaN in a maximum over devices, but none loses infinity.
+    highest = jnp.where(jnp.isnan(row), jnp.inf, row)
+    both = jnp.stack([jnp.max(-row, axis=over), jnp.max(highest, axis=over)])
+    return sums.replicated(both).reshape(2, -1)

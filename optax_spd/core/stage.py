@@ -85,6 +85,13 @@ class StageView:
         """A per-layer vector's entries, shaped to broadcast against each array, in its dtype."""
         return sums.spread_over(self.plan, vector, self.map(lambda d: d.delta))
 
+    def entries(self, vector: jax.Array, index: int) -> jax.Array:
+        """A per-layer vector's entries for one active leaf, shaped to broadcast against it."""
+        entry, deviation = self.plan.arrays[index], self.deviations[index]
+        assert entry is not None
+        assert deviation is not None
+        return sums.spread(entry, vector, deviation.delta.ndim)
+
     def map(self, function: Callable[..., Any], *matched: Sequence[Any]) -> list[Any]:
         """Per active leaf ``function(deviation, *matched leaves)``, else None."""
         return [
@@ -212,6 +219,7 @@ def applied(theta: Any, update: Any) -> Any:
     return jnp.asarray(theta + update, jnp.result_type(theta))
 
 
+@jax.jit  # so that arrays of one shape share a trace
 def project_step(d: Deviation, factor: jax.Array) -> jax.Array:
     """The update that makes the deviation f Δ̃; exactly u where f = 1."""
     # f Δ̃ - Δ = u - (1 - f) Δ̃. The first form cancels for f near 1 and a small step, the second for

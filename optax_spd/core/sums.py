@@ -5,8 +5,9 @@ by array over axes, since an explicit-sharding mesh rejects ``vdot`` and flatten
 results of all layers are joined into one vector.
 """
 
+import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -91,27 +92,22 @@ def _array_sums(plan: LayerPlan, products: Products) -> dict[int, list[jax.Array
     }
     stack = needs_stacking(products)
 
-    def plain(entry: ArrayLayers, terms: tuple[jax.Array, ...]) -> list[jax.Array]:
-        return list(map(replicated, sums_over(terms, _summed_axes(entry, terms), stack=stack)))
+    def plain(index: int) -> list[jax.Array]:
+        entry, terms = found[index]
+        within = tuple(a for a in range(terms[0].ndim) if a not in entry.stacked_axes)
+        return [replicated(x) for x in sums_over(terms, axes=within, stack=stack)]
 
-    def in_one_pass(entry: ArrayLayers, terms: tuple[jax.Array, ...]) -> list[jax.Array]:
-        if terms[0].size < one_pass.SMALLEST_ARRAY:
-            return plain(entry, terms)
+    def in_one_pass(index: int) -> list[jax.Array]:
+        entry, terms = found[index]
         return list(one_pass.sums(terms, entry.stacked_axes))
 
-    def sums_by(method: Callable[..., list[jax.Array]]) -> dict[int, list[jax.Array]]:
-        return {index: method(*array) for index, array in found.items()}
-
-    if not one_pass.is_single_cpu_program(products):
-        return sums_by(plain)
+    large = [i for i, (_, terms) in found.items() if terms[0].size >= one_pass.SMALLEST_ARRAY]
+    if not large or not one_pass.is_single_cpu_program(products):
+        return {i: plain(i) for i in found}
     sums: dict[int, list[jax.Array]] = jax.lax.platform_dependent(
-        cpu=lambda: sums_by(in_one_pass), default=lambda: sums_by(plain)
+        cpu=lambda: {i: in_one_pass(i) for i in large}, default=lambda: {i: plain(i) for i in large}
     )
-    return sums
-
-
-def _summed_axes(entry: ArrayLayers, terms: tuple[jax.Array, ...]) -> tuple[int, ...]:
-    return tuple(a for a in range(terms[0].ndim) if a not in entry.stacked_axes)
+    return {i: sums[i] if i in sums else plain(i) for i in found}
 
 
 def needs_stacking(products: Products) -> bool:
@@ -120,8 +116,10 @@ def needs_stacking(products: Products) -> bool:
     return operands > MERGED_OPERANDS and jax.device_count() > 1
 
 
+# Jitted, as is all that is done array by array, so that arrays of one shape share a trace.
+@functools.partial(jax.jit, static_argnames=("axes", "stack", "keepdims"))
 def sums_over(
-    terms: tuple[jax.Array, ...], axes: tuple[int, ...], *, stack: bool, keepdims: bool = False
+    terms: tuple[jax.Array, ...], *, axes: tuple[int, ...], stack: bool, keepdims: bool = False
 ) -> list[jax.Array]:
     """The sums of arrays of one shape.
 

@@ -36,6 +36,7 @@ Differences from the authors' code:
 8. A row inside its ball keeps exactly u, by a select.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -262,7 +263,7 @@ def ftp(
             (state.ftp_radii, state.ftp_moments),
         )
         factors = balls.factors(view.plan, radii, norms, active)
-        second = recompute.second_pass(view, active)
+        second = recompute.second_pass(view, functools.partial(view.entries, active))
         steps = second.map(stage.project_step, factors)
         deviations = second.map(_next_deviation, view.spread(active), previous)
         return second.rebuild(steps), FTPState(
@@ -277,6 +278,7 @@ def ftp(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@jax.jit  # so that arrays of one shape share a trace
 def _next_deviation(d: stage.Deviation, active: jax.Array, previous: jax.Array) -> jax.Array:
     """C for the next step; the previous one where the layer is not active."""
     return jnp.where(sums.sharded_like(active > 0, previous), d.tentative, previous)

@@ -37,6 +37,7 @@ Differences from the authors' code:
    Their loader continues where it stopped. ``every=k`` replaces calling theirs every k steps.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -213,7 +214,7 @@ def tpgm(
             new_radii, radius_state = jax.lax.cond(state.count % every == 0, learn, only_clip)
 
         factors = constraint.factors(new_radii)
-        second = recompute.second_pass(view, active)
+        second = recompute.second_pass(view, functools.partial(view.entries, active))
         return second.rebuild(second.map(stage.project_step, factors)), TPGMState(
             count=optax.safe_increment(state.count),
             anchor=state.anchor,

@@ -1,6 +1,7 @@
 """Deviations, and the inner step of a recipe, recomputed for the second pass."""
 
 import collections
+import functools
 from typing import Any
 
 import chex
@@ -31,7 +32,8 @@ def both(pretrained: Any, changing: Any, **options: Any) -> Any:
     view = stage.StageOptions(**options).view(
         PARAMS, optax.EmptyState(), PARAMS, {"anchor": pretrained}
     )
-    return view.deviations, recompute.second_pass(view, changing).deviations
+    changes = functools.partial(view.entries, changing)
+    return view.deviations, recompute.second_pass(view, changes).deviations
 
 
 def program_for(platform: str, function: Any, *arguments: Any) -> str:

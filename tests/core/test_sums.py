@@ -97,7 +97,7 @@ def test_more_operands_than_one_all_reduce_merges_are_stacked() -> None:
     assert not sums.needs_stacking([(0, 0, 0)] * 85 + [None])
     terms = tuple(np.float32(np.arange(6).reshape(2, 3) + k) for k in range(2))
     for stack in (False, True):
-        found = sums.sums_over(terms, (1,), stack=stack, keepdims=True)
+        found = sums.sums_over(terms, axes=(1,), stack=stack, keepdims=True)
         for total, term in zip(found, terms, strict=True):
             np.testing.assert_array_equal(total, term.sum(axis=1, keepdims=True))
 

@@ -1,6 +1,6 @@
 # The only commands to remember. Each one sets up what it needs.
 PYTHON ?= python3
-# An environment for each interpreter, so that another PYTHON= is really another one.
+# An environment for each version of Python, so that another PYTHON= is really another one.
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 VENV    ?= .venv-$(VERSION)
 BIN     := $(VENV)/bin

@@ -119,9 +119,10 @@ def norms_and_slope(
         return _l2_norms(plan, square, current), product / (norm_of(previous_square) + EPS)
     terms = _map_leaves(lambda p, c, g: (jnp.abs(p), jnp.abs(c), g * p), previous, current, grads)
     measured = row_sums(
-        plan, terms, axes, lambda previous_norm, _, product: product / (previous_norm + EPS)
+        plan, terms, axes, lambda previous_norm, _, product: (product / (previous_norm + EPS),)
     )
-    return _mars_norms(plan, measured, 1), measured.totals
+    (slope,) = measured.totals
+    return _mars_norms(plan, measured, 1), slope
 
 
 def _map_leaves(function: Callable[..., tuple[jax.Array, ...]], *arrays: Leaves) -> list[Any]:
@@ -134,11 +135,11 @@ def _map_leaves(function: Callable[..., tuple[jax.Array, ...]], *arrays: Leaves)
 
 def _mars_norms(plan: plans.LayerPlan, rows: RowSums, number: int) -> BallNorms:
     """The norms from the row sums of product ``number``."""
-    own, known = (
+    local, gathered = (
         [None if sums is None else sums[number] for sums in per_leaf]
-        for per_leaf in (rows.own, rows.known)
+        for per_leaf in (rows.local, rows.gathered)
     )
-    return BallNorms(own, *layer_extremes(plan, known, rows.differing))
+    return BallNorms(local, *layer_extremes(plan, gathered, rows.varying))
 
 
 def _l2_norms(plan: plans.LayerPlan, square: jax.Array, arrays: Leaves) -> BallNorms:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_spd.core import rows, stage
-from optax_spd.core.sums import Products, block_sums, joined, layer_sums, spread_block
+from optax_spd.core.sums import Products, block_sums, spread_block, to_vectors
 
 
 class Decision(NamedTuple):
@@ -67,7 +67,7 @@ def decide_layers(
     """
     plan = view.plan
     blocks = block_sums(plan, products, view.axes)
-    vectors = joined(plan, blocks, count)
+    vectors = to_vectors(plan, blocks, count)
     finite = _all_finite(vectors)
     decision = decide(*(jnp.where(finite, x, 0) for x in vectors), *memory.values(), **values)
     new = decision.memory or {}
@@ -120,23 +120,27 @@ def decide_rows(
       decide: from sums and hyperparameters to a decision.
       values: the hyperparameters, by name.
     """
-    plan = view.plan
-    leaves = {}
-    recorded: list[tuple[jax.Array, ...] | None] = []
-    for i, own in enumerate(rows.row_sums(plan, products, view.axes).own):
-        if own is None:
-            recorded.append(None)
-            continue
-        finite = _all_finite(own)
-        decision = decide(*(jnp.where(finite, x, 0) for x in own), **values)
-        leaves[i] = decision.changes & finite, decision.coefficients
+
+    @jax.jit  # so that arrays of one shape share a trace
+    def decided(*sums: jax.Array) -> Decision:
+        finite = _all_finite(sums)
+        decision = decide(*(jnp.where(finite, x, 0) for x in sums), **values)
+        return decision._replace(changes=decision.changes & finite)
+
+    def recorded(*sums: jax.Array) -> tuple[jax.Array, ...]:
+        decision = decided(*sums)
         terms = (*(decision.record[key] for key in records), jnp.ones_like(decision.changes))
-        recorded.append(tuple(term.astype(plan.dtype) for term in terms))
-    axes = rows.row_axes(plan, view.axes)
-    *totals, number = layer_sums(plan, recorded, len(records) + 1, axes)
+        return tuple(term.astype(view.plan.dtype) for term in terms)
+
+    measured = rows.row_sums(view.plan, products, view.axes, recorded, len(records) + 1)
+    *totals, number = measured.totals
     means = [total / jnp.maximum(number, 1) for total in totals]
-    record = dict(zip(records, means, strict=True))
-    return Decisions(leaves, record, {})
+    leaves = {}
+    for i, sums in enumerate(measured.local):
+        if sums is not None:
+            decision = decided(*sums)
+            leaves[i] = decision.changes, decision.coefficients
+    return Decisions(leaves, dict(zip(records, means, strict=True)), {})
 
 
 def _all_finite(vectors: Iterable[jax.Array]) -> jax.Array:

@@ -5,6 +5,7 @@ Along a mesh axis that splits output units, each device has whole rows of its ow
 """
 
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,26 +23,27 @@ class RowSums(NamedTuple):
     """Result of :func:`row_sums`.
 
     Attributes:
-      own: per leaf the sums of the rows in this device's part of the array, shaped to broadcast
+      local: per leaf the sums of the rows in this device's part of the array, shaped to broadcast
         against it: the stacked and the output axes keep their sizes, the others have size 1. None
         where there are no products.
-      known: per leaf the sums of all rows known to this device. If other devices' rows are among
+      gathered: per leaf the sums of all rows known to this device. If other devices' rows are among
         them, they lie along an additional last axis.
-      differing: the mesh axes along which devices know different rows of an array.
-      totals: per layer the sum of ``of_rows`` over all its rows; zeros without ``of_rows``.
+      varying: the mesh axes along which ``gathered`` differs between devices.
+      totals: per layer the sums over all its rows of what ``of_rows`` returns.
     """
 
-    own: list[tuple[jax.Array, ...] | None]
-    known: list[tuple[jax.Array, ...] | None]
-    differing: tuple[str, ...]
-    totals: jax.Array
+    local: list[tuple[jax.Array, ...] | None]
+    gathered: list[tuple[jax.Array, ...] | None]
+    varying: tuple[str, ...]
+    totals: tuple[jax.Array, ...]
 
 
 def row_sums(
     plan: LayerPlan,
     products: sums.Products,
     axes: Sequence[MeshAxes] | None = None,
-    of_rows: Callable[..., jax.Array] | None = None,
+    of_rows: Callable[..., tuple[jax.Array, ...]] | None = None,
+    count: int = 1,
 ) -> RowSums:
     """Sums elementwise products over each row, the weights of one output unit.
 
@@ -49,7 +51,8 @@ def row_sums(
       plan: the layers.
       products: as for :func:`optax_spd.core.sums.layer_sums`.
       axes: likewise; they must say which array axis each mesh axis splits.
-      of_rows: an elementwise function of the row sums, whose result is summed over each layer.
+      of_rows: an elementwise function of the row sums, whose results are summed over each layer.
+      count: how many results it has.
 
     Returns:
       See :class:`RowSums`. All sums between devices take a single ``psum``.
@@ -72,45 +75,39 @@ def row_sums(
     whole = [i for i in rows if units[i] and len(units[i]) == len(split[i])]
     over = tuple(sorted({n for i in partial + (whole if of_rows else []) for n in split[i]}))
 
-    def totals(terms: Mapping[int, jax.Array]) -> jax.Array:
-        listed = [(terms[i],) if i in terms else None for i in range(len(products))]
-        (vector,) = sums.layer_sums(plan, listed, 1)
-        return vector
+    def totals(terms: Mapping[int, tuple[jax.Array, ...]]) -> tuple[jax.Array, ...]:
+        listed = [terms.get(i) for i in range(len(products))]
+        return sums.layer_sums(plan, listed, count if of_rows else 0)
 
     # The single psum runs over all these mesh axes, even those that split an array's output units.
     # So that it does not add up different rows, each device puts its rows in a slot of their own.
     # The cost is small: one number for each row and slot.
     slots = {
-        i: tuple(sums.counted_once(_in_slot(x, units[i]), split[i], over) for x in rows[i])
+        i: tuple(sums.from_one_device(_in_slot(x, units[i]), split[i], over) for x in rows[i])
         for i in partial
     }
-    whole_totals = None
+    whole_totals: tuple[jax.Array, ...] = ()
     if of_rows and whole:
         whole_totals = totals(
-            {i: sums.counted_once(of_rows(*rows[i]), split[i], over) for i in whole}
+            {
+                i: tuple(sums.from_one_device(x, split[i], over) for x in of_rows(*rows[i]))
+                for i in whole
+            }
         )
     slots, whole_totals = sums.summed_between_devices((slots, whole_totals), over)
 
-    known = rows | slots
-    own = rows | {i: tuple(_from_slot(x, units[i]) for x in slots[i]) for i in partial}
+    gathered = rows | slots
+    local = rows | {i: tuple(_from_slot(x, units[i]) for x in slots[i]) for i in partial}
     everywhere = [i for i in rows if i in slots or not units[i]]
-    known_totals = totals({i: of_rows(*known[i]) for i in everywhere} if of_rows else {})
+    all_totals = totals({i: of_rows(*gathered[i]) for i in everywhere} if of_rows else {})
+    if whole_totals:
+        all_totals = tuple(map(operator.add, whole_totals, all_totals))
     return RowSums(
-        own=[own.get(i) for i in range(len(products))],
-        known=[known.get(i) for i in range(len(products))],
-        differing=tuple(sorted({name for i in whole for name in units[i]})),
-        totals=known_totals if whole_totals is None else whole_totals + known_totals,
+        local=[local.get(i) for i in range(len(products))],
+        gathered=[gathered.get(i) for i in range(len(products))],
+        varying=tuple(sorted({name for i in whole for name in units[i]})),
+        totals=all_totals,
     )
-
-
-def row_axes(plan: LayerPlan, axes: Sequence[MeshAxes] | None) -> list[MeshAxes] | None:
-    """Per leaf the hand-split mesh axes along which devices hold different rows."""
-    if axes is None:
-        return None
-    return [
-        {n: a for n, a in split.items() if entry is not None and a in entry.output_axes}
-        for entry, split in zip(plan.arrays, axes, strict=True)
-    ]
 
 
 def _in_slot(rows: jax.Array, units: tuple[str, ...]) -> jax.Array:
@@ -130,14 +127,14 @@ def _from_slot(rows: jax.Array, units: tuple[str, ...]) -> jax.Array:
 def layer_extremes(
     plan: LayerPlan,
     rows: Sequence[jax.Array | None],
-    differing: tuple[str, ...] = (),
+    varying: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
     """The smallest and the largest of each layer's rows.
 
     Args:
       plan: the layers.
       rows: per leaf one number for each row known to this device, or None.
-      differing: the mesh axes along which devices know different rows.
+      varying: the mesh axes along which ``rows`` differ between devices.
 
     Returns:
       Two vectors of shape (``plan.vector_size``,) and dtype ``plan.dtype``: zero for a layer
@@ -151,9 +148,9 @@ def layer_extremes(
         block = _extremes(row, over=over).astype(plan.dtype)
         start = entry.start
         blocks[start] = jnp.maximum(blocks[start], block) if start in blocks else block
-    table = jnp.stack(sums.joined(plan, blocks, 2))
-    if differing:
-        table = jax.lax.pmax(table, differing)
+    table = jnp.stack(sums.to_vectors(plan, blocks, 2))
+    if varying:
+        table = jax.lax.pmax(table, varying)
     return -table[0], table[1]
 
 

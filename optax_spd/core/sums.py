@@ -47,7 +47,7 @@ def layer_sums(
       ``count`` vectors of shape (``plan.vector_size``,) and dtype ``plan.dtype``, zero for a layer
       without products. All sums between devices take a single ``psum``.
     """
-    return tuple(joined(plan, block_sums(plan, products, axes), count))
+    return tuple(to_vectors(plan, block_sums(plan, products, axes), count))
 
 
 def block_sums(
@@ -76,7 +76,7 @@ def block_sums(
         assert entry is not None
         block = tuple(x.astype(plan.dtype) for x in sums)
         if axes is not None:
-            block = tuple(counted_once(x, axes[index], all_axes) for x in block)
+            block = tuple(from_one_device(x, axes[index], all_axes) for x in block)
         if entry.start in blocks:
             block = tuple(map(operator.add, blocks[entry.start], block))
         blocks[entry.start] = block
@@ -147,7 +147,7 @@ def replicated(array: jax.Array) -> jax.Array:
     return result
 
 
-def counted_once(block: jax.Array, axes: MeshAxes, all_axes: tuple[str, ...]) -> jax.Array:
+def from_one_device(block: jax.Array, axes: MeshAxes, all_axes: tuple[str, ...]) -> jax.Array:
     """Zeroes all copies of a replicated contribution but one, so that a psum counts it once.
 
     Args:
@@ -167,7 +167,7 @@ def summed_between_devices(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
     return unravel(jax.lax.psum(vector, axes)) if vector.size else tree
 
 
-def joined(
+def to_vectors(
     plan: LayerPlan, blocks: Mapping[int, Sequence[jax.Array] | jax.Array], count: int
 ) -> list[jax.Array]:
     """The ``count`` quantities of all blocks as per-layer vectors; 0 where there is no block."""

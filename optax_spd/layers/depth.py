@@ -151,7 +151,7 @@ def check_no_match(
     the part has embeddings (``unnumbered``), whose height is then unknown.
     """
     nearest = trees.nearest_paths(pattern, [(name,) for name in plan.names])
-    if masks.is_whole(flat):
+    if masks.is_unmasked(flat):
         raise ValueError(
             f"depth={pattern!r} matches no layer, so none would be scaled. The nearest layer "
             f"names: {nearest}. Stacked layers have a number only with layers=stacked(...)."

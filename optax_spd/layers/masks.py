@@ -40,7 +40,7 @@ def path_mask(*patterns: str) -> Callable[[PyTree], PyTree]:
     def mask(params: PyTree) -> PyTree:
         flat = trees.flatten(params)
         names = [trees.path_name(path) for path in flat.paths]
-        if is_whole(flat):
+        if is_unmasked(flat):
             present = [
                 n for n, leaf in zip(names, flat.leaves, strict=True) if not trees.is_missing(leaf)
             ]
@@ -67,7 +67,7 @@ def _hint(flat: trees.FlatTree) -> str:
     )
 
 
-def is_whole(flat: trees.FlatTree) -> bool:
+def is_unmasked(flat: trees.FlatTree) -> bool:
     """Whether the tree has array leaves, and no other mask has removed any."""
     masked = any(isinstance(leaf, optax.MaskedNode) for leaf in flat.leaves)
     return not masked and any(not trees.is_missing(leaf) for leaf in flat.leaves)
@@ -96,7 +96,7 @@ def resolve_mask(
             selected.append(bool(value))
         else:
             raise TypeError(f"mask must hold True or False, got {value!r} at {trees.shown(path)}.")
-    if is_whole(flat) and not any(selected):
+    if is_unmasked(flat) and not any(selected):
         raise ValueError(
             "mask is False for every parameter, so the method would never act. The parameter "
             f"paths: {trees.nearest_paths('', flat.paths, count=5)}."

@@ -173,7 +173,7 @@ def _mask_of(tree: PyTree, select: Callable[[PyTree], PyTree]) -> PyTree:
 
 def _check_something_trains(params: PyTree, mask: PyTree) -> None:
     flat = trees.flatten(params)
-    if masks.is_whole(flat) and all(jax.tree.leaves(mask)):
+    if masks.is_unmasked(flat) and all(jax.tree.leaves(mask)):
         raise ValueError(
             "frozen is True for every parameter, so nothing would be trained. The parameter "
             f"paths: {trees.nearest_paths('', flat.paths, count=5)}."

@@ -12,7 +12,7 @@ from jax_support import primitives
 from tpgm_steps import equations
 
 from optax_spd import LayerSpec
-from optax_spd.core.rows import layer_extremes, row_axes, row_sums
+from optax_spd.core.rows import layer_extremes, row_sums
 from optax_spd.layers import plans, trees
 from optax_spd.sharding import manual_axes
 
@@ -77,13 +77,13 @@ def rows_of(splits: dict[str, Split], by_hand: bool) -> Callable[..., Any]:
         specs = {name: split.spec for name, split in splits.items()}
         axes = manual_axes.sharded_axes(specs, flat, plan) if by_hand else None
         # Not linear: it takes a row's whole sums.
-        ratio = lambda a, b: a / (1 + b**2)
+        ratio = lambda a, b: (a / (1 + b**2),)
         # In the tree's order, which is that of its sorted keys.
         listed = [terms[name] for name in sorted(terms)]
         rows = row_sums(plan, listed, axes, ratio)
-        firsts = [None if known is None else known[0] for known in rows.known]
-        extremes = layer_extremes(plan, firsts, rows.differing)
-        return dict(zip(sorted(terms), rows.own, strict=True)), extremes, rows.totals
+        firsts = [None if row is None else row[0] for row in rows.gathered]
+        extremes = layer_extremes(plan, firsts, rows.varying)
+        return dict(zip(sorted(terms), rows.local, strict=True)), extremes, rows.totals[0]
 
     return measure
 
@@ -168,7 +168,7 @@ def test_whole_rows_need_no_sum_between_devices() -> None:
         flat = trees.flatten(terms)
         plan = plans.plan_layers(flat, lambda path, _: splits[path].layer)
         axes = manual_axes.sharded_axes(specs, flat, plan)
-        own = row_sums(plan, [(leaf,) for leaf in flat.leaves], axes).own
+        own = row_sums(plan, [(leaf,) for leaf in flat.leaves], axes).local
         return {name: found[0] for (name,), found in zip(flat.paths, own, strict=True) if found}
 
     mapped = jax.shard_map(measure, mesh=mesh, in_specs=(specs,), out_specs=rows)
@@ -177,17 +177,3 @@ def test_whole_rows_need_no_sum_between_devices() -> None:
     sums = [e for e in equations(traced.jaxpr) if e.primitive.name.startswith(("psum", "all_"))]
     assert [tuple(e.params["axes"]) for e in sums] == [("y",)]
     np.testing.assert_array_equal(traced.lower().compile()(terms)["units x"], np.full((1, 4), 3.0))
-
-
-def test_row_axes_are_those_along_which_devices_hold_different_rows() -> None:
-    flat = trees.flatten({name: jnp.ones(split.shape) for name, split in SPLITS.items()})
-    plan = plans.plan_layers(flat, lambda path, _: SPLITS[path].layer)
-    specs = {name: split.spec for name, split in SPLITS.items()}
-    axes = manual_axes.sharded_axes(specs, flat, plan)
-    found = row_axes(plan, axes)
-    assert found is not None
-    by_name = dict(zip(sorted(SPLITS), found, strict=True))
-    assert by_name["rows z x"] == {}
-    assert by_name["rows z, units y x"] == {"y": 1, "x": 1}
-    assert by_name["units of two axes"] == {"y": 1, "x": 2}
-    assert row_axes(plan, None) is None

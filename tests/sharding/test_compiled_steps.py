@@ -7,8 +7,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import oracles
 import pytest
@@ -238,6 +240,34 @@ def test_in_shard_map_one_psum_adds_up_all_layers(stage: str, axes: str) -> None
     split = sum(WHOLE[1] for spec in specs.values() if any(spec) and spec[0])
     sums = terms * split + (len(params) if "ftp" in stage else 0)
     assert sorted(found["all-reduce"]) == sorted([sums, 2 * len(params)])
+
+
+@both_meshes
+def test_in_shard_map_a_row_method_takes_one_psum_and_gives_the_same_numbers(axes: str) -> None:
+    shapes, specs = model(axes, 6)
+    make = lambda axis_name: optax_spd.layerwise(
+        "rows",
+        measure=lambda d: (d.tentative**2, jnp.ones_like(d.step)),
+        decide=lambda square, size: optax_spd.Decision(
+            {"square": square, "size": size}, (1 / (1 + square),), square > 1
+        ),
+        act=lambda d, factor: factor * d.step,
+        sums=2,
+        level="row",
+        gradient=False,
+        anchor="zero",
+        axis_name=axis_name,
+    )
+    step, state = in_shard_map(make(specs).update, make(None), axes, shapes, specs)
+    traced = jax.jit(step).trace(shapes, state, shapes)
+    (only,) = (name for name in primitives(traced.jaxpr) if COLLECTIVE.match(name))
+    assert only.startswith("psum")
+    draw = np.random.default_rng(0)
+    params = {name: draw.normal(size=x.shape).astype(x.dtype) for name, x in shapes.items()}
+    state = make(None).init(params)
+    found = jax.block_until_ready(jax.jit(step)(params, state, params))
+    expected = make(None).update(params, state, params)
+    chex.assert_trees_all_close(found, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["ftp in mars", "tpgm in mars"])

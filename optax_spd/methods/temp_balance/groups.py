@@ -87,7 +87,7 @@ class Blocks(NamedTuple):
 
 
 def modules(
-    flat: trees.FlatTree, selection: weights.Selection, follows: Follows | None, *, whole: bool
+    flat: trees.FlatTree, selection: weights.Selection, follows: Follows | None, *, unmasked: bool
 ) -> Modules:
     """Assigns arrays without a spectrum to the layers whose factors they take.
 
@@ -99,30 +99,30 @@ def modules(
       flat: the parameters.
       selection: the balanced weights.
       follows: from an array's module to the module it follows.
-      whole: whether the tree is complete: no other mask has removed parameters.
+      unmasked: whether the tree is complete: no other mask has removed parameters.
 
     Raises:
       ValueError: the module to follow does not exist, or is stacked differently.
     """
-    plan, counted = selection.plan, selection.counted
+    plan, balanced = selection.plan, selection.balanced
     leaders: dict[str, dict[tuple[int, ...], list[int]]] = {}
     for weight in selection.weights:
         members = leaders.setdefault(_module(weight.entry.name), {})
         for layer, index in _stacked_layers(weight.entry):
-            if counted[layer] and layer not in members.setdefault(index, []):
+            if balanced[layer] and layer not in members.setdefault(index, []):
                 members[index].append(layer)
     if sum(map(len, leaders.get("", {}).values())) > 1:
         del leaders[""]
     known = {_module(trees.path_name(path)) for path in flat.paths}
-    pairs = {(int(layer), int(layer)) for layer in np.flatnonzero(counted)}
+    pairs = {(int(layer), int(layer)) for layer in np.flatnonzero(balanced)}
     for leaf_index, (entry, leaf) in enumerate(zip(plan.arrays, flat.leaves, strict=True)):
         if entry is None or weights.as_weight(leaf_index, entry, jnp.shape(leaf)) is not None:
             continue
         module = _module(entry.name)
-        target = module if follows is None else _target(follows, module, known, whole=whole)
+        target = module if follows is None else _target(follows, module, known, unmasked=unmasked)
         members = leaders.get(target, {})
         for layer, index in _stacked_layers(entry):
-            if counted[layer] or not members:
+            if balanced[layer] or not members:
                 continue
             if index not in members:
                 raise ValueError(
@@ -143,11 +143,11 @@ def _stacked_layers(entry: plans.ArrayLayers) -> list[tuple[int, tuple[int, ...]
     return list(zip(entry.numbers, np.ndindex(*entry.stacked_shape), strict=True))
 
 
-def _target(follows: Follows, module: str, known: set[str], *, whole: bool) -> str:
+def _target(follows: Follows, module: str, known: set[str], *, unmasked: bool) -> str:
     target = follows(module)
     if not isinstance(target, str):
         raise TypeError(f"follows must return the path of a module (str), got {target!r}.")
-    if whole and target not in known:
+    if unmasked and target not in known:
         raise ValueError(
             f"follows sends {module!r} to {target!r}, which holds no parameter. The nearest "
             f"modules: {trees.nearest_paths(target, [tuple(k.split('/')) for k in known])}."
@@ -155,20 +155,20 @@ def _target(follows: Follows, module: str, known: set[str], *, whole: bool) -> s
     return target
 
 
-def blocks(plan: plans.LayerPlan, pattern: re.Pattern[str] | None, *, whole: bool) -> Blocks:
+def blocks(plan: plans.LayerPlan, pattern: re.Pattern[str] | None, *, unmasked: bool) -> Blocks:
     """Finds the block of each layer.
 
     Args:
       plan: the layers.
       pattern: the text that it matches in a layer's name (its groups, if it has any) names the
         block. None to use the numbers in the paths.
-      whole: whether the tree is complete: no other mask has removed parameters.
+      unmasked: whether the tree is complete: no other mask has removed parameters.
 
     Raises:
       ValueError: no layer of a complete tree is in a block.
     """
     labels = _numbered(plan.names) if pattern is None else [_match(pattern, n) for n in plan.names]
-    if whole and plan.names and not any(labels):
+    if unmasked and plan.names and not any(labels):
         wanted = "numbered keys" if pattern is None else f"what block={pattern.pattern!r} matches"
         raise ValueError(
             f"No layer is in a block: {wanted} was looked for in "
@@ -217,7 +217,7 @@ def _numbered_keys(name: str) -> list[tuple[str, str, str]]:
     return found
 
 
-def _mean(values: jax.Array, counted: jax.Array) -> jax.Array:
-    """The mean of the counted values; 1 if it is 0, or there are none."""
-    mean = jnp.sum(jnp.where(counted, values, 0)) / jnp.maximum(jnp.sum(counted), 1)
+def _mean(values: jax.Array, included: jax.Array) -> jax.Array:
+    """The mean of the included values; 1 if it is 0, or there are none."""
+    mean = jnp.sum(jnp.where(included, values, 0)) / jnp.maximum(jnp.sum(included), 1)
     return jnp.where(mean > 0, mean, 1)

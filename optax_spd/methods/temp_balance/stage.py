@@ -241,13 +241,13 @@ def temp_balance(
         selection = weights.select(
             flat, plan, min_eigenvalues, skip_first=skip_first, skip_last=skip_last
         )
-        if not selection.counted.any():
+        if not selection.balanced.any():
             return updates, state._replace(count=optax.safe_increment(state.count))
         group: groups.Modules | groups.Blocks
         if unit == "layer":
-            group = groups.modules(flat, selection, follows, whole=masks.is_whole(flat))
+            group = groups.modules(flat, selection, follows, unmasked=masks.is_unmasked(flat))
         else:
-            group = groups.blocks(plan, pattern, whole=masks.is_whole(flat))
+            group = groups.blocks(plan, pattern, unmasked=masks.is_unmasked(flat))
 
         def measure() -> tuple[jax.Array, ...]:
             alpha, usable = selection.alphas(flat.leaves, options)

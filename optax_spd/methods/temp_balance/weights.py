@@ -117,12 +117,12 @@ class Selection:
     Attributes:
       plan: the layers.
       weights: the arrays with a spectrum and enough eigenvalues.
-      counted: per layer whether it is balanced: it has such a weight and is not skipped.
+      balanced: per layer whether it is balanced: it has such a weight and is not skipped.
     """
 
     plan: plans.LayerPlan
     weights: tuple[Weight, ...]
-    counted: np.ndarray
+    balanced: np.ndarray
 
     def alphas(self, leaves: list[Any], fit: power_law.Fit) -> tuple[jax.Array, jax.Array]:
         """α of every layer, and whether it is usable.
@@ -149,8 +149,8 @@ class Selection:
         ids = np.concatenate([w.layers for w in self.weights])
         # 0: "fix-finger" found no tail. Infinity: all eigenvalues are equal. NaN: the weight is not
         # finite.
-        usable = jnp.isfinite(alpha) & (alpha > 0) & self.counted[ids]
-        return mean_by(alpha, usable, ids, self.counted.size)
+        usable = jnp.isfinite(alpha) & (alpha > 0) & self.balanced[ids]
+        return mean_by(alpha, usable, ids, self.balanced.size)
 
 
 def select(
@@ -176,7 +176,7 @@ def select(
     """
     weights = []
     matrices = np.zeros(plan.vector_size, bool)
-    counted = np.zeros(plan.vector_size, bool)
+    balanced = np.zeros(plan.vector_size, bool)
     for index, (entry, leaf) in enumerate(zip(plan.arrays, flat.leaves, strict=True)):
         weight = None if entry is None else as_weight(index, entry, jnp.shape(leaf))
         if entry is None or weight is None:
@@ -184,14 +184,14 @@ def select(
         matrices[weight.layers] = True
         if weight.eigenvalues >= min_eigenvalues:
             _check_whole(entry.name, leaf)
-            counted[weight.layers] = True
+            balanced[weight.layers] = True
             weights.append(weight)
     present = sorted(np.flatnonzero(matrices), key=lambda i: plans.natural_key(plan.names[i]))
     if skip_first:
-        counted[present[:1]] = False
+        balanced[present[:1]] = False
     if skip_last:
-        counted[present[-1:]] = False
-    return Selection(plan, tuple(w for w in weights if counted[w.layers].any()), counted)
+        balanced[present[-1:]] = False
+    return Selection(plan, tuple(w for w in weights if balanced[w.layers].any()), balanced)
 
 
 def _check_whole(name: str, leaf: Any) -> None:
@@ -203,13 +203,13 @@ def _check_whole(name: str, leaf: Any) -> None:
 
 
 def mean_by(
-    values: jax.Array, counted: jax.Array, segments: np.ndarray, size: int
+    values: jax.Array, included: jax.Array, segments: np.ndarray, size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The mean of the counted values of each segment (0 if there is none), and if there is one."""
+    """The mean of the included values of each segment (0 if there is none), and if there is one."""
 
     def total(x: jax.Array) -> jax.Array:
         return jnp.zeros(size, x.dtype).at[segments].add(x)
 
-    number = total(counted.astype(values.dtype))
-    mean = total(jnp.where(counted, values, 0)) / jnp.maximum(number, 1)
+    number = total(included.astype(values.dtype))
+    mean = total(jnp.where(included, values, 0)) / jnp.maximum(number, 1)
     return mean, number > 0

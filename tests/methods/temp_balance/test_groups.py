@@ -36,7 +36,7 @@ def parts(params: Any, layers: Any = None) -> Any:
 
 def pairs(params: Any, follows: Any = None, layers: Any = None) -> dict[str, list[str]]:
     flat, plan, selection = parts(params, layers)
-    modules = groups.modules(flat, selection, follows, whole=True)
+    modules = groups.modules(flat, selection, follows, unmasked=True)
     found: dict[str, list[str]] = {}
     for follower, leader in zip(modules.followers, modules.leaders, strict=True):
         found.setdefault(plan.names[follower], []).append(plan.names[leader])
@@ -154,7 +154,7 @@ def test_factors_of_blocks() -> None:
 def labels(params: Any, pattern: str | None = None, layers: Any = None) -> list[Any]:
     _, plan, _ = parts(params, layers)
     regex = None if pattern is None else re.compile(pattern)
-    blocks = groups.blocks(plan, regex, whole=True)
+    blocks = groups.blocks(plan, regex, unmasked=True)
     assert blocks.scalable.tolist() == [bool(b >= 0) for b in blocks.block]
     return blocks.block.tolist()
 
@@ -193,5 +193,5 @@ def test_a_tree_without_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match=r"what block='layerz' matches was looked for"):
         labels(PARAMS, "layerz")
     _, plan, _ = parts({"head": PARAMS["head"]})
-    part = groups.blocks(plan, None, whole=False)  # a mask may have taken the blocks
+    part = groups.blocks(plan, None, unmasked=False)  # a mask may have taken the blocks
     assert not part.scalable.any()

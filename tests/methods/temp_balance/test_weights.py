@@ -22,7 +22,7 @@ def selected(params: Any, layers: Any = None, minimum: int = 1, **skips: bool) -
 
 def counted(params: Any, layers: Any = None, minimum: int = 1, **skips: bool) -> list[str]:
     selection = selected(params, layers, minimum, **skips)
-    return [n for n, c in zip(selection.plan.names, selection.counted, strict=False) if c]
+    return [n for n, c in zip(selection.plan.names, selection.balanced, strict=False) if c]
 
 
 def alphas(selection: Any, params: Any) -> Any:

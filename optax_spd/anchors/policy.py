@@ -76,7 +76,7 @@ def init_anchor(
     if isinstance(anchor, str) and anchor != "initial":
         return optax.EmptyState()
     dtype = None if anchor_dtype is None else checks.check_dtype("anchor_dtype", anchor_dtype)
-    flat = trees.flatten(params)
+    flat = trees.only_parameters(trees.flatten(params))
     if not flat.leaves:
         return params
     kept = flat if selected is None else flat.only(selected)

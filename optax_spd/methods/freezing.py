@@ -80,6 +80,7 @@ def with_frozen(
     select = _selection(frozen)
 
     def init(params: PyTree) -> Any:
+        params = trees.without_settings(params)
         mask = _mask_of(params, select)
         _check_something_trains(params, mask)
         tx = optax.transforms.selective_transform(inner, freeze_mask=mask)
@@ -94,6 +95,7 @@ def with_frozen(
         if params is None:
             mask = _mask_of(updates, lambda tree: select(_with_masked_missing(tree)))
         else:
+            params = trees.without_settings(params, updates)
             mask = _mask_of(params, select)
         tx = optax.transforms.selective_transform(inner, freeze_mask=mask)
         if params is not None:

@@ -237,9 +237,9 @@ def ftp(
     def update(
         updates: PyTree, state: FTPState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, FTPState]:
-        view = options.view(updates, state.anchor, params, extra_args)
+        vectors = {"ftp_radii": state.ftp_radii}
+        view = options.view(updates, state.anchor, params, extra_args, vectors)
         grad = wrappers.require_gradient(extra_args, "ftp")
-        stage.check_vector("ftp_radii", state.ftp_radii, view.plan)
 
         previous = view.match(state.ftp_deviation, "the state's ftp_deviation")
         current = view.map(lambda d: d.tentative)

@@ -153,9 +153,8 @@ def layerwise_lr_decay(
         updates: PyTree, state: LayerDecayState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, LayerDecayState]:
         del extra_args
-        trees.require_params(params)
-        flat, plan, _ = plans.planned(params, layers, mask)
-        stage.check_vector("layer_decay_scale", state.layer_decay_scale, plan)
+        vectors = {"layer_decay_scale": state.layer_decay_scale}
+        flat, plan = stage.planned(updates, params, layers, mask, vectors)
         scale = scales(flat, plan, state.count)
         new_updates = scaling.scaled(updates, flat, plan, scale)
         return new_updates, LayerDecayState(

@@ -182,8 +182,8 @@ def tpgm(
     def update(
         updates: PyTree, state: TPGMState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, TPGMState]:
-        view = options.view(updates, state.anchor, params, extra_args)
-        stage.check_vector("tpgm_radii", state.tpgm_radii, view.plan)
+        vectors = {"tpgm_radii": state.tpgm_radii}
+        view = options.view(updates, state.anchor, params, extra_args, vectors)
         validate = _validation(view, params, extra_args)
 
         tentative = view.map(lambda d: d.tentative)

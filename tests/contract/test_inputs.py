@@ -126,6 +126,52 @@ def test_leaves_that_are_no_layers_pass_through(name: str) -> None:
         assert anchor["masked"] == optax.MaskedNode()
 
 
+# What a whole model holds besides its trained parameters.
+SETTINGS = {
+    "activation": jnp.tanh,
+    "name": "encoder",
+    "rate": 0.5,
+    "statistics": np.ones(3, np.float32),
+    "table": np.arange(3),
+    "training": False,
+}
+
+
+@every_method()
+def test_a_whole_model_trains_as_its_trained_parameters(name: str) -> None:
+    """``init`` gets the trained parameters, ``update`` a model with functions and numbers."""
+    tx, untrained = contract_methods.optimizer(name), dict.fromkeys(SETTINGS)
+    batches = contract_methods.validation(name, PRETRAINED).get("validation_batches")
+
+    def loss(model: Any, batch: Any) -> jax.Array:
+        return contract_methods.half_distance({key: model[key] for key in batch}, batch)
+
+    extra = {"validation_fn": loss, "validation_batches": batches} if batches else {}
+
+    def train(others: Any) -> Any:
+        params, state = PRETRAINED, tx.init(PRETRAINED | untrained)
+        for index in range(2):
+            grads = at(GRADS, index) | untrained
+            updates, state = tx.update(grads, state, params | others, **extra)
+            assert all(updates[key] is None for key in SETTINGS)
+            params = optax.apply_updates(params, {key: updates[key] for key in params})
+        return params, state
+
+    for make in (lambda others: train(others), lambda others: jax.jit(lambda: train(others))()):
+        found, expected = make(SETTINGS), make(untrained)
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@every_method("no layers")
+def test_python_numbers_may_be_parameters(name: str) -> None:
+    tx, floats = METHODS[name].optimizer(), jax.tree.map(lambda x: float(x.mean()), PRETRAINED)
+    arrays = jax.tree.map(jnp.asarray, floats)
+    extra = contract_methods.validation(name, arrays)
+    runs = [tx.update(p, tx.init(p), p, **extra) for p in (floats, arrays)]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), *runs)
+
+
 @every_method("no layers", where=lambda method: method.is_stage)
 def test_a_tree_without_layers_trains_on(name: str) -> None:
     params = {"steps": jnp.arange(3), "none": None}

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
-from jax_support import primitives
-from tpgm_steps import equations
+from jax_support import equations, primitives
 
 from optax_spd import LayerSpec
 from optax_spd.core.rows import layer_extremes, row_sums

@@ -42,7 +42,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_spd.core import scaling, stage
-from optax_spd.layers import checks, fingerprints, masks, plans, trees
+from optax_spd.layers import checks, fingerprints, masks, plans
 from optax_spd.layers.spec import LayerFn, check_layers
 from optax_spd.layers.types import Mask
 from optax_spd.methods.temp_balance import groups, power_law, weights
@@ -235,9 +235,8 @@ def temp_balance(
         updates: PyTree, state: TempBalanceState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, TempBalanceState]:
         del extra_args
-        trees.require_params(params)
-        flat, plan, _ = plans.planned(params, layers, mask)
-        stage.check_vector("temp_balance_scale", state.temp_balance_scale, plan)
+        vectors = {"temp_balance_scale": state.temp_balance_scale}
+        flat, plan = stage.planned(updates, params, layers, mask, vectors)
         selection = weights.select(
             flat, plan, min_eigenvalues, skip_first=skip_first, skip_last=skip_last
         )

@@ -10,6 +10,7 @@ Difference from the paper: it also has a plain L2 penalty on the new layers. Her
 stage, ``optax.add_decayed_weights`` or ``anchor="zero"``, under the complementary mask.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_spd.anchors import policy
-from optax_spd.core import stage
+from optax_spd.core import stage, sums
 from optax_spd.layers import checks
 from optax_spd.layers.types import Anchor, DType, Mask
 
@@ -94,8 +95,16 @@ def l2_sp(
     ) -> tuple[PyTree, L2SPState]:
         view = options.view(updates, state.anchor, params, extra_args)
         decay = checks.value_at(weight_decay, state.count, view.plan.dtype)
-        steps = view.map(lambda d: d.step + decay.astype(d.step.dtype) * d.delta)
+        steps = view.map(functools.partial(_pulled, decay))
         count = optax.safe_increment(state.count)
         return view.rebuild(steps), L2SPState(count, state.anchor)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+@jax.jit  # so that arrays of one shape share a trace
+def _pulled(decay: jax.Array, d: stage.Deviation) -> jax.Array:
+    """U + λ Δ; exactly u where λ = 0, also if Δ is not finite."""
+    decay = decay.astype(d.step.dtype)
+    is_off = sums.sharded_like(decay == 0, d.step)
+    return jnp.where(is_off, d.step, d.step + decay * d.delta)

@@ -376,3 +376,24 @@ def test_complex_arrays_are_refused() -> None:
         call(anchor=sick)
     mask = optax_spd.path_mask("dense")
     assert_equal(call(params=sick, anchor=sick, mask=mask)["head"], sick["head"])
+
+
+MODEL = {"activation": jnp.tanh, "name": "model", "rate": 0.5, "training": False}
+
+
+def test_a_whole_model_is_projected_as_its_parameters() -> None:
+    params, anchor = {"w": jnp.array([[3.0, 4.0]])}, {"w": jnp.zeros((1, 2))}
+    expected = optax_spd.project(params, anchor, [1.0])
+    for others in (dict.fromkeys(MODEL), MODEL, {}):
+        found = optax_spd.project(params | MODEL, anchor | others, [1.0])
+        np.testing.assert_array_equal(found.pop("w"), expected["w"])
+        assert found == MODEL
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e18, 1e19, 1e30, 3e38])
+def test_a_finite_deviation_of_any_size_lands_in_the_l2_ball(size: float) -> None:
+    direction = np.array([0.6, -0.8, 0.0], np.float32)
+    params = {"w": np.float32(size) * direction}
+    anchor = {"w": np.zeros(3, np.float32)}
+    found = optax_spd.project(params, anchor, size / 4, norm="l2")["w"]
+    np.testing.assert_allclose(found, size / 4 * direction, rtol=1e-5)

@@ -18,7 +18,8 @@ Differences from the authors' code:
 2. ‖Δ̃‖ - ‖Δ‖ is computed as ⟨u, Δ + Δ̃⟩ / (‖Δ̃‖ + ‖Δ‖). The value is the same, without the
    cancellation that in float32 loses all its digits when steps are small.
 3. A layer whose c or r is not finite keeps the inner optimizer's update (in the original NaN
-   spreads over the layer), and so does a layer with Δ̃ = 0.
+   spreads over the layer), and so does a layer with Δ̃ = 0. Norms come from their squares, so in
+   float32 a layer also keeps u where ‖Δ̃‖ is below about 1e-19 or above about 1e19.
 4. Sums have at least float32 whatever the parameters' dtype.
 5. A layer may be a slice of an array or several arrays (``layers=``).
 """

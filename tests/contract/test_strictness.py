@@ -1,6 +1,7 @@
 """Every method under JAX's strict settings, exported with symbolic shapes, and compiled once."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -167,3 +168,30 @@ def test_a_step_is_traced_and_compiled_once(name: str) -> None:
         counted(params, state, on_device(at(GRADS, 3)))
         assert traces == made
         assert counted._cache_size() == 1
+
+
+@every_method(where=lambda method: method.is_stage)
+def test_tracing_takes_time_in_proportion_to_the_number_of_arrays(name: str) -> None:
+    """Counted in calls of Python functions, which no other program on the machine changes."""
+    tx = METHODS[name].optimizer(layers=optax_spd.by_module())
+    step = step_of(name, tx)
+
+    def calls(arrays: int) -> int:
+        params = {f"blocks_{i}": {"kernel": np.ones((4, 4), np.float32)} for i in range(arrays)}
+        state = jax.eval_shape(tx.init, params)
+        number = 0
+
+        def count(frame: Any, event: str, argument: Any) -> None:
+            nonlocal number
+            number += event == "call"
+
+        sys.setprofile(count)
+        try:
+            jax.jit(lambda *arguments: step(*arguments)).trace(params, state, params)
+        finally:
+            sys.setprofile(None)
+        return number
+
+    calls(10)  # what all arrays of a shape share is traced once
+    few, many, most = calls(20), calls(60), calls(100)
+    assert many - few == pytest.approx(most - many, rel=0.1)

@@ -204,6 +204,30 @@ def test_a_missing_update_stays_missing(name: str) -> None:
         assert updates["blocks"]["0"].shape == MATRIX.shape
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@STAGES
+def test_a_layer_goes_on_after_a_missing_update_as_if_that_step_had_not_been(
+    name: str, sign: int
+) -> None:
+    """Also after steps down the gradient, by which FTP's radii grow."""
+    tx, params = METHODS[name].stage(), {"blocks": {"0": MATRIX, "1": MATRIX.T**3}}
+    halved = jax.tree.map(lambda x: x / 2, params)
+
+    @jax.jit
+    def step(updates: Any, state: Any) -> Any:
+        grads = jax.tree.map(lambda u: sign * u, updates)
+        return tx.update(updates, state, params, **extra_args(name, grads))
+
+    state = tx.init(halved)
+    for _ in range(2):
+        _, state = step(params, state)
+    expected, _ = step(params, state)
+    for gap in (None, optax.MaskedNode()):
+        _, missed = step({"blocks": {"0": MATRIX, "1": gap}}, state)
+        found, _ = step(params, missed)
+        np.testing.assert_array_equal(found["blocks"]["1"], expected["blocks"]["1"])
+
+
 # Wrong input --------------------------------------------------------------------------------------
 
 

@@ -32,6 +32,7 @@ from contract_runs import (
 )
 from flax import linen as nn, nnx
 from flax.core import freeze
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 import optax_spd
 
@@ -297,3 +298,18 @@ def test_init_answers_shapes_with_shapes(name: str) -> None:
     for field in ("anchor", "ftp_deviation"):
         for _, tree in optax.tree.get_all_with_path(held, field):
             assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
+
+
+@every_method(where=lambda method: method.has_anchor)
+def test_init_answers_shardings_with_shardings(name: str) -> None:
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = lambda x: NamedSharding(mesh, P(*[None] * (x.ndim - 1), "x"))
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split(x)), PRETRAINED
+    )
+    held = METHODS[name].stage(layers=LAYERS).init(shapes)
+    fields = ("anchor", "ftp_deviation")
+    found = [tree for field in fields for _, tree in optax.tree.get_all_with_path(held, field)]
+    leaves = jax.tree.leaves(found)
+    assert leaves
+    assert [x.sharding for x in leaves] == [split(x) for x in leaves]

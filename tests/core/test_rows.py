@@ -112,6 +112,21 @@ def test_rows_of_arrays_split_in_all_ways_are_those_of_one_device(check_vma: boo
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), found, expected)
 
 
+def test_the_extremes_of_a_group_are_those_of_all_its_arrays() -> None:
+    params = {name: np.zeros((2, 3, size), np.float32) for name, size in (("a", 4), ("b", 5))}
+    plan = plans.plan_layers(
+        trees.flatten(params), lambda path, _: LayerSpec(stacked_axes=(0,), group="one")
+    )
+    assert plan.names == ("one[0]", "one[1]")
+    draw = np.random.default_rng(0)
+    for wide in (0, 1):  # either array may have both extremes
+        rows = [draw.uniform(1, 2, size=(2, 1, size)) for size in (4, 5)]
+        rows[wide][:, 0, :2] = [[0.5, 3.0], [0.25, 4.0]]
+        smallest, largest = layer_extremes(plan, [jnp.asarray(x, jnp.float32) for x in rows])
+        np.testing.assert_array_equal(smallest, [0.5, 0.25])
+        np.testing.assert_array_equal(largest, [3.0, 4.0])
+
+
 @pytest.mark.usefixtures("x64")
 def test_rows_in_float64_share_a_sum_with_rows_in_float32() -> None:
     names = [*DOUBLES, "rows y, units x", "rows x", "split bias"]

@@ -149,6 +149,17 @@ def test_zeros_like_layers_answer_in_kind() -> None:
     assert stage.zeros_like_layers({}, plan) == {}
 
 
+@pytest.mark.parametrize("dtype", [None, jnp.float32])
+def test_zeros_like_layers_are_sharded_like_the_parameters(dtype: Any) -> None:
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+    shape = jax.ShapeDtypeStruct((2, 8), jnp.bfloat16, sharding=split)
+    for leaf in (shape, jax.device_put(jnp.ones((2, 8), jnp.bfloat16), split)):
+        plan = plans.planned({"a": leaf}, None, None).plan
+        zeros = stage.zeros_like_layers({"a": leaf}, plan, dtype)["a"]
+        assert zeros.sharding.is_equivalent_to(split, 2)
+
+
 def test_options_are_checked_when_a_stage_is_built() -> None:
     with pytest.raises(ValueError, match="anchor must be one of 'initial', 'zero', 'argument'"):
         stage.StageOptions(anchor="pretrained")

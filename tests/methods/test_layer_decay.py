@@ -115,6 +115,20 @@ def test_a_function_of_the_name_gives_depths() -> None:
     assert set(everywhere.values()) == {1.0}
 
 
+@pytest.mark.parametrize("shift", [0.0, -5.0, 5.0])
+def test_only_the_differences_of_depths_matter(shift: float) -> None:
+    """Depths may be counted from the top, as negative numbers; the head is at the largest."""
+    depths = {"a": 0.0, "b": 1.5, "c": 2.0, "d": None}
+
+    def depth(name: str) -> float | None:
+        number = depths[name]
+        return None if number is None else number + shift
+
+    params = {name: jnp.ones(1) for name in depths}
+    found = scaled_ones(optax_spd.layerwise_lr_decay(0.25, depth), params)
+    assert list(found.values()) == [0.25**2, 0.25**0.5, 1.0, 1.0]
+
+
 def test_the_scales_are_in_the_state_before_the_first_step_and_after() -> None:
     params = model()
     tx = optax_spd.layerwise_lr_decay(0.5, NUMBER, min_scale=0.2)

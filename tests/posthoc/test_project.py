@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from flax.core import FrozenDict, freeze
 from hypothesis import given, settings, strategies as st
+from jax_support import host_memory_works
 
 import optax_spd
 from optax_spd import LayerSpec
@@ -273,6 +274,18 @@ def test_radii_keep_float64_for_float64_layers_only(x64: None) -> None:
     assert {k: x.dtype for k, x in result.items()} == {"narrow": np.float32, "wide": np.float64}
     np.testing.assert_allclose(np.linalg.norm(result["wide"]), 1 / 3, rtol=0, atol=1.01e-8)
     np.testing.assert_allclose(np.linalg.norm(result["narrow"]), 1 / 3, rtol=1e-6)
+
+
+if host_memory_works():
+
+    @both_norms
+    @pytest.mark.parametrize("jitted", [False, True])
+    def test_an_anchor_in_host_memory_is_fetched(jitted: bool, norm: str) -> None:
+        kind = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+        function = project if jitted else optax_spd.project
+        result = function(model(), jax.device_put(model(seed=5), kind), 0.5, norm=norm)
+        assert {x.sharding.memory_kind for x in jax.tree.leaves(result)} == {"device"}
+        jax.tree.map(close, result, project(model(), model(seed=5), 0.5, norm=norm))
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax_support import equations
 from tpgm_steps import (
     Counter,
     arrays,
     assert_close,
     assert_same_bits,
-    equations,
     half_distance,
     radii_of,
     stepper,

@@ -97,8 +97,8 @@ def tpgm(
       new ones for every call, from the distribution that you tune hyperparameters on.
 
     Without both it only clips and projects. Then the radii start at half of the *first* step's
-    smallest row norm and never grow: give ``radii=`` to project onto fixed balls. Place it last in
-    the chain, after the learning rate.
+    smallest row norm and never grow, which a ``UserWarning`` says: give ``radii=`` to project onto
+    fixed balls. Place it last in the chain, after the learning rate.
 
     Args:
       radius_optimizer: updates the radii, as one vector; None for ``optax.adam(1e-2)``. Its
@@ -206,8 +206,11 @@ def tpgm(
         def only_clip() -> tuple[jax.Array, PyTree]:
             return constraint.clipped(start), state.radius_state
 
-        if validate is None:
-            new_radii, radius_state = only_clip() if radii is None else (start, state.radius_state)
+        if validate is None and radii is not None:
+            new_radii, radius_state = start, state.radius_state
+        elif validate is None:
+            _warn_of_no_learning(view)
+            new_radii, radius_state = only_clip()
         elif isinstance(every, int) and every == 1:
             new_radii, radius_state = learn()
         else:
@@ -225,6 +228,17 @@ def tpgm(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _warn_of_no_learning(view: stage.StageView) -> None:
+    """Warns that an update without validation data and without ``radii=`` learns nothing."""
+    if any(deviation is not None for deviation in view.deviations):
+        checks.warn(
+            "update got no validation data, so tpgm only projects and learns no radii. If no "
+            "update gets any, no radius exceeds half of its layer's first deviation, and the "
+            "layers are held near their anchor. Pass validation_fn= and validation_batches= to "
+            "update, or give fixed balls: optax.chain(optimizer, optax_spd.tpgm(radii=...))."
+        )
 
 
 def _validation(view: stage.StageView, params: PyTree, extra_args: dict[str, Any]) -> Any:

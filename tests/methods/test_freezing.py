@@ -312,7 +312,7 @@ def test_a_state_made_of_a_filtered_tree_says_so() -> None:
     params = {"embed": jnp.ones(2), "head": jnp.ones(2), "scale": jnp.ones(2)}
     tx = optax_spd.with_frozen(optax.adam(0.1), "embed")
     state = tx.init(params | {"scale": None})
-    with pytest.raises(ValueError, match="init makes an array for the parameter 'scale'.*as None"):
+    with pytest.raises(ValueError, match=r"init makes an array for the parameter 'scale'.*as None"):
         tx.update(params, state, params)
     # Where no gradient comes, nothing is lost.
     updates, _ = tx.update(params | {"scale": None}, state, params)
@@ -323,7 +323,7 @@ def test_an_anchor_that_is_missing_is_the_stage_s_to_name() -> None:
     params = {"embed": jnp.ones(2), "head": jnp.ones(2)}
     tx = optax_spd.with_frozen(optax_spd.chain(optax.sgd(0.1), optax_spd.spd()), "embed")
     state = jax.tree.map(lambda x: None if x.shape == (2,) else x, tx.init(params))
-    with pytest.raises(ValueError, match="no anchor at 'head'.*call set_anchor"):
+    with pytest.raises(ValueError, match=r"no anchor at 'head'.*call set_anchor"):
         tx.update(params, state, params)
     tx.update(params, optax_spd.set_anchor(state, params), params)
 

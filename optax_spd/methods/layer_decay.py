@@ -105,8 +105,8 @@ def layerwise_lr_decay(
       leaves pass through. Inside ``optax.partition`` or ``optax.masked`` D is that of its part of
       the tree. This is right for the towers of a CLIP model, and wrong for a part without the last
       layers: then put it behind, ``chain(partition(...), layerwise_lr_decay(...))``. Under
-      ``optax.inject_hyperparams`` name ``depth``, ``layers`` and ``mask`` in ``static_args``. Under
-      ``shard_map`` leave the stacked axes whole.
+      ``optax.inject_hyperparams`` name in ``static_args`` those of ``depth``, ``layers`` and
+      ``mask`` that are functions. Under ``shard_map`` leave the stacked axes whole.
 
     Raises:
       TypeError: a complex parameter, a mask that is not bools, a wrong argument type, a depth that

@@ -125,9 +125,9 @@ def tpgm(
       holds γ: shape (layers,), the widest parameter dtype and at least float32, in units of the
       norm. An update that learns needs memory for one more copy of the parameters (their
       projection), and for ``validation_fn`` and its gradient. Under ``optax.inject_hyperparams``
-      name ``radius_optimizer``, ``norm``, ``radii``, ``anchor``, ``anchor_dtype``, ``layers``,
-      ``mask`` and ``axis_name`` in ``static_args``. Inside ``optax.MultiSteps`` validation runs on
-      every micro-step; see the documentation for how to avoid it.
+      name in ``static_args`` those of ``layers``, ``mask``, ``anchor`` and ``anchor_dtype`` that
+      can be called: functions, Equinox models, dtypes as classes. Inside ``optax.MultiSteps``
+      validation runs on every micro-step; see the documentation for how to avoid it.
 
     Raises:
       TypeError: a complex parameter (in ``init``), a mask that is not bools, a wrong argument type.

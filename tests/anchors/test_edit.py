@@ -238,7 +238,7 @@ def test_mismatches_name_the_path() -> None:
 def test_a_replicated_state_is_to_be_unreplicated_first() -> None:
     state = stages().init(PARAMS)
     replicated = jax_utils.replicate(state)
-    with pytest.raises(ValueError, match="one more leading axis, of size 8.* unreplicate first"):
+    with pytest.raises(ValueError, match=r"one more leading axis, of size 8.* unreplicate first"):
         optax_spd.set_anchor(replicated, PRETRAINED)
     one = optax_spd.set_anchor(jax_utils.unreplicate(replicated), PRETRAINED)
     jax.tree.map(np.testing.assert_array_equal, one[1].anchor, PRETRAINED)

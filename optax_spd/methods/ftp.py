@@ -183,8 +183,9 @@ def ftp(
       float32, 4 with bfloat16 for both, in addition to Adam's 8. ``ftp_radii`` holds γ: shape
       (layers,), the widest parameter dtype and at least float32, in the order of
       :func:`optax_spd.layer_names`, in units of the norm. Integer, empty, None and MaskedNode
-      leaves pass through. Under ``optax.inject_hyperparams`` name ``norm``, ``state_dtype``,
-      ``anchor``, ``anchor_dtype``, ``layers``, ``mask`` and ``axis_name`` in ``static_args``.
+      leaves pass through. Under ``optax.inject_hyperparams`` name in ``static_args`` those of
+      ``layers``, ``mask``, ``anchor``, ``anchor_dtype`` and ``state_dtype`` that can be called:
+      functions, Equinox models, dtypes as classes.
 
     Raises:
       TypeError: a complex parameter (in ``init``), a mask that is not bools, a wrong argument type.

@@ -60,7 +60,9 @@ def l2_sp(
       mask: as for :func:`optax_spd.spd`: True where the decay applies.
 
     Returns:
-      A stage whose ``update`` needs ``params``. Updates keep their structure and dtypes.
+      A stage whose ``update`` needs ``params``. Updates keep their structure and dtypes. Under
+      ``optax.inject_hyperparams`` name in ``static_args`` those of ``mask``, ``anchor`` and
+      ``anchor_dtype`` that can be called: functions, Equinox models, dtypes as classes.
 
     Raises:
       TypeError: a complex parameter (in ``init``), a mask that is not bools.

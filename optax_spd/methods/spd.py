@@ -153,8 +153,8 @@ def spd(
       ``spd_ratio``, the last r per layer: shape (layers,), the widest parameter dtype and at least
       float32, in the order of :func:`optax_spd.layer_names`; and ``spd_fired``, how many updates
       so far pulled the layer back. Integer, empty, None and MaskedNode leaves pass through. Under
-      ``optax.inject_hyperparams`` name ``anchor``, ``anchor_dtype``, ``layers``, ``mask`` and
-      ``axis_name`` in ``static_args``.
+      ``optax.inject_hyperparams`` name in ``static_args`` those of ``layers``, ``mask``, ``anchor``
+      and ``anchor_dtype`` that can be called: functions, Equinox models, dtypes as classes.
 
     Raises:
       TypeError: a complex parameter (in ``init``), a mask that is not bools, a wrong argument type.

@@ -26,6 +26,7 @@ from contract_runs import (
 from flax import linen as nn, nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from tpgm_steps import projects_only
 
 import optax_spd
 
@@ -46,6 +47,7 @@ def test_a_linen_train_state_runs_the_program_of_a_plain_loop(name: str) -> None
     assert str(jax.make_jaxpr(step)(PRETRAINED, at(GRADS, 0))) == program(name)
 
 
+@projects_only
 @every_method()
 def test_arguments_by_keyword_are_those_by_position(name: str) -> None:
     """As EasyDeL calls it. What a stage does not know it ignores."""

@@ -11,6 +11,7 @@ import optax
 import pytest
 from contract_methods import METHODS, every_method
 from contract_runs import GRADS, PRETRAINED, at, step_of, vectors
+from tpgm_steps import projects_only
 
 import optax_spd
 
@@ -109,6 +110,7 @@ PASSING = {
 }
 
 
+@projects_only
 @STAGES
 def test_leaves_that_are_no_layers_pass_through(name: str) -> None:
     tx = METHODS[name].stage()
@@ -184,6 +186,7 @@ def test_a_tree_without_layers_trains_on(name: str) -> None:
     assert all(vector.shape == (1,) for vector in vectors(name, state).values())
 
 
+@projects_only
 @every_method()
 def test_none_and_masked_leaves_pass_through_the_recipes(name: str) -> None:
     params = PRETRAINED | {"none": None, "masked": optax.MaskedNode()}
@@ -194,6 +197,7 @@ def test_none_and_masked_leaves_pass_through_the_recipes(name: str) -> None:
     assert jax.tree.map(np.shape, updates) == jax.tree.map(np.shape, params)
 
 
+@projects_only
 @STAGES
 def test_a_missing_update_stays_missing(name: str) -> None:
     tx, params = METHODS[name].stage(), {"blocks": {"0": MATRIX, "1": MATRIX.T**3}}

@@ -1,7 +1,6 @@
 """Optax's wrappers, schedules and other libraries' containers change no number."""
 
 import functools
-import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -65,10 +64,11 @@ def changing(value: float) -> Callable[[Any], Any]:
 
 
 def injected(name: str) -> Any:
-    """The optimizer with its numbers in the state, those of the inner Adam included."""
+    """The optimizer with its numbers in the state; static is what its docstring says."""
     method = METHODS[name]
-    traced = {"b1", "b2", "eps", "eps_root", *method.numbers}
-    static = [n for n in inspect.signature(method.build).parameters if n not in traced]
+    of_the_table = [option for option in ("layers",) if method.takes(option)]
+    documented = contract_methods.documented_static_args
+    static = of_the_table if method.is_wrapper else documented(method.build)
     make = optax.inject_hyperparams(method.build, static_args=static)
     options = {"layers": LAYERS} if method.takes("layers") else {}
     return method.place(make(**method.numbers, **method.fixed, **options))

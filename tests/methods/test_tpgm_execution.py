@@ -14,6 +14,7 @@ from tpgm_steps import (
     assert_close,
     assert_same_bits,
     half_distance,
+    projects_only,
     radii_of,
     stepper,
 )
@@ -40,6 +41,7 @@ def test_radii_are_learned_on_each_kth_step_only(every: Any) -> None:
     assert state.count == 5
 
 
+@projects_only
 def test_the_last_of_several_steps_may_be_without_data() -> None:
     # Calls count, whether there was validation data or not.
     anchor, count = arrays(0), Counter()

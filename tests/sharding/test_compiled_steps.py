@@ -16,8 +16,11 @@ import oracles
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from jax_support import host_memory_works, primitives
+from tpgm_steps import projects_only
 
 import optax_spd
+
+pytestmark = projects_only
 
 Stage = Callable[..., Any]
 STAGES: dict[str, Stage] = {

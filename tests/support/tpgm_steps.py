@@ -7,10 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import optax_spd
 
 Arrays = dict[str, Any]
+
+# For steps that project on purpose, without validation data.
+projects_only = pytest.mark.filterwarnings("ignore:update got no validation data")
 
 SHAPES = {
     "blocks/bias": (2, 4),

@@ -125,14 +125,14 @@ def _check_state(state: Any, updates: PyTree, frozen: PyTree, init: Callable[[],
         if not trees.is_missing(leaf) and not is_frozen.get(path, True)
     }
     suspicious = {}
-    for path, leaf in trees.flatten(state).by_path.items():
+    for path, leaf in trees.flatten(state, unique=False).by_path.items():
         starts = [start for start in range(len(path) + 1) if path[start:] in trained]
         # A stage that finds no anchor raises itself: set_anchor mends that, without another init.
         if leaf is None and starts and path[: starts[0]][-1:] != ("anchor",):
             suspicious[path] = path[starts[0] :]
     if not suspicious:
         return
-    made = trees.flatten(jax.eval_shape(init)).by_path
+    made = trees.flatten(jax.eval_shape(init), unique=False).by_path
     for path, parameter in suspicious.items():
         if hasattr(made.get(path), "shape"):
             raise ValueError(

@@ -105,9 +105,10 @@ def with_frozen(
 
 
 def _check_state(state: Any, params: PyTree, frozen: PyTree) -> None:
-    """Raises ValueError if the state holds None for a trained parameter.
+    """Raises ValueError if the state holds None for a trained parameter, other than as its anchor.
 
-    Orbax restores None where a checkpoint was saved with other parameters frozen.
+    Orbax restores None where a checkpoint was saved with other parameters frozen. A missing anchor
+    may just have been dropped; the stage that needs it says so.
     """
     is_frozen = trees.flatten(frozen).by_path
     trained = {
@@ -117,7 +118,10 @@ def _check_state(state: Any, params: PyTree, frozen: PyTree) -> None:
     }
     held = trees.flatten(state)
     for path, leaf in zip(held.paths, held.leaves, strict=True):
-        if leaf is None and any(path[start:] in trained for start in range(len(path))):
+        if leaf is None and any(
+            path[start:] in trained and path[start - 1 : start] != ("anchor",)
+            for start in range(len(path))
+        ):
             raise ValueError(
                 f"The state holds None at {trees.shown(path)}, a parameter that trains. It was "
                 "made, or saved in a checkpoint, with other parameters frozen: call init again."

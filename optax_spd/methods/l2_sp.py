@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_spd.anchors import policy
-from optax_spd.core import stage
+from optax_spd.core import stage, sums
 from optax_spd.layers import checks
 from optax_spd.layers.types import Anchor, DType, Mask
 
@@ -94,7 +94,12 @@ def l2_sp(
     ) -> tuple[PyTree, L2SPState]:
         view = options.view(updates, state.anchor, params, extra_args)
         decay = checks.value_at(weight_decay, state.count, view.plan.dtype)
-        steps = view.map(lambda d: d.step + decay.astype(d.step.dtype) * d.delta)
+
+        def step(d: stage.Deviation) -> jax.Array:
+            pull = decay.astype(d.step.dtype) * d.delta
+            return d.step + sums.sharded_like(pull, d.step)
+
+        steps = view.map(step)
         count = optax.safe_increment(state.count)
         return view.rebuild(steps), L2SPState(count, state.anchor)
 

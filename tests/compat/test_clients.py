@@ -295,8 +295,9 @@ if optimizer_sharding_works():  # from some Flax after 0.12.0 on
             optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
             step = nnx.jit(lambda model, optimizer, grads: optimizer.update(model, grads))
             for index in range(steps):
-                like = nnx.state(model, nnx.Param)
-                step(model, optimizer, jax.tree.map(lambda x: target(index)[:8, 0] + 0.1 * x, like))
+                away = target(index)[:8, 0]
+                params = nnx.state(model, nnx.Param)
+                step(model, optimizer, jax.tree.map(lambda x, u=away: u + 0.1 * x, params))
                 jax.block_until_ready(nnx.state((model, optimizer)))
                 if kernel_init is not NORMAL:  # else the partitioner may split the parameters too
                     nnx.update(model, jax.device_put(nnx.state(model), whole))

@@ -3,6 +3,7 @@
 import dataclasses
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,10 +83,12 @@ def make_candidate(
 
 
 def update_only(tx: optax.GradientTransformation) -> Callable[..., tuple[Tree, Tree]]:
-    """A step that applies given gradients, without a model."""
+    """A step that applies given gradients, without a model: TPGM projects and does not learn."""
 
     def step(params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
-        updates, state = tx.update(grads, state, params)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "update got no validation data")
+            updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
     return step

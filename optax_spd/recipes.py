@@ -65,8 +65,9 @@ def adam_spd(
     Returns:
       A transformation with a plain three-argument ``update``. The state takes 8 bytes a parameter
       for Adam and 4 for the anchor (in float32; 0 with ``anchor="zero"`` or "argument").
-      Under ``optax.inject_hyperparams`` name callables and trees in ``static_args``:
-      ``("anchor", "anchor_dtype", "layers", "mask", "axis_name", "mu_dtype")``.
+      Under ``optax.inject_hyperparams`` name in ``static_args`` those of ``layers``, ``mask``,
+      ``anchor``, ``anchor_dtype`` and ``mu_dtype`` that can be called: functions, Equinox models,
+      dtypes as classes.
 
     Raises:
       TypeError, ValueError: as :func:`optax_spd.spd`.
@@ -129,7 +130,9 @@ def adamw_l2_sp(
       mask: True where the decay applies; Adam applies everywhere.
 
     Returns:
-      A transformation with a plain three-argument ``update``.
+      A transformation with a plain three-argument ``update``. Under ``optax.inject_hyperparams``
+      name in ``static_args`` those of ``mask``, ``anchor``, ``anchor_dtype`` and ``mu_dtype`` that
+      can be called: functions, Equinox models, dtypes as classes.
 
     Raises:
       TypeError, ValueError: as :func:`optax_spd.l2_sp`.
@@ -195,9 +198,9 @@ def adam_tpgm(
     Returns:
       A transformation whose ``update`` takes the validation objective as extra arguments. The state
       takes 8 bytes a parameter for Adam and 4 for the anchor (in float32).
-      Under ``optax.inject_hyperparams`` name callables and trees in ``static_args``:
-      ``("radius_optimizer", "norm", "anchor", "anchor_dtype", "layers", "mask", "axis_name",
-      "mu_dtype")``.
+      Under ``optax.inject_hyperparams`` name in ``static_args`` those of ``layers``, ``mask``,
+      ``anchor``, ``anchor_dtype`` and ``mu_dtype`` that can be called: functions, Equinox models,
+      dtypes as classes.
 
     Raises:
       TypeError, ValueError: as :func:`optax_spd.tpgm`.
@@ -277,9 +280,9 @@ def adam_ftp(
     Returns:
       A transformation with a plain three-argument ``update``. The state takes 8 bytes a parameter
       for Adam, 4 for the anchor and 4 for the last deviation (in float32).
-      Under ``optax.inject_hyperparams`` name callables, dtypes and trees in ``static_args``:
-      ``("norm", "state_dtype", "anchor", "anchor_dtype", "layers", "mask", "axis_name",
-      "mu_dtype")``.
+      Under ``optax.inject_hyperparams`` name in ``static_args`` those of ``layers``, ``mask``,
+      ``anchor``, ``anchor_dtype``, ``state_dtype`` and ``mu_dtype`` that can be called: functions,
+      Equinox models, dtypes as classes.
 
     Raises:
       TypeError, ValueError: as :func:`optax_spd.ftp`; ``weight_decay`` negative or not finite.
@@ -355,9 +358,9 @@ def sgd_ftp(
     Returns:
       A transformation with a plain three-argument ``update``. The state takes 4 bytes a parameter
       for the anchor, 4 for the last deviation, and 4 for momentum if used (in float32).
-      Under ``optax.inject_hyperparams`` name callables, dtypes and trees in ``static_args``:
-      ``("nesterov", "norm", "state_dtype", "anchor", "anchor_dtype", "layers", "mask",
-      "axis_name")``.
+      Under ``optax.inject_hyperparams`` name in ``static_args`` those of ``layers``, ``mask``,
+      ``anchor``, ``anchor_dtype`` and ``state_dtype`` that can be called: functions, Equinox
+      models, dtypes as classes.
 
     Raises:
       TypeError, ValueError: as :func:`optax_spd.ftp`; ``weight_decay`` negative or not finite.
@@ -412,7 +415,7 @@ def sgd_freeze_embed(
 
     Returns:
       A transformation with a plain three-argument ``update``. Under ``optax.inject_hyperparams``
-      name ``embedding`` in ``static_args``.
+      name ``embedding`` in ``static_args`` if it is a function.
 
     Raises:
       TypeError, ValueError: as :func:`optax_spd.with_frozen`, also if no embedding is found.

@@ -233,18 +233,6 @@ def test_arguments_are_in_optaxs_order_and_the_rest_by_keyword(recipe: Any) -> N
     assert {p.kind for p in rest} == {inspect.Parameter.KEYWORD_ONLY}  # so no **kwargs
 
 
-@pytest.mark.parametrize(
-    "name", ["spd", "adam_spd", "tpgm", "adam_tpgm", "ftp", "adam_ftp", "sgd_ftp"]
-)
-def test_the_docstring_names_what_inject_hyperparams_must_not_touch(name: str) -> None:
-    function = getattr(optax_spd, name)
-    told = " ".join((function.__doc__ or "").split("inject_hyperparams")[1].split())
-    static = {"anchor", "anchor_dtype", "layers", "mask", "axis_name", "norm", "state_dtype"}
-    static |= {"mu_dtype", "nesterov", "radius_optimizer"}
-    for argument in static & inspect.signature(function).parameters.keys():
-        assert argument in told.split("Raises:")[0], argument
-
-
 # What they cost ----------------------------------------------------------------------------------
 
 HALF = jnp.bfloat16

@@ -76,7 +76,7 @@ def init_anchor(
     if isinstance(anchor, str) and anchor != "initial":
         return optax.EmptyState()
     dtype = None if anchor_dtype is None else checks.check_dtype("anchor_dtype", anchor_dtype)
-    flat = trees.flatten(params)
+    flat = trees.only_parameters(trees.flatten(params))
     if not flat.leaves:
         return params
     kept = flat if selected is None else flat.only(selected)
@@ -106,7 +106,10 @@ def match_anchor(flat: trees.FlatTree, anchor: PyTree, reference_name: str = "pa
     Raises:
       ValueError: paths or shapes differ, or the anchor's leaf is missing where params has an array.
     """
-    leaves = trees.align(flat, anchor, "anchor", reference_name)
+    try:
+        leaves = trees.align(flat, anchor, "anchor", reference_name)
+    except ValueError as error:
+        raise ValueError(f"{error}{_advice(flat, anchor, reference_name)}") from None
     for path, like, leaf in zip(flat.paths, flat.leaves, leaves, strict=True):
         if trees.is_missing(leaf) and not trees.is_missing(like):
             raise ValueError(
@@ -114,6 +117,30 @@ def match_anchor(flat: trees.FlatTree, anchor: PyTree, reference_name: str = "pa
                 "pretrained value of every parameter."
             )
     return leaves
+
+
+def _advice(flat: trees.FlatTree, anchor: PyTree, reference_name: str) -> str:
+    """What to do about an anchor that does not match, where the mismatch has a known form."""
+    given = trees.flatten(anchor).by_path
+    arrays = {p: x for p, x in flat.by_path.items() if not trees.is_missing(x)}
+    if not arrays or not arrays.keys() <= given.keys():
+        return ""
+    devices = {np.shape(held)[:1] for held in arrays.values()}
+    if len(devices) == 1 and all(
+        np.ndim(held) > 0 and np.shape(held)[1:] == np.shape(given[path])
+        for path, held in arrays.items()
+    ):
+        return (
+            f" Every array of {reference_name} has one more leading axis, of size "
+            f"{devices.pop()[0]}. If it is replicated for pmap, unreplicate first "
+            "(flax.jax_utils.unreplicate)."
+        )
+    if given.keys() - set(flat.paths):
+        return (
+            " Give only what the optimizer trains: for Flax NNX nnx.state(model, nnx.Param), "
+            "without batch statistics and random keys."
+        )
+    return ""
 
 
 def copied(source: Any, like: Any, dtype: np.dtype | None, path: trees.Path) -> Any:

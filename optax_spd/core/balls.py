@@ -83,10 +83,11 @@ def ball_norms(
         All have arrays at the same leaves.
     """
     if norm == "l2":
-        squares = _map_leaves(lambda *leaves: tuple(x**2 for x in leaves), *arrays)
-        totals = layer_sums(plan, squares, len(arrays), axes)
+        terms = _map_leaves(lambda *leaves: sum(map(_squares, leaves), ()), *arrays)
+        totals = layer_sums(plan, terms, 2 * len(arrays), axes)
         return tuple(
-            _l2_norms(plan, total, leaves) for total, leaves in zip(totals, arrays, strict=True)
+            _l2_norms(plan, l2_norm(square, scaled), leaves)
+            for square, scaled, leaves in zip(totals[::2], totals[1::2], arrays, strict=True)
         )
     sizes = _map_leaves(lambda *leaves: tuple(jnp.abs(x) for x in leaves), *arrays)
     measured = row_sums(plan, sizes, axes)
@@ -114,9 +115,12 @@ def norms_and_slope(
       grads: g.
     """
     if norm == "l2":
-        terms = _map_leaves(lambda p, c, g: (p**2, c**2, g * p), previous, current, grads)
-        previous_square, square, product = layer_sums(plan, terms, 3, axes)
-        return _l2_norms(plan, square, current), product / (norm_of(previous_square) + EPS)
+        terms = _map_leaves(
+            lambda p, c, g: (*_squares(p), *_squares(c), g * p), previous, current, grads
+        )
+        *squares, product = layer_sums(plan, terms, 5, axes)
+        previous_norm, current_norm = l2_norm(*squares[:2]), l2_norm(*squares[2:])
+        return _l2_norms(plan, current_norm, current), product / (previous_norm + EPS)
     terms = _map_leaves(lambda p, c, g: (jnp.abs(p), jnp.abs(c), g * p), previous, current, grads)
     measured = row_sums(
         plan, terms, axes, lambda previous_norm, _, product: (product / (previous_norm + EPS),)
@@ -142,9 +146,30 @@ def _mars_norms(plan: plans.LayerPlan, rows: RowSums, number: int) -> BallNorms:
     return BallNorms(local, *layer_extremes(plan, gathered, rows.varying))
 
 
-def _l2_norms(plan: plans.LayerPlan, square: jax.Array, arrays: Leaves) -> BallNorms:
-    vector = norm_of(square)
-    return BallNorms(spread_over(plan, vector, arrays), vector, vector)
+def _l2_norms(plan: plans.LayerPlan, norms: jax.Array, arrays: Leaves) -> BallNorms:
+    return BallNorms(spread_over(plan, norms, arrays), norms, norms)
+
+
+def _squares(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The squares of ``x``, and those of ``x`` times a power of 2 small enough not to overflow."""
+    return x**2, (x * _scale(x.dtype)) ** 2
+
+
+def _scale(dtype: Any) -> Any:
+    """2^-96 in float32: even 2^60 of the largest numbers have squares with a finite sum."""
+    return np.ldexp(np.ones((), dtype), -3 * jnp.finfo(dtype).maxexp // 4)
+
+
+def l2_norm(square: jax.Array, scaled: jax.Array) -> jax.Array:
+    """‖x‖₂ from the sums of :func:`_squares`; not finite only if an entry of x is not.
+
+    A norm above the largest number of its dtype is that number.
+    """
+    overflows = ~jnp.isfinite(square) & jnp.isfinite(scaled)
+    dtype = square.dtype
+    root = norm_of(jnp.where(overflows, scaled, 0))
+    large = jnp.minimum(root, jnp.finfo(dtype).max * _scale(dtype)) / _scale(dtype)
+    return jnp.where(overflows, large, norm_of(jnp.where(overflows, 0, square)))
 
 
 @functools.partial(jax.jit, static_argnames="exact")  # so that arrays of one shape share a trace

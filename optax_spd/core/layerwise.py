@@ -163,10 +163,8 @@ def layerwise(
     def update(
         updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
-        view = options.view(updates, state.anchor, params, extra_args)
         vectors = _vectors(state)
-        for key, vector in vectors.items():
-            stage.check_vector(key, vector, view.plan)
+        view = options.view(updates, state.anchor, params, extra_args, vectors)
         matched = []
         if gradient:
             matched.append(view.match(wrappers.require_gradient(extra_args, name), "grad"))

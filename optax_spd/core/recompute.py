@@ -116,7 +116,7 @@ def _second_deviation(
     step = trees.as_real(view.updates[index], delta.dtype, "updates", path)
     if origin is not None:
         delta = stage.delta_of(path, theta, origin, delta.dtype)
-    elif isinstance(theta_0, jax.core.Tracer) and delta.size >= MIN_SIZE_TO_REFETCH:
+    elif isinstance(theta_0, jax.core.Tracer) and trees.has_at_least(delta, MIN_SIZE_TO_REFETCH):
         delta = _refetched(path, delta, changes(index).any(), theta, theta_0)
     return stage.Deviation(delta, step)
 

@@ -5,7 +5,7 @@ anchor, and puts the results back into the caller's tree.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -166,7 +166,12 @@ class StageOptions:
         return plan, held
 
     def view(
-        self, updates: PyTree, held: PyTree, params: PyTree, extra_args: dict[str, Any]
+        self,
+        updates: PyTree,
+        held: PyTree,
+        params: PyTree,
+        extra_args: dict[str, Any],
+        vectors: Mapping[str, jax.Array] | None = None,
     ) -> StageView:
         """Matches an update's trees by path.
 
@@ -175,12 +180,12 @@ class StageOptions:
           held: the anchor that the state holds.
           params: the parameters before the step.
           extra_args: the update's extra arguments.
+          vectors: the state's per-layer vectors, by name.
 
         Raises:
           TypeError, ValueError: as the stages document.
         """
-        trees.require_params(params)
-        flat, plan, _ = plans.planned(params, self.layers, self.mask)
+        flat, plan = planned(updates, params, self.layers, self.mask, vectors or {})
         leaves = trees.align(flat, updates, "updates")
         active = [
             entry is not None and not trees.is_missing(leaf)
@@ -240,7 +245,7 @@ def zeros_like_layers(params: PyTree, plan: plans.LayerPlan, dtype: Any = None) 
       plan: their layers.
       dtype: of the zeros; None for each parameter's own.
     """
-    flat = trees.flatten(params)
+    flat = trees.only_parameters(trees.flatten(params))
     if not flat.leaves:
         return params
     kept = flat.only(entry is not None for entry in plan.arrays)
@@ -255,11 +260,51 @@ def _zeros_like(leaf: Any, dtype: Any) -> Any:
     return placement.with_sharding_of(jnp.zeros_like(leaf, dtype=dtype), leaf)
 
 
-def check_vector(field: str, vector: jax.Array, plan: plans.LayerPlan) -> None:
-    """Raises ValueError unless a state's vector has one entry for each layer of the parameters."""
-    if np.shape(vector) != (plan.vector_size,):
-        raise ValueError(
-            f"The state's {field} has shape {np.shape(vector)}, but the parameters have "
-            f"{len(plan.names)} layers under the mask. The state was made for other parameters, or "
-            "with other layers= or mask=; call init again, or restore the matching checkpoint."
-        )
+def planned(
+    updates: PyTree,
+    params: PyTree,
+    layers: LayerFn | None,
+    mask: Mask,
+    vectors: Mapping[str, jax.Array],
+) -> tuple[trees.FlatTree, plans.LayerPlan]:
+    """The parameters in an update and their layers, which are those that ``init`` found.
+
+    ``init`` may have got the trained arrays only, and ``update`` gets the whole model. So where the
+    state's vectors have fewer entries, arrays without an update are left out.
+
+    Args:
+      updates: the incoming updates.
+      params: the parameters, or a model with other leaves besides.
+      layers: as the stages document.
+      mask: likewise.
+      vectors: the state's per-layer vectors, by name.
+
+    Raises:
+      ValueError: no params, or a vector without one entry for each layer.
+    """
+    trees.require_params(params)
+    flat, plan, selected = plans.planned(params, layers, mask, updates)
+    if _fit(vectors, plan):
+        return flat, plan
+    found = trees.flatten(updates).by_path
+    trained = flat._replace(
+        leaves=[
+            None if trees.is_missing(found.get(path)) and not trees.is_missing(leaf) else leaf
+            for path, leaf in zip(flat.paths, flat.leaves, strict=True)
+        ]
+    )
+    trained_plan = plans.plan_layers(trained, layers, selected)
+    if _fit(vectors, trained_plan):
+        return trained, trained_plan
+    field, vector = next((f, v) for f, v in vectors.items() if not _fit({f: v}, plan))
+    names = ", ".join(map(repr, plan.names[:3]))
+    raise ValueError(
+        f"The state's {field} has shape {np.shape(vector)}, but update finds {len(plan.names)} "
+        f"layers under the mask{names and f', such as {names}'}. Commonly the state was restored "
+        "for another model, layers= or mask= changed, or init got other arrays than update gets. "
+        "Make the state with init of these parameters, or restore it into such a state."
+    )
+
+
+def _fit(vectors: Mapping[str, jax.Array], plan: plans.LayerPlan) -> bool:
+    return all(np.shape(vector) == (plan.vector_size,) for vector in vectors.values())

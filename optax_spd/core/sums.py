@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from optax_spd.core import one_pass
+from optax_spd.layers import trees
 from optax_spd.layers.plans import ArrayLayers, LayerPlan
 from optax_spd.sharding.manual_axes import MeshAxes
 
@@ -101,7 +102,11 @@ def _array_sums(plan: LayerPlan, products: Products) -> dict[int, list[jax.Array
         entry, terms = found[index]
         return list(one_pass.sums(terms, entry.stacked_axes))
 
-    large = [i for i, (_, terms) in found.items() if terms[0].size >= one_pass.SMALLEST_ARRAY]
+    large = [
+        i
+        for i, (_, terms) in found.items()
+        if trees.has_at_least(terms[0], one_pass.SMALLEST_ARRAY)
+    ]
     if not large or not one_pass.is_single_cpu_program(products):
         return {i: plain(i) for i in found}
     sums: dict[int, list[jax.Array]] = jax.lax.platform_dependent(

@@ -1,8 +1,10 @@
 """Checks of arguments when a transformation is built."""
 
+import inspect
 import math
 import operator
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,8 @@ import numpy as np
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.typing.ArrayLike]
 ScalarOrSchedule = float | jax.Array | np.ndarray | Schedule
+
+_NOT_THE_CALLER = ("optax_spd", "optax", "jax")
 
 
 def check_scalar(name: str, value: Any, *, low: float = 0.0, high: float = math.inf) -> None:
@@ -134,3 +138,14 @@ def value_at(hyperparameter: ScalarOrSchedule, count: jax.Array, dtype: Any) -> 
     """The value of a hyperparameter or schedule at step ``count``, as ``dtype``."""
     value = hyperparameter(count) if callable(hyperparameter) else hyperparameter
     return jnp.asarray(value, dtype)
+
+
+def warn(message: str) -> None:
+    """Issues a UserWarning at the nearest caller outside of this package, Optax and JAX.
+
+    How deep a stage lies in wrappers varies, and Python shows a warning once for each line.
+    """
+    level, frame = 1, inspect.currentframe()
+    while frame and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_THE_CALLER:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)

@@ -5,8 +5,8 @@ A *height* is D - d: how many layers a layer at depth d is below the head, at de
 
 import math
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -61,6 +61,9 @@ def heights_from_pattern(pattern: str) -> Heights:
         if not numbers:
             check_no_match(pattern, plan, flat, unnumbered)
             return result
+        spans = [None if match is None else match.span(1) for match in matches]
+        others = [n for i, n in enumerate(plan.names) if i not in numbers and i not in unnumbered]
+        warn_of_blocks_left_out(pattern, zip(plan.names, spans, strict=True), others)
         top = max(numbers.values()) + 1
         for i, number in numbers.items():
             result[i] = top - number
@@ -162,3 +165,78 @@ def check_no_match(
             f"embeddings ({plan.names[unnumbered[0]]!r}) from the head is unknown. Put the stage "
             "behind the partition or mask, where it sees all layers, or give depth= as a function."
         )
+
+
+class Blocks(NamedTuple):
+    """The layers in one place whose names differ only in a number, and in what follows it.
+
+    Attributes:
+      numbers: as text.
+      endings: what follows the number: the arrays of a block.
+    """
+
+    numbers: set[str]
+    endings: set[str]
+
+    def are_like(self, others: "Blocks") -> bool:
+        """Whether these are blocks as deep as others with the same key, and not a small head.
+
+        A dense layer has one or two arrays, and a head has fewer of them than the network has.
+        """
+        as_many = len(self.numbers) >= len(others.numbers) and self.endings == others.endings
+        return len(self.numbers) > 1 and (len(self.endings) > 2 or as_many)
+
+
+def numbered_blocks(
+    numbers: Iterable[tuple[str, tuple[int, int]]],
+) -> dict[tuple[str, str], Blocks]:
+    """Groups layers by where their number is, and by the key that it is in.
+
+    Args:
+      numbers: layer names, each with the span of a number in it.
+
+    Returns:
+      By ("text/encoder", "layer_#") the blocks "text/encoder/layer_0/...", and so on. A number that
+      is a key of its own takes the key above it along ("layers/#"). That of a stacked layer is
+      "[#]".
+    """
+    found: dict[tuple[str, str], Blocks] = {}
+    for name, (start, end) in numbers:
+        is_index = name[start - 1 : start] == "["
+        first = start - 1 if is_index else name.rfind("/", 0, max(0, start - 1)) + 1
+        last = end + len(name[end:].split("/")[0])
+        key = name[first:start] + "#" + name[end:last]
+        blocks = found.setdefault((name[:first], key), Blocks(set(), set()))
+        blocks.numbers.add(name[start:end])
+        blocks.endings.add(name[last:])
+    return found
+
+
+def warn_of_blocks_left_out(
+    pattern: str,
+    matched: Iterable[tuple[str, tuple[int, int] | None]],
+    others: Sequence[str],
+) -> None:
+    """Warns if numbered blocks like those that the pattern matches stand outside of it.
+
+    They would have the full rate silently: the second tower of a model with two.
+
+    Args:
+      pattern: for the message.
+      matched: layer names, each with the span of its number, or None where there is no match.
+      others: the names of the layers with the full rate.
+    """
+    inside = numbered_blocks((name, span) for name, span in matched if span is not None)
+    outside = numbered_blocks(
+        (name, number.span()) for name in others for number in re.finditer("[0-9]+", name)
+    )
+    for (where, key), blocks in outside.items():
+        if any(key == k and blocks.are_like(like) for (_, k), like in inside.items()):
+            checks.warn(
+                f"depth={pattern!r} does not match the {len(blocks.numbers)} blocks "
+                f"{where + key!r}, so they have the full rate, whatever their number. If they are "
+                "to decay too, as a second tower, match them as well or put the stage into each "
+                "part of an optax.partition. If not, say so: leave them out with mask=, or give "
+                "depth= as a function that returns None for them."
+            )
+            return

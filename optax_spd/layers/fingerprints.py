@@ -93,8 +93,8 @@ def check_state(
             raise ValueError(
                 f"The state {type(node).__name__} was made for other layers than the "
                 f"{len(plan.names)} that params has under the given layers= and mask=, such as "
-                f"{', '.join(map(repr, plan.names[:3]))}. Give check_state the stage's layers= and "
-                "mask=, restore the checkpoint of this model, or call init again."
+                f"{', '.join(map(repr, plan.names[:3]))}. Give check_state what init got: the same "
+                "parameters, layers= and mask=. If it got them, the state is that of another model."
             )
 
 

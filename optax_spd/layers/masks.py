@@ -74,7 +74,7 @@ def is_unmasked(flat: trees.FlatTree) -> bool:
 
 
 def resolve_mask(
-    mask: PyTree | Callable[..., Any] | None, params: PyTree, flat: trees.FlatTree
+    mask: PyTree | Callable[..., Any] | None, flat: trees.FlatTree
 ) -> list[bool] | None:
     """Per leaf of ``flat`` whether the method applies; None if there is no mask.
 
@@ -86,7 +86,7 @@ def resolve_mask(
         return None
     if not flat.leaves:
         return []  # Optax's params placeholder has no leaves, so no mask fits it
-    tree = mask(params) if is_mask_function(mask) else mask
+    tree = mask(flat.unflatten(flat.leaves)) if is_mask_function(mask) else mask
     covering = trees.broadcast_prefix(flat, tree, "mask", lambda _: False)
     selected = []
     for path, leaf, value in zip(flat.paths, flat.leaves, covering, strict=True):

@@ -79,14 +79,20 @@ class Planned(NamedTuple):
     selected: list[bool] | None
 
 
-def planned(params: PyTree, layers: LayerFn | None, mask: Any) -> Planned:
+def planned(params: PyTree, layers: LayerFn | None, mask: Any, updates: PyTree = None) -> Planned:
     """The layers of a parameter tree under a mask.
+
+    Args:
+      params: the parameters, or a model with other leaves besides.
+      layers: as for :func:`plan_layers`.
+      mask: as for :func:`optax_spd.layers.masks.resolve_mask`.
+      updates: the updates, if there are any; they tell which Python numbers are parameters.
 
     Raises:
       TypeError, ValueError: as :func:`plan_layers` and :func:`optax_spd.layers.masks.resolve_mask`.
     """
-    flat = trees.flatten(params)
-    selected = masks.resolve_mask(mask, params, flat)
+    flat = trees.only_parameters(trees.flatten(params), updates)
+    selected = masks.resolve_mask(mask, flat)
     return Planned(flat, plan_layers(flat, layers, selected), selected)
 
 
@@ -133,8 +139,26 @@ def plan_layers(
             groups[spec.group] = entry
         arrays[index] = entry
         names.extend(_layer_names(str(name if spec.group is None else spec.group), entry))
+    _check_names(names, arrays)
     layered = [x for x, entry in zip(flat.leaves, arrays, strict=True) if entry is not None]
     return LayerPlan(tuple(arrays), tuple(names), compute_dtype(*layered))
+
+
+def _check_names(names: list[str], arrays: list[ArrayLayers | None]) -> None:
+    """Raises ValueError if two layers have the same name."""
+    if len(set(names)) == len(names):
+        return
+    name = next(name for i, name in enumerate(names) if name in names[:i])
+    numbers = [i for i, other in enumerate(names) if other == name]
+    first, second = (
+        next(e.name for e in arrays if e is not None and number in e.numbers)
+        for number in numbers[:2]
+    )
+    raise ValueError(
+        f"Two layers have the name {name!r}: that of the array {first!r} and that of the array "
+        f"{second!r}. A group's label is its layer's name, so it must differ from all other labels "
+        "and from the paths of other arrays: change group= in layers=."
+    )
 
 
 def compute_dtype(*arrays: Any) -> Any:

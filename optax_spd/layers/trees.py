@@ -5,6 +5,7 @@ NNX ``Variable`` box, or missing, as ``MaskedNode`` or ``None``. Its path is the
 """
 
 import difflib
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -61,11 +62,84 @@ def shown(path: Path) -> str:
     return repr(path_name(path)) if path else "the tree itself"
 
 
-def flatten(tree: PyTree, is_leaf: Callable[[Any], bool] = is_missing) -> FlatTree:
-    """Flattens ``tree``, keeping missing leaves."""
+def flatten(
+    tree: PyTree, is_leaf: Callable[[Any], bool] = is_missing, *, unique: bool = True
+) -> FlatTree:
+    """Flattens ``tree``, keeping missing leaves.
+
+    Args:
+      tree: any tree.
+      is_leaf: which nodes to treat as missing leaves.
+      unique: whether to raise for paths that are spelled alike.
+
+    Raises:
+      ValueError: two leaves have the same path, as the keys 1 and "1" have.
+    """
     with_path, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    paths = _without_box_keys([keys for keys, _ in with_path])
+    keys = [keys for keys, _ in with_path]
+    paths = _without_box_keys(keys)
+    if unique and len(set(map(path_name, paths))) < len(paths):
+        _raise_for_one_path(paths, keys)
     return FlatTree(paths, [leaf for _, leaf in with_path], treedef)
+
+
+def _raise_for_one_path(paths: list[Path], key_paths: list[tuple[Any, ...]]) -> None:
+    first: dict[str, tuple[Any, ...]] = {}
+    for path, keys in zip(paths, key_paths, strict=True):
+        other = first.setdefault(path_name(path), keys)
+        if other is not keys:
+            raise ValueError(
+                f"Two leaves have the path {path_name(path)!r}: "
+                f"tree{jax.tree_util.keystr(other)} and tree{jax.tree_util.keystr(keys)}. Leaves "
+                "are matched by path, so each needs one of its own: rename a key."
+            )
+
+
+def only_parameters(flat: FlatTree, updates: PyTree = None) -> FlatTree:
+    """The same tree, with None in place of each leaf that is no parameter.
+
+    A model may hold more than arrays: activation functions, strings, flags, a dropout rate. Arrays
+    are parameters. A Python number is one where it has an update. Without ``updates`` it is one in
+    a tree of arrays and numbers only.
+
+    Args:
+      flat: the parameters, or a whole model.
+      updates: the updates; None if there are none yet.
+    """
+    if all(is_array(leaf) or is_missing(leaf) for leaf in flat.leaves):
+        return flat
+    if updates is None:
+        every = all(is_array(x) or is_missing(x) or is_number(x) for x in flat.leaves)
+        counting = set(flat.paths) if every else set()
+    else:
+        counting = {p for p, u in flatten(updates).by_path.items() if not is_missing(u)}
+    return flat._replace(
+        leaves=[
+            leaf if is_array(leaf) or (is_number(leaf) and path in counting) else _missing(leaf)
+            for path, leaf in zip(flat.paths, flat.leaves, strict=True)
+        ]
+    )
+
+
+def without_settings(params: PyTree, updates: PyTree = None) -> PyTree:
+    """The tree with None in place of each leaf that is no parameter (:func:`only_parameters`)."""
+    flat = flatten(params)
+    parameters = only_parameters(flat, updates)
+    return params if parameters is flat else parameters.unflatten(parameters.leaves)
+
+
+def _missing(leaf: Any) -> Any:
+    return leaf if is_missing(leaf) else None
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, or describes one."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def is_number(leaf: Any) -> bool:
+    """Whether a leaf is a Python number; a flag is none."""
+    return isinstance(leaf, int | float | complex) and not isinstance(leaf, bool)
 
 
 def _without_box_keys(key_paths: list[tuple[Any, ...]]) -> list[Path]:
@@ -237,3 +311,9 @@ def as_real(leaf: Any, dtype: Any, what: str, path: Path) -> jax.Array:
             "part, or wrap the optimizer in optax.contrib.split_real_and_imaginary."
         )
     return jnp.asarray(leaf, dtype)
+
+
+def has_at_least(array: Any, size: int) -> bool:
+    """Whether an array has this many elements; False for one with symbolic dimensions."""
+    shape = jnp.shape(array)
+    return all(isinstance(n, int) for n in shape) and math.prod(shape) >= size

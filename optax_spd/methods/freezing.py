@@ -80,6 +80,7 @@ def with_frozen(
     select = _selection(frozen)
 
     def init(params: PyTree) -> Any:
+        params = trees.without_settings(params)
         mask = _mask_of(params, select)
         _check_something_trains(params, mask)
         tx = optax.transforms.selective_transform(inner, freeze_mask=mask)
@@ -94,37 +95,52 @@ def with_frozen(
         if params is None:
             mask = _mask_of(updates, lambda tree: select(_with_masked_missing(tree)))
         else:
+            params = trees.without_settings(params, updates)
             mask = _mask_of(params, select)
         tx = optax.transforms.selective_transform(inner, freeze_mask=mask)
         if params is not None:
-            _check_state(state, params, mask)
+            _check_state(state, updates, mask, lambda: tx.init(params))
         new_updates, new_state = tx.update(updates, state, params, **extra_args)
         return new_updates, new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check_state(state: Any, params: PyTree, frozen: PyTree) -> None:
-    """Raises ValueError if the state holds None for a trained parameter, other than as its anchor.
+def _check_state(state: Any, updates: PyTree, frozen: PyTree, init: Callable[[], PyTree]) -> None:
+    """Raises ValueError if the state holds None where a trained parameter needs an array.
 
-    Orbax restores None where a checkpoint was saved with other parameters frozen. A missing anchor
-    may just have been dropped; the stage that needs it says so.
+    Orbax restores None where a checkpoint was saved with other parameters frozen.
+
+    Args:
+      state: as ``update`` got it.
+      updates: the incoming updates; a parameter trains where there is one.
+      frozen: bools like params.
+      init: makes the state of these parameters. It is traced only if a None is suspicious, to tell
+        a lost array from a None of the inner transformation's own.
     """
     is_frozen = trees.flatten(frozen).by_path
     trained = {
         path
-        for path, leaf in trees.flatten(params).by_path.items()
+        for path, leaf in trees.flatten(updates).by_path.items()
         if not trees.is_missing(leaf) and not is_frozen.get(path, True)
     }
-    held = trees.flatten(state)
-    for path, leaf in zip(held.paths, held.leaves, strict=True):
-        if leaf is None and any(
-            path[start:] in trained and path[start - 1 : start] != ("anchor",)
-            for start in range(len(path))
-        ):
+    suspicious = {}
+    for path, leaf in trees.flatten(state).by_path.items():
+        starts = [start for start in range(len(path) + 1) if path[start:] in trained]
+        # A stage that finds no anchor raises itself: set_anchor mends that, without another init.
+        if leaf is None and starts and path[: starts[0]][-1:] != ("anchor",):
+            suspicious[path] = path[starts[0] :]
+    if not suspicious:
+        return
+    made = trees.flatten(jax.eval_shape(init)).by_path
+    for path, parameter in suspicious.items():
+        if hasattr(made.get(path), "shape"):
             raise ValueError(
-                f"The state holds None at {trees.shown(path)}, a parameter that trains. It was "
-                "made, or saved in a checkpoint, with other parameters frozen: call init again."
+                f"The state holds None at {trees.shown(path)}, where init makes an array for the "
+                f"parameter {trees.shown(parameter)}, which trains in this update. Either init saw "
+                "that parameter as None or frozen, or a checkpoint was restored that lacks the "
+                "array, most often one saved with other parameters frozen. Call init again with "
+                "these parameters and this frozen=."
             )
 
 

@@ -183,8 +183,9 @@ def ftp(
       float32, 4 with bfloat16 for both, in addition to Adam's 8. ``ftp_radii`` holds γ: shape
       (layers,), the widest parameter dtype and at least float32, in the order of
       :func:`optax_spd.layer_names`, in units of the norm. Integer, empty, None and MaskedNode
-      leaves pass through. Under ``optax.inject_hyperparams`` name ``norm``, ``state_dtype``,
-      ``anchor``, ``anchor_dtype``, ``layers``, ``mask`` and ``axis_name`` in ``static_args``.
+      leaves pass through. Under ``optax.inject_hyperparams`` name in ``static_args`` those of
+      ``layers``, ``mask``, ``anchor``, ``anchor_dtype`` and ``state_dtype`` that can be called:
+      functions, Equinox models, dtypes as classes.
 
     Raises:
       TypeError: a complex parameter (in ``init``), a mask that is not bools, a wrong argument type.
@@ -237,9 +238,9 @@ def ftp(
     def update(
         updates: PyTree, state: FTPState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, FTPState]:
-        view = options.view(updates, state.anchor, params, extra_args)
+        vectors = {"ftp_radii": state.ftp_radii}
+        view = options.view(updates, state.anchor, params, extra_args, vectors)
         grad = wrappers.require_gradient(extra_args, "ftp")
-        stage.check_vector("ftp_radii", state.ftp_radii, view.plan)
 
         previous = view.match(state.ftp_deviation, "the state's ftp_deviation")
         current = view.map(lambda d: d.tentative)

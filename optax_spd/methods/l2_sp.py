@@ -10,6 +10,7 @@ Difference from the paper: it also has a plain L2 penalty on the new layers. Her
 stage, ``optax.add_decayed_weights`` or ``anchor="zero"``, under the complementary mask.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -59,7 +60,9 @@ def l2_sp(
       mask: as for :func:`optax_spd.spd`: True where the decay applies.
 
     Returns:
-      A stage whose ``update`` needs ``params``. Updates keep their structure and dtypes.
+      A stage whose ``update`` needs ``params``. Updates keep their structure and dtypes. Under
+      ``optax.inject_hyperparams`` name in ``static_args`` those of ``mask``, ``anchor`` and
+      ``anchor_dtype`` that can be called: functions, Equinox models, dtypes as classes.
 
     Raises:
       TypeError: a complex parameter (in ``init``), a mask that is not bools.
@@ -94,13 +97,17 @@ def l2_sp(
     ) -> tuple[PyTree, L2SPState]:
         view = options.view(updates, state.anchor, params, extra_args)
         decay = checks.value_at(weight_decay, state.count, view.plan.dtype)
-
-        def step(d: stage.Deviation) -> jax.Array:
-            pull = decay.astype(d.step.dtype) * d.delta
-            return d.step + sums.sharded_like(pull, d.step)
-
-        steps = view.map(step)
+        steps = view.map(functools.partial(_pulled, decay))
         count = optax.safe_increment(state.count)
         return view.rebuild(steps), L2SPState(count, state.anchor)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+@jax.jit  # so that arrays of one shape share a trace
+def _pulled(decay: jax.Array, d: stage.Deviation) -> jax.Array:
+    """U + λ Δ; exactly u where λ = 0, also if Δ is not finite."""
+    decay = decay.astype(d.step.dtype)
+    is_off = sums.sharded_like(decay == 0, d.step)
+    pull = sums.sharded_like(decay * d.delta, d.step)
+    return jnp.where(is_off, d.step, d.step + pull)

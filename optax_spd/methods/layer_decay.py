@@ -90,7 +90,8 @@ def layerwise_lr_decay(
           ``r"\[(\d+)\]$"`` counts the layers of a scanned model). Then D is the largest number
           plus one: the last layer has the scale ``decay``. Layers that do not match are embeddings
           (:data:`optax_spd.DEFAULT_EMBEDDING_PATTERNS`), one below the smallest number, or
-          everything else, such as the head and the last normalisation, at depth D: full rate;
+          everything else, such as the head and the last normalisation, at depth D: full rate. A
+          ``UserWarning`` says if that includes blocks numbered like those that match;
         - a function from layer name to d, or to None for full rate. Then D is the largest d.
       min_scale: the smallest scale, from 0 to 1, or a schedule of it.
       layers: what a layer is, see :func:`optax_spd.stacked`; None for one per array.
@@ -104,8 +105,8 @@ def layerwise_lr_decay(
       leaves pass through. Inside ``optax.partition`` or ``optax.masked`` D is that of its part of
       the tree. This is right for the towers of a CLIP model, and wrong for a part without the last
       layers: then put it behind, ``chain(partition(...), layerwise_lr_decay(...))``. Under
-      ``optax.inject_hyperparams`` name ``depth``, ``layers`` and ``mask`` in ``static_args``. Under
-      ``shard_map`` leave the stacked axes whole.
+      ``optax.inject_hyperparams`` name in ``static_args`` those of ``depth``, ``layers`` and
+      ``mask`` that are functions. Under ``shard_map`` leave the stacked axes whole.
 
     Raises:
       TypeError: a complex parameter, a mask that is not bools, a wrong argument type, a depth that
@@ -123,6 +124,12 @@ def layerwise_lr_decay(
       >>> updates, state = tx.update(params, tx.init(params), params)
       >>> {name: round(float(update[0]), 3) for name, update in updates.items()}
       {'embed': -0.125, 'head': -1.0, 'layer_0': -0.25, 'layer_1': -0.5}
+
+      The state has what each layer gets, from ``init`` on:
+
+      >>> scales = optax.tree.get(tx.init(params), "layer_decay_scale")
+      >>> dict(zip(optax_spd.layer_names(params), map(float, scales)))
+      {'embed': 0.125, 'head': 1.0, 'layer_0': 0.25, 'layer_1': 0.5}
 
     References:
       Howard & Ruder, `Universal Language Model Fine-tuning for Text Classification
@@ -153,9 +160,8 @@ def layerwise_lr_decay(
         updates: PyTree, state: LayerDecayState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, LayerDecayState]:
         del extra_args
-        trees.require_params(params)
-        flat, plan, _ = plans.planned(params, layers, mask)
-        stage.check_vector("layer_decay_scale", state.layer_decay_scale, plan)
+        vectors = {"layer_decay_scale": state.layer_decay_scale}
+        flat, plan = stage.planned(updates, params, layers, mask, vectors)
         scale = scales(flat, plan, state.count)
         new_updates = scaling.scaled(updates, flat, plan, scale)
         return new_updates, LayerDecayState(

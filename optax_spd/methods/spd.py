@@ -18,7 +18,8 @@ Differences from the authors' code:
 2. ‖Δ̃‖ - ‖Δ‖ is computed as ⟨u, Δ + Δ̃⟩ / (‖Δ̃‖ + ‖Δ‖). The value is the same, without the
    cancellation that in float32 loses all its digits when steps are small.
 3. A layer whose c or r is not finite keeps the inner optimizer's update (in the original NaN
-   spreads over the layer), and so does a layer with Δ̃ = 0.
+   spreads over the layer), and so does a layer with Δ̃ = 0. Norms come from their squares, so in
+   float32 a layer also keeps u where ‖Δ̃‖ is below about 1e-19 or above about 1e19.
 4. Sums have at least float32 whatever the parameters' dtype.
 5. A layer may be a slice of an array or several arrays (``layers=``).
 """
@@ -152,8 +153,8 @@ def spd(
       ``spd_ratio``, the last r per layer: shape (layers,), the widest parameter dtype and at least
       float32, in the order of :func:`optax_spd.layer_names`; and ``spd_fired``, how many updates
       so far pulled the layer back. Integer, empty, None and MaskedNode leaves pass through. Under
-      ``optax.inject_hyperparams`` name ``anchor``, ``anchor_dtype``, ``layers``, ``mask`` and
-      ``axis_name`` in ``static_args``.
+      ``optax.inject_hyperparams`` name in ``static_args`` those of ``layers``, ``mask``, ``anchor``
+      and ``anchor_dtype`` that can be called: functions, Equinox models, dtypes as classes.
 
     Raises:
       TypeError: a complex parameter (in ``init``), a mask that is not bools, a wrong argument type.

@@ -97,8 +97,8 @@ def tpgm(
       new ones for every call, from the distribution that you tune hyperparameters on.
 
     Without both it only clips and projects. Then the radii start at half of the *first* step's
-    smallest row norm and never grow: give ``radii=`` to project onto fixed balls. Place it last in
-    the chain, after the learning rate.
+    smallest row norm and never grow, which a ``UserWarning`` says: give ``radii=`` to project onto
+    fixed balls. Place it last in the chain, after the learning rate.
 
     Args:
       radius_optimizer: updates the radii, as one vector; None for ``optax.adam(1e-2)``. Its
@@ -125,9 +125,9 @@ def tpgm(
       holds γ: shape (layers,), the widest parameter dtype and at least float32, in units of the
       norm. An update that learns needs memory for one more copy of the parameters (their
       projection), and for ``validation_fn`` and its gradient. Under ``optax.inject_hyperparams``
-      name ``radius_optimizer``, ``norm``, ``radii``, ``anchor``, ``anchor_dtype``, ``layers``,
-      ``mask`` and ``axis_name`` in ``static_args``. Inside ``optax.MultiSteps`` validation runs on
-      every micro-step; see the documentation for how to avoid it.
+      name in ``static_args`` those of ``layers``, ``mask``, ``anchor`` and ``anchor_dtype`` that
+      can be called: functions, Equinox models, dtypes as classes. Inside ``optax.MultiSteps``
+      validation runs on every micro-step; see the documentation for how to avoid it.
 
     Raises:
       TypeError: a complex parameter (in ``init``), a mask that is not bools, a wrong argument type.
@@ -182,8 +182,8 @@ def tpgm(
     def update(
         updates: PyTree, state: TPGMState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, TPGMState]:
-        view = options.view(updates, state.anchor, params, extra_args)
-        stage.check_vector("tpgm_radii", state.tpgm_radii, view.plan)
+        vectors = {"tpgm_radii": state.tpgm_radii}
+        view = options.view(updates, state.anchor, params, extra_args, vectors)
         validate = _validation(view, params, extra_args)
 
         tentative = view.map(lambda d: d.tentative)
@@ -206,8 +206,11 @@ def tpgm(
         def only_clip() -> tuple[jax.Array, PyTree]:
             return constraint.clipped(start), state.radius_state
 
-        if validate is None:
-            new_radii, radius_state = only_clip() if radii is None else (start, state.radius_state)
+        if validate is None and radii is not None:
+            new_radii, radius_state = start, state.radius_state
+        elif validate is None:
+            _warn_of_no_learning(view)
+            new_radii, radius_state = only_clip()
         elif isinstance(every, int) and every == 1:
             new_radii, radius_state = learn()
         else:
@@ -225,6 +228,17 @@ def tpgm(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _warn_of_no_learning(view: stage.StageView) -> None:
+    """Warns that an update without validation data and without ``radii=`` learns nothing."""
+    if any(deviation is not None for deviation in view.deviations):
+        checks.warn(
+            "update got no validation data, so tpgm only projects and learns no radii. If no "
+            "update gets any, no radius exceeds half of its layer's first deviation, and the "
+            "layers are held near their anchor. Pass validation_fn= and validation_batches= to "
+            "update, or give fixed balls: optax.chain(optimizer, optax_spd.tpgm(radii=...))."
+        )
 
 
 def _validation(view: stage.StageView, params: PyTree, extra_args: dict[str, Any]) -> Any:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_spd.core import balls, bilevel
-from optax_spd.layers import plans
+from optax_spd.layers import plans, trees
 from optax_spd.layers.spec import LayerFn
 from optax_spd.layers.types import Mask, Norm
 from optax_spd.posthoc.project import displacement, matched_anchor, plan_of
@@ -105,22 +105,46 @@ def fit_radii(
         ) from error
     plan = plan_of(params, layers, mask)
     pretrained = matched_anchor(params, anchor, plan)
-    fitted: FittedRadii = _fit(
-        params, pretrained, validation_batches, validation_fn, optimizer, norm, plan
+    flat = trees.flatten(params)
+    arrays = trees.only_parameters(flat).leaves
+    settings = tuple(None if x is y else x for x, y in zip(flat.leaves, arrays, strict=True))
+    leaves, radii, losses = _fit(
+        arrays,
+        pretrained,
+        validation_batches,
+        flat.treedef,
+        settings,
+        validation_fn,
+        optimizer,
+        norm,
+        plan,
     )
-    return fitted
+    fitted = [x if y is None else y for x, y in zip(settings, leaves, strict=True)]
+    return FittedRadii(flat.unflatten(fitted), radii, losses)
 
 
-@functools.partial(jax.jit, static_argnames=("validation_fn", "optimizer", "norm", "plan"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("structure", "settings", "validation_fn", "optimizer", "norm", "plan"),
+)
 def _fit(
-    params: PyTree,
+    arrays: list[Any],
     pretrained: list[Any],
     batches: PyTree,
+    structure: Any,
+    settings: tuple[Any, ...],
     validation_fn: bilevel.ValidationFn,
     optimizer: optax.GradientTransformation,
     norm: Norm,
     plan: plans.LayerPlan,
-) -> FittedRadii:
+) -> tuple[list[Any], jax.Array, jax.Array]:
+    """The fitted leaves, the radii and the losses.
+
+    ``settings`` are the leaves that are no parameters, such as activation functions: constants of
+    the program, for ``validation_fn``.
+    """
+    leaves = [x if y is None else y for x, y in zip(settings, arrays, strict=True)]
+    params = jax.tree_util.tree_unflatten(structure, leaves)
     displaced = displacement(params, pretrained, plan)
     (norms,) = balls.ball_norms(norm, plan, None, displaced.deltas)
     active = jnp.isfinite(norms.largest)
@@ -135,5 +159,5 @@ def _fit(
         constraint, loss_fn, displaced.projected, batches, optimizer, start, optimizer.init(zeros)
     )
     projected = displaced.projected(constraint.factors(learned.radii))
-    radii = learned.radii[: len(plan.names)]
-    return FittedRadii(displaced.filled(projected), radii, learned.losses)
+    fitted = [x if y is None else y for x, y in zip(arrays, projected, strict=True)]
+    return fitted, learned.radii[: len(plan.names)], learned.losses

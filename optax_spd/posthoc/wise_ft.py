@@ -58,8 +58,9 @@ def wise_ft(
       Wortsman et al., `Robust fine-tuning of zero-shot models
       <https://arxiv.org/abs/2109.01903>`_, CVPR 2022.
     """
-    flat = trees.flatten(params)
     check_layers(layers)
+    model = trees.flatten(params)
+    flat = trees.only_parameters(model)
     plan = plans.plan_layers(flat, layers)
     checks.check_finite("alpha", alpha)
     vector = sums.per_layer("alpha", alpha, plan)
@@ -68,15 +69,18 @@ def wise_ft(
         if entry is None
         else _blend(path, theta, theta_0, sums.spread(entry, vector, jnp.ndim(theta)))
         for path, theta, theta_0, entry in zip(
-            flat.paths, flat.leaves, policy.match_anchor(flat, anchor), plan.arrays, strict=True
+            flat.paths, model.leaves, policy.match_anchor(flat, anchor), plan.arrays, strict=True
         )
     ]
-    return flat.unflatten(blended)
+    return model.unflatten(blended)
 
 
 def _blend(path: trees.Path, theta: Any, theta_0: Any, alpha: jax.Array) -> jax.Array:
     dtype = plans.compute_dtype(theta, theta_0)
-    alpha = alpha.astype(dtype)
     pretrained = trees.as_real(policy.on_device(theta_0), dtype, "anchor", path)
-    mixed = (1 - alpha) * pretrained + alpha * jnp.asarray(theta, dtype)
-    return mixed.astype(jnp.result_type(theta))
+    tuned = jnp.asarray(theta, dtype)
+    alpha = sums.sharded_like(alpha.astype(dtype), tuned)
+    mixed = (1 - alpha) * pretrained + alpha * tuned
+    # By selects, since 0 times infinity is NaN.
+    ends = jnp.where(alpha == 0, pretrained, jnp.where(alpha == 1, tuned, mixed))
+    return ends.astype(jnp.result_type(theta))

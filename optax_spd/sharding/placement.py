@@ -47,11 +47,11 @@ def shard_like_params(state: PyTree, params: PyTree) -> PyTree:
       state: the result of any transformation's ``init``.
       params: the argument of that ``init``.
     """
-    flat = trees.flatten(params)
+    flat = trees.only_parameters(trees.flatten(params))
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in flat.leaves):
         return state
     found = flat.by_path
-    held = trees.flatten(state)
+    held = trees.flatten(state, unique=False)
 
     def placed(path: trees.Path, leaf: Any) -> Any:
         for start in range(len(path) + 1):

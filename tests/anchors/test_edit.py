@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import jax_utils, nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jax_support import host_memory_works
 
@@ -272,6 +272,42 @@ def test_mismatches_name_the_path() -> None:
     late = optax_spd.set_anchor(dropped, wrong)  # a dropped anchor has no shape; the update has
     with pytest.raises(ValueError, match=r"'head': anchor has shape \(3,\)"):
         stages().update(PARAMS, late, PARAMS)
+
+
+def test_a_replicated_state_is_to_be_unreplicated_first() -> None:
+    state = stages().init(PARAMS)
+    replicated = jax_utils.replicate(state)
+    with pytest.raises(ValueError, match=r"one more leading axis, of size 8.* unreplicate first"):
+        optax_spd.set_anchor(replicated, PRETRAINED)
+    one = optax_spd.set_anchor(jax_utils.unreplicate(replicated), PRETRAINED)
+    jax.tree.map(np.testing.assert_array_equal, one[1].anchor, PRETRAINED)
+    optax_spd.set_anchor(replicated, jax_utils.replicate(PRETRAINED))
+    # Another shape of one array, or other sizes, are no devices.
+    stacked = {
+        name: jnp.stack([x] * n) for n, (name, x) in enumerate(one[1].anchor["dense"].items(), 2)
+    }
+    for anchor in (stacked, {**stacked, "bias": jnp.ones(3)}):
+        with pytest.raises(ValueError, match="has shape") as error:
+            optax_spd.set_anchor(stages().init(anchor), one[1].anchor["dense"])
+        assert "unreplicate" not in str(error.value)
+
+
+class Normalized(nnx.Module):
+    def __init__(self) -> None:
+        self.dense = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+        self.dropout = nnx.Dropout(0.1, rngs=nnx.Rngs(0))
+
+
+def test_more_than_the_parameters_of_a_model_is_too_much() -> None:
+    model, tx = Normalized(), optax_spd.adam_spd(0.1)
+    params = nnx.state(model, nnx.Param)
+    for state in (tx.init(params), optax_spd.drop_anchor(tx.init(params))):
+        with pytest.raises(ValueError, match=r"a leaf at .*nnx.state\(model, nnx.Param\)"):
+            optax_spd.set_anchor(state, nnx.state(model))
+        optax_spd.set_anchor(state, params)
+    with pytest.raises(ValueError, match=r"a leaf at .*nnx.state\(model, nnx.Param\)"):
+        optax_spd.adam_spd(0.1, anchor=nnx.state(model)).init(params)
 
 
 def test_an_unfiltered_equinox_model_is_a_full_tree() -> None:

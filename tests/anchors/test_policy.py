@@ -159,6 +159,17 @@ def test_a_copy_of_host_data_is_a_copy_and_is_placed_nowhere_in_particular() -> 
     assert shared.init({"a": jnp.ones(4)}).anchor["a"].dtype == dtype
 
 
+def test_a_placed_copy_of_host_data_is_a_copy() -> None:
+    memory = np.zeros(128, np.uint8)
+    start = -memory.ctypes.data % 64
+    aligned = memory[start : start + 64].view(np.float32)
+    placed = {"a": jax.device_put(jnp.ones(16), jax.devices()[0])}
+    for dtype in (None, np.float32):
+        held = optax_spd.spd(anchor={"a": aligned}, anchor_dtype=dtype).init(placed).anchor["a"]
+        aligned += 1
+        np.testing.assert_array_equal(held, aligned - 1)
+
+
 def test_init_answers_shape_dtype_structs_in_kind() -> None:
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = NamedSharding(mesh, P("x"))
@@ -188,6 +199,9 @@ def test_the_anchor_takes_the_sharding_of_the_params(jitted: bool) -> None:
     if not jitted:
         for loose in (numpy, jax.tree.map(jnp.asarray, numpy)):  # neither says where it belongs
             assert optax_spd.spd(anchor=loose).init(params).anchor["kernel"].sharding == sharding
+        elsewhere = NamedSharding(mesh, P(None, None))  # the caller's choice
+        placed = jax.device_put(numpy, elsewhere)
+        assert optax_spd.spd(anchor=placed).init(params).anchor["kernel"].sharding == elsewhere
 
 
 def test_a_jitted_init_bakes_a_tree_in_but_initial_copies() -> None:

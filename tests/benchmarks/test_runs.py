@@ -105,6 +105,8 @@ def test_scaling_measures_its_sweeps_and_draws_them(run: Run, tmp_path: pathlib.
             cpu = [one["ready_cpu_seconds"]["median"] for one in (adamw, spd)]
             assert cpu[1] == pytest.approx(spd["trace_cpu_seconds"] + spd["compile_cpu_seconds"])
             assert point["ready_cpu_ratio"]["median"] == pytest.approx(cpu[1] / cpu[0])
+    assert result["trace_cpu_ratio"].keys() == scaling.TRACED.keys()
+    assert all(ratio["median"] > 0.5 for ratio in result["trace_cpu_ratio"].values())
 
 
 def test_memory_counts_the_bytes_of_training(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

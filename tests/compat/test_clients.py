@@ -27,6 +27,7 @@ from flax import linen as nn, nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jax_support import optimizer_sharding_works
+from tpgm_steps import projects_only
 
 import optax_spd
 
@@ -47,6 +48,7 @@ def test_a_linen_train_state_runs_the_program_of_a_plain_loop(name: str) -> None
     assert str(jax.make_jaxpr(step)(PRETRAINED, at(GRADS, 0))) == program(name)
 
 
+@projects_only
 @every_method()
 def test_arguments_by_keyword_are_those_by_position(name: str) -> None:
     """As EasyDeL calls it. What a stage does not know it ignores."""

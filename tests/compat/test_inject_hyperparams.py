@@ -1,15 +1,16 @@
-"""The hyperparameters that a docstring says to keep out of ``optax.inject_hyperparams``."""
+"""What ``optax.inject_hyperparams`` must not touch is what the docstrings say, and no more."""
 
 import inspect
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from contract_methods import METHODS, documented_static_args, half_distance
 
 import optax_spd
 
@@ -18,89 +19,103 @@ PARAMS = {
     "layer_0": {"bias": np.ones(4, np.float32), "kernel": np.ones((4, 4), np.float32)},
     "layer_1": {"kernel": np.ones((4, 4), np.float32)},
 }
+MAKERS = {m.build.__name__: m.build for m in METHODS.values() if not m.is_wrapper}
+each_maker = pytest.mark.parametrize("name", MAKERS)
 
 
-def documented_static_args(function: Any) -> tuple[str, ...]:
-    """What a docstring says to name in ``static_args`` of ``optax.inject_hyperparams``."""
-    told = function.__doc__.split("optax.inject_hyperparams``")[1]
-    # The list is before or after the word; the sentence ends with a stop.
-    sentence = re.split(r"\.\s", told.replace("what shapes the program", ""))[0]
-    return tuple(n for n in re.findall(r"[`\"](\w+)[`\"]", sentence) if n != "static_args")
+class Model(eqx.Module):
+    """The parameters in an Equinox model, which can be called."""
+
+    embedding: Any
+    layer_0: Any
+    layer_1: Any
+
+    def __call__(self, x: Any) -> Any:
+        return x
 
 
-def of_kernels(params: Any) -> Any:
-    return jax.tree.map(lambda p: p.ndim == 2, params)
-
-
-# Every argument with a value of its own, the callable ones as functions: those are what Optax would
-# take for schedules.
-ARGUMENTS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "temp_balance": (
-        optax_spd.temp_balance,
-        {
-            "every": 3,
-            "fit": "median",
-            "assign": "sigmoid",
-            "min_scale": 0.4,
-            "max_scale": 1.6,
-            "min_eigenvalues": 4,
-            "unit": "layer",
-            "block": None,  # of the other unit, and a string, which Optax leaves alone
-            "follows": lambda module: module,
-            "skip_first": True,
-            "skip_last": False,
-            "normalize": True,
-            "xmin_pos": 3,
-            "conv_norm": 0.25,
-            "filter_zeros": True,
-            "bins": 50,
-            "sigmoid_min": 1.5,
-            "sigmoid_max": 0.5,
-            "temperature": 0.3,
-            "layers": optax_spd.by_module(),
-            "mask": of_kernels,
-        },
-    ),
-    "layerwise_lr_decay": (
-        optax_spd.layerwise_lr_decay,
-        {
-            "decay": 0.6,
-            "depth": lambda name: float(name.endswith("1")),
-            "min_scale": 0.7,
-            "layers": optax_spd.by_module(),
-            "mask": of_kernels,
-        },
-    ),
-    "sgd_freeze_embed": (
-        optax_spd.sgd_freeze_embed,
-        {
-            "learning_rate": 0.2,
-            "momentum": 0.8,
-            "nesterov": True,
-            "embedding": optax_spd.path_mask("^emb"),
-        },
-    ),
+# What could be taken for a schedule, as what can be called.
+CALLED: dict[str, Any] = {
+    "anchor": Model(**PARAMS),
+    "anchor_dtype": np.float16,
+    "depth": len,
+    "embedding": optax_spd.path_mask("^emb"),
+    "follows": lambda module: module,
+    "layers": optax_spd.by_module(),
+    "mask": lambda params: jax.tree.map(lambda p: p.ndim == 2, params),
+    "mu_dtype": jnp.bfloat16,
+    "state_dtype": np.float16,
 }
-EACH_FUNCTION = pytest.mark.parametrize("name", ARGUMENTS)
+# The same arguments as what cannot.
+NOT_CALLED: dict[str, Any] = {
+    "anchor": PARAMS,
+    "anchor_dtype": "bfloat16",
+    "depth": r"layer_(\d+)",
+    "embedding": ("^emb",),
+    "follows": None,
+    "layers": None,
+    "mask": {"embedding": True, "layer_0": False, "layer_1": True},
+    "mu_dtype": jnp.dtype("bfloat16"),
+    "state_dtype": "bfloat16",
+}
+NUMBERS = {
+    **dict.fromkeys(("learning_rate", "b1", "b2", "eps", "eps_root", "momentum"), 0.1),
+    **dict.fromkeys(("weight_decay", "k", "radius_learning_rate", "decay", "radii"), 0.1),
+    **dict.fromkeys(("min_scale", "max_scale", "sigmoid_min", "sigmoid_max", "temperature"), 0.4),
+    "every": 2,
+}
+SHAPING = {"min_eigenvalues": 4, "xmin_pos": 3, "conv_norm": 0.25, "bins": 50}
+THE_REST = {
+    **dict.fromkeys(("nesterov", "skip_first", "normalize", "filter_zeros"), True),
+    "skip_last": False,
+    "norm": "l2",
+    "fit": "median",
+    "assign": "sigmoid",
+    "unit": "layer",
+    "block": None,
+    "axis_name": None,
+    "radius_optimizer": optax.sgd(0.1),
+}
+VALUES = NUMBERS | SHAPING | THE_REST
 
 
-def injected(name: str, static_args: Iterable[str]) -> Any:
-    """The types of a jitted step's updates and of the hyperparameters in its state."""
-    function, arguments = ARGUMENTS[name]
-    tx = optax.inject_hyperparams(function, static_args=static_args)(**arguments)
+def injected(name: str, values: Mapping[str, Any], static_args: Iterable[str]) -> Any:
+    """The types of a step's updates, and the names of the hyperparameters in its state."""
+    parameters = inspect.signature(MAKERS[name]).parameters
+    arguments = {argument: values[argument] for argument in parameters}  # of each a value
+    tx = optax.inject_hyperparams(MAKERS[name], static_args=static_args)(**arguments)
+    batches = jax.tree.map(lambda x: x[None], PARAMS)
+    data = {"validation_fn": half_distance, "validation_batches": batches}
+    validation = data if "radius_optimizer" in parameters else {}
 
     def step(params: Any) -> Any:
-        return tx.update(params, tx.init(params), params)[0], tx.init(params).hyperparams
+        state = tx.init(params)
+        _, state = tx.update(params, state, params, grad=params, **validation)
+        return tx.update(params, state, params, grad=params, **validation)[0], state.hyperparams
 
-    return jax.eval_shape(step, PARAMS)
+    updates, hyperparams = jax.eval_shape(step, PARAMS)
+    assert jax.tree.map(np.shape, updates) == jax.tree.map(np.shape, PARAMS)
+    return hyperparams.keys()
 
 
-@EACH_FUNCTION
+@each_maker
 def test_the_documented_static_args_are_enough(name: str) -> None:
-    function, arguments = ARGUMENTS[name]
-    assert arguments.keys() == inspect.signature(function).parameters.keys()
-    static = documented_static_args(function)
-    updates, hyperparams = injected(name, static)
-    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(np.shape, PARAMS)
-    numbers = {k for k, v in arguments.items() if type(v) in (int, float)}
-    assert hyperparams.keys() == numbers - set(static)
+    parameters = inspect.signature(MAKERS[name]).parameters.keys()
+    found = injected(name, VALUES | CALLED, documented_static_args(MAKERS[name]))
+    assert found == parameters & NUMBERS.keys()
+
+
+@each_maker
+def test_each_of_them_is_needed(name: str) -> None:
+    documented = documented_static_args(MAKERS[name])
+    for argument in documented:
+        static = [other for other in documented if other != argument]
+        with pytest.raises((TypeError, ValueError)):
+            injected(name, VALUES | CALLED, static)
+
+
+@each_maker
+def test_what_cannot_be_called_needs_no_name(name: str) -> None:
+    parameters = inspect.signature(MAKERS[name]).parameters.keys()
+    found = injected(name, VALUES | NOT_CALLED, parameters & SHAPING.keys())
+    assert found == parameters & NUMBERS.keys()

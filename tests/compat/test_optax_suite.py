@@ -10,8 +10,11 @@ import optax
 import optax_suite
 import pytest
 from contract_methods import METHODS
+from tpgm_steps import projects_only
 
 import optax_spd
+
+pytestmark = projects_only  # the suites know no validation data
 
 CONTRIB = "optax.contrib._common_test"
 SHARDING = "optax._src.sharding_test"

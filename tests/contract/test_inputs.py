@@ -11,6 +11,7 @@ import optax
 import pytest
 from contract_methods import METHODS, every_method
 from contract_runs import GRADS, PRETRAINED, at, step_of, vectors
+from tpgm_steps import projects_only
 
 import optax_spd
 
@@ -109,6 +110,7 @@ PASSING = {
 }
 
 
+@projects_only
 @STAGES
 def test_leaves_that_are_no_layers_pass_through(name: str) -> None:
     tx = METHODS[name].stage()
@@ -126,6 +128,52 @@ def test_leaves_that_are_no_layers_pass_through(name: str) -> None:
         assert anchor["masked"] == optax.MaskedNode()
 
 
+# What a whole model holds besides its trained parameters.
+SETTINGS = {
+    "activation": jnp.tanh,
+    "name": "encoder",
+    "rate": 0.5,
+    "statistics": np.ones(3, np.float32),
+    "table": np.arange(3),
+    "training": False,
+}
+
+
+@every_method()
+def test_a_whole_model_trains_as_its_trained_parameters(name: str) -> None:
+    """``init`` gets the trained parameters, ``update`` a model with functions and numbers."""
+    tx, untrained = contract_methods.optimizer(name), dict.fromkeys(SETTINGS)
+    batches = contract_methods.validation(name, PRETRAINED).get("validation_batches")
+
+    def loss(model: Any, batch: Any) -> jax.Array:
+        return contract_methods.half_distance({key: model[key] for key in batch}, batch)
+
+    extra = {"validation_fn": loss, "validation_batches": batches} if batches else {}
+
+    def train(others: Any) -> Any:
+        params, state = PRETRAINED, tx.init(PRETRAINED | untrained)
+        for index in range(2):
+            grads = at(GRADS, index) | untrained
+            updates, state = tx.update(grads, state, params | others, **extra)
+            assert all(updates[key] is None for key in SETTINGS)
+            params = optax.apply_updates(params, {key: updates[key] for key in params})
+        return params, state
+
+    for make in (lambda others: train(others), lambda others: jax.jit(lambda: train(others))()):
+        found, expected = make(SETTINGS), make(untrained)
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@every_method("no layers")
+def test_python_numbers_may_be_parameters(name: str) -> None:
+    tx, floats = METHODS[name].optimizer(), jax.tree.map(lambda x: float(x.mean()), PRETRAINED)
+    arrays = jax.tree.map(jnp.asarray, floats)
+    extra = contract_methods.validation(name, arrays)
+    runs = [tx.update(p, tx.init(p), p, **extra) for p in (floats, arrays)]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), *runs)
+
+
 @every_method("no layers", where=lambda method: method.is_stage)
 def test_a_tree_without_layers_trains_on(name: str) -> None:
     params = {"steps": jnp.arange(3), "none": None}
@@ -138,6 +186,7 @@ def test_a_tree_without_layers_trains_on(name: str) -> None:
     assert all(vector.shape == (1,) for vector in vectors(name, state).values())
 
 
+@projects_only
 @every_method()
 def test_none_and_masked_leaves_pass_through_the_recipes(name: str) -> None:
     params = PRETRAINED | {"none": None, "masked": optax.MaskedNode()}
@@ -148,6 +197,7 @@ def test_none_and_masked_leaves_pass_through_the_recipes(name: str) -> None:
     assert jax.tree.map(np.shape, updates) == jax.tree.map(np.shape, params)
 
 
+@projects_only
 @STAGES
 def test_a_missing_update_stays_missing(name: str) -> None:
     tx, params = METHODS[name].stage(), {"blocks": {"0": MATRIX, "1": MATRIX.T**3}}
@@ -156,6 +206,30 @@ def test_a_missing_update_stays_missing(name: str) -> None:
         updates, _ = tx.update(grads, tx.init(params), params, **extra_args(name, grads))
         assert updates["blocks"]["1"] == gap
         assert updates["blocks"]["0"].shape == MATRIX.shape
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@STAGES
+def test_a_layer_goes_on_after_a_missing_update_as_if_that_step_had_not_been(
+    name: str, sign: int
+) -> None:
+    """Also after steps down the gradient, by which FTP's radii grow."""
+    tx, params = METHODS[name].stage(), {"blocks": {"0": MATRIX, "1": MATRIX.T**3}}
+    halved = jax.tree.map(lambda x: x / 2, params)
+
+    @jax.jit
+    def step(updates: Any, state: Any) -> Any:
+        grads = jax.tree.map(lambda u: sign * u, updates)
+        return tx.update(updates, state, params, **extra_args(name, grads))
+
+    state = tx.init(halved)
+    for _ in range(2):
+        _, state = step(params, state)
+    expected, _ = step(params, state)
+    for gap in (None, optax.MaskedNode()):
+        _, missed = step({"blocks": {"0": MATRIX, "1": gap}}, state)
+        found, _ = step(params, missed)
+        np.testing.assert_array_equal(found["blocks"]["1"], expected["blocks"]["1"])
 
 
 # Wrong input --------------------------------------------------------------------------------------

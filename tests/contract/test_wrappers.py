@@ -1,7 +1,6 @@
 """Optax's wrappers, schedules and other libraries' containers change no number."""
 
 import functools
-import inspect
 import re
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +31,7 @@ from contract_runs import (
 )
 from flax import linen as nn, nnx
 from flax.core import freeze
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 import optax_spd
 
@@ -64,10 +64,11 @@ def changing(value: float) -> Callable[[Any], Any]:
 
 
 def injected(name: str) -> Any:
-    """The optimizer with its numbers in the state, those of the inner Adam included."""
+    """The optimizer with its numbers in the state; static is what its docstring says."""
     method = METHODS[name]
-    traced = {"b1", "b2", "eps", "eps_root", *method.numbers}
-    static = [n for n in inspect.signature(method.build).parameters if n not in traced]
+    of_the_table = [option for option in ("layers",) if method.takes(option)]
+    documented = contract_methods.documented_static_args
+    static = of_the_table if method.is_wrapper else documented(method.build)
     make = optax.inject_hyperparams(method.build, static_args=static)
     options = {"layers": LAYERS} if method.takes("layers") else {}
     return method.place(make(**method.numbers, **method.fixed, **options))
@@ -297,3 +298,18 @@ def test_init_answers_shapes_with_shapes(name: str) -> None:
     for field in ("anchor", "ftp_deviation"):
         for _, tree in optax.tree.get_all_with_path(held, field):
             assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
+
+
+@every_method(where=lambda method: method.has_anchor)
+def test_init_answers_shardings_with_shardings(name: str) -> None:
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = lambda x: NamedSharding(mesh, P(*[None] * (x.ndim - 1), "x"))
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split(x)), PRETRAINED
+    )
+    held = METHODS[name].stage(layers=LAYERS).init(shapes)
+    fields = ("anchor", "ftp_deviation")
+    found = [tree for field in fields for _, tree in optax.tree.get_all_with_path(held, field)]
+    leaves = jax.tree.leaves(found)
+    assert leaves
+    assert [x.sharding for x in leaves] == [split(x) for x in leaves]

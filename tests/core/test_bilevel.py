@@ -161,10 +161,15 @@ def test_a_layer_starts_when_it_moves_and_a_row_need_not() -> None:
 
 
 def learn(
-    deltas: dict[str, jax.Array], batches: Any, optimizer: Any, radii: Any, loss: Any
+    deltas: dict[str, jax.Array],
+    batches: Any,
+    optimizer: Any,
+    radii: Any,
+    loss: Any,
+    active: Any = None,
 ) -> bilevel.Learned:
     """The loop with an anchor of zeros; the loss gets a dict."""
-    constraint = constraint_of(deltas, "l2")
+    constraint = constraint_of(deltas, "l2", active=active)
     place = lambda factors: [f * d for f, d in zip(factors, deltas.values(), strict=True)]
     loss_fn = lambda leaves, batch: loss(dict(zip(deltas, leaves, strict=True)), batch)
     radii = jnp.asarray(radii, jnp.float32)
@@ -205,6 +210,25 @@ def test_a_sick_loss_is_as_if_its_batch_had_not_been(at: int, poison: float) -> 
         expected.optimizer_state,
     )
     assert np.max(np.abs(found.radii - np.array([2.0, 3.0]))) > 0.1
+
+
+def test_a_loss_that_is_infinite_teaches_nothing_though_its_gradient_is_finite() -> None:
+    loss = lambda params, batch: distance(params, 0.5) + batch
+    for optimizer in (optax.sgd(0.1, momentum=0.9), optax.adam(0.1)):
+        expected = learn(DELTAS, jnp.zeros(2), optimizer, [2.0, 3.0], loss)
+        found = learn(DELTAS, jnp.array([0.0, jnp.inf, 0.0]), optimizer, [2.0, 3.0], loss)
+        np.testing.assert_array_equal(jnp.isfinite(found.losses), [True, False, True])
+        np.testing.assert_allclose(found.radii, expected.radii, rtol=1e-6)
+        assert np.max(np.abs(found.radii - np.array([2.0, 3.0]))) > 0.1
+
+
+def test_a_layer_that_is_not_active_stays_where_it_is_whatever_its_optimizer_does() -> None:
+    """A decay or a momentum moves a radius without a gradient."""
+    decay = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1, momentum=0.9))
+    active = [True, False]
+    learned = learn(DELTAS, jnp.ones(3), decay, [2.0, 3.0], distance, active=active)
+    assert learned.radii[1] == 3
+    assert abs(learned.radii[0] - 2) > 0.1
 
 
 @jax.custom_vjp

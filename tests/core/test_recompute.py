@@ -11,10 +11,13 @@ import numpy as np
 import optax
 import pytest
 from jax_support import host_memory_works, primitives
+from tpgm_steps import projects_only
 
 import optax_spd
 from optax_spd.core import recompute, stage
 from optax_spd.layers import spec
+
+pytestmark = projects_only
 
 PARAMS = {
     "a": jnp.arange(6.0).reshape(2, 3),

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
-from jax_support import primitives
-from tpgm_steps import equations
+from jax_support import equations, primitives
 
 from optax_spd import LayerSpec
 from optax_spd.core.rows import layer_extremes, row_sums
@@ -111,6 +110,21 @@ def test_rows_of_arrays_split_in_all_ways_are_those_of_one_device(check_vma: boo
     expected = jax.jit(rows_of(SPLITS, by_hand=False))(terms)
     assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, expected)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), found, expected)
+
+
+def test_the_extremes_of_a_group_are_those_of_all_its_arrays() -> None:
+    params = {name: np.zeros((2, 3, size), np.float32) for name, size in (("a", 4), ("b", 5))}
+    plan = plans.plan_layers(
+        trees.flatten(params), lambda path, _: LayerSpec(stacked_axes=(0,), group="one")
+    )
+    assert plan.names == ("one[0]", "one[1]")
+    draw = np.random.default_rng(0)
+    for wide in (0, 1):  # either array may have both extremes
+        rows = [draw.uniform(1, 2, size=(2, 1, size)) for size in (4, 5)]
+        rows[wide][:, 0, :2] = [[0.5, 3.0], [0.25, 4.0]]
+        smallest, largest = layer_extremes(plan, [jnp.asarray(x, jnp.float32) for x in rows])
+        np.testing.assert_array_equal(smallest, [0.5, 0.25])
+        np.testing.assert_array_equal(largest, [3.0, 4.0])
 
 
 @pytest.mark.usefixtures("x64")

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from optax_spd.core import stage, sums
-from optax_spd.layers import plans, spec, trees
+from optax_spd.layers import plans, spec
 
 
 def view_of(
@@ -117,12 +117,24 @@ def test_a_float0_update_leaves_its_parameter() -> None:
 
 
 def test_a_vector_of_another_number_of_layers_is_refused() -> None:
-    plan = plans.plan_layers(trees.flatten({"a": jnp.ones(2), "b": jnp.ones(3)}))
-    stage.check_vector("spd_ratio", jnp.zeros(2), plan)
-    for wrong in (jnp.zeros(3), jnp.zeros(()), jnp.zeros((1, 2))):
-        with pytest.raises(ValueError, match=r"state's spd_ratio has shape .* 2 layers") as error:
-            stage.check_vector("spd_ratio", wrong, plan)
-        assert str(wrong.shape) in str(error.value)
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    planned = lambda vector, updates: stage.planned(updates, params, None, None, {"ratio": vector})
+    assert planned(jnp.zeros(2), params)[1].names == ("a", "b")
+    for wrong in (jnp.zeros(1), jnp.zeros(3), jnp.zeros(()), jnp.zeros((1, 2))):
+        with pytest.raises(ValueError, match=r"state's ratio has shape .* 2 layers.*'a', 'b'") as e:
+            planned(wrong, params)
+        assert str(wrong.shape) in str(e.value)
+
+
+def test_arrays_without_an_update_are_left_out_if_init_did_not_get_them() -> None:
+    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    planned = lambda size: stage.planned(
+        {"a": jnp.ones(2), "b": None}, params, None, None, {"ratio": jnp.zeros(size)}
+    )
+    assert planned(2)[1].names == ("a", "b")
+    flat, plan = planned(1)
+    assert plan.names == ("a",)
+    assert flat.leaves[1] is None
 
 
 def test_zeros_like_layers_answer_in_kind() -> None:
@@ -135,6 +147,17 @@ def test_zeros_like_layers_answer_in_kind() -> None:
             assert (zeros["a"].shape, zeros["a"].dtype) == ((2,), expected)
             assert (zeros["ids"], zeros["none"]) == (optax.MaskedNode(), None)
     assert stage.zeros_like_layers({}, plan) == {}
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.float32])
+def test_zeros_like_layers_are_sharded_like_the_parameters(dtype: Any) -> None:
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+    shape = jax.ShapeDtypeStruct((2, 8), jnp.bfloat16, sharding=split)
+    for leaf in (shape, jax.device_put(jnp.ones((2, 8), jnp.bfloat16), split)):
+        plan = plans.planned({"a": leaf}, None, None).plan
+        zeros = stage.zeros_like_layers({"a": leaf}, plan, dtype)["a"]
+        assert zeros.sharding.is_equivalent_to(split, 2)
 
 
 def test_options_are_checked_when_a_stage_is_built() -> None:

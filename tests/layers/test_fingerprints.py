@@ -55,7 +55,7 @@ def test_a_state_passes_for_its_own_layers_only(name: str) -> None:
     ]:
         with pytest.raises(ValueError, match="was made for other layers than the") as error:
             optax_spd.check_state(state, params, **options)
-        assert "call init again" in str(error.value)
+        assert "what init got" in str(error.value)
 
 
 def test_containers_dtypes_and_an_update_change_nothing() -> None:

@@ -227,3 +227,28 @@ def test_what_layers_returns_must_be_specs() -> None:
         optax_spd.layer_names({"a": jnp.ones(1)}, layers=lambda path, array: 0)
     with pytest.raises(TypeError, match=r"'a' is complex .*split_real_and_imaginary"):
         optax_spd.layer_names({"a": jnp.ones(1, complex)})
+
+
+@pytest.mark.parametrize(
+    ("groups", "name", "told"),
+    [
+        ({"a": None, "b": "a"}, "a", ["'a'", "'b'"]),
+        ({"a": 1, "b": "1"}, "1", ["'a'", "'b'"]),
+    ],
+    ids=["label and path", "two labels"],
+)
+def test_two_layers_of_one_name_are_refused(groups: Any, name: str, told: list[str]) -> None:
+    params = {path: jnp.ones(2) for path in groups}
+    layers = lambda path, _: optax_spd.LayerSpec(group=groups[path])
+    with pytest.raises(ValueError, match=f"Two layers have the name '{name}'") as error:
+        optax_spd.layer_names(params, layers=layers)
+    assert all(part in str(error.value) for part in told)
+    # An array in the group of its own name is one layer with the others.
+    together = lambda path, _: optax_spd.LayerSpec(group="a")
+    assert optax_spd.layer_names(params, layers=together) == ["a"]
+
+
+def test_a_path_like_a_stacked_layer_is_refused() -> None:
+    params = {"w": jnp.ones((2, 3)), "w[1]": jnp.ones(3)}
+    with pytest.raises(ValueError, match=r"name 'w\[1\]': that of the array 'w' and .* 'w\[1\]'"):
+        optax_spd.layer_names(params, layers=optax_spd.stacked("^w$"))

@@ -1,5 +1,6 @@
 """Trees matched by path: what a path is, and what is said where two trees differ."""
 
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.core import freeze
+from hypothesis import given, settings, strategies as st
 
 from optax_spd.layers import trees
 
@@ -22,7 +24,7 @@ class Value(NamedTuple):
 
 
 def names(tree: Any) -> list[str]:
-    return [trees.path_name(path) for path in trees.flatten(tree).paths]
+    return [trees.path_name(path) for path in trees.flatten(tree, unique=False).paths]
 
 
 def flat(**leaves: Any) -> trees.FlatTree:
@@ -186,3 +188,89 @@ def test_missing_params_raise_the_words_of_optax() -> None:
         decay.update({"a": jnp.ones(1)}, decay.init({"a": jnp.ones(1)}), None)
     assert str(ours.value) == str(theirs.value)
     trees.require_params({})
+
+
+# Paths that are spelled alike --------------------------------------------------------------------
+
+
+class Twins:
+    """A node whose children share a key."""
+
+    def __init__(self, *children: Any) -> None:
+        self.children = children
+
+
+key = jax.tree_util.GetAttrKey("twin")
+jax.tree_util.register_pytree_with_keys(
+    Twins, lambda node: ([(key, child) for child in node.children], None), lambda _, c: Twins(*c)
+)
+
+
+class Field(NamedTuple):
+    """Its field is spelled like a key."""
+
+    a: Any
+
+
+@pytest.mark.parametrize(
+    ("tree", "path", "told"),
+    [
+        (OrderedDict({1: 0.0, "1": 1.0}), "1", ["tree[1]", "tree['1']"]),
+        ({"a": {0: 1.0}, "b": {"c": [1.0], "c/0": 2.0}}, "b/c/0", ["['c'][0]", "['c/0']"]),
+        ([Twins(1.0, 2.0)], "0/twin", ["tree[0].twin"]),
+        (OrderedDict({2: Field(1.0), "2": {"a": None}}), "2/a", ["[2].a", "['2']['a']"]),
+    ],
+    ids=["number and string", "slash", "twins", "missing"],
+)
+def test_two_leaves_of_one_path_are_refused_and_both_named(
+    tree: Any, path: str, told: list[str]
+) -> None:
+    with pytest.raises(ValueError, match=f"Two leaves have the path '{path}'") as error:
+        trees.flatten(tree)
+    for part in told:
+        assert part in str(error.value)
+
+
+KEYS = st.one_of(st.integers(0, 2), st.sampled_from(["0", "1", "a", "a/0", "value"]))
+TREES = st.recursive(
+    st.just(0.0),
+    lambda children: st.one_of(
+        st.lists(children, max_size=3),
+        st.dictionaries(KEYS, children, max_size=3).map(OrderedDict),
+        st.lists(children, min_size=2, max_size=2).map(lambda pair: Twins(*pair)),
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(TREES)
+def test_any_tree_is_matched_leaf_by_leaf_or_refused(tree: Any) -> None:
+    count = len(jax.tree.leaves(tree))
+    numbered = jax.tree.unflatten(jax.tree.structure(tree), range(count))
+    reference = trees.flatten(numbered, unique=False)
+    if len(set(names(numbered))) < count:
+        with pytest.raises(ValueError, match="Two leaves have the path"):
+            trees.align(reference, numbered, "tree")
+        return
+    assert trees.align(reference, numbered, "tree") == list(range(count))
+    changed = trees.replace_leaves(numbered, {p: -x for p, x in reference.by_path.items()})
+    assert jax.tree.leaves(changed) == [-i for i in range(count)]
+
+
+def test_numbers_and_other_leaves_of_a_model_are_told_apart() -> None:
+    array = np.ones(2, np.float32)
+    others = {"activation": jnp.tanh, "flag": True, "name": "model"}
+    model = {"array": array, "none": None, "rate": 0.5} | others
+    kept = lambda tree, updates=None: {
+        path[0]
+        for path, leaf in trees.only_parameters(trees.flatten(tree), updates).by_path.items()
+        if leaf is not None
+    }
+    assert kept(model) == {"array"}
+    assert kept({"array": array, "rate": 0.5}) == {"array", "rate"}
+    assert kept(model, dict.fromkeys(model)) == {"array"}
+    assert kept(model, dict.fromkeys(model, 1.0)) == {"array", "rate"}
+    assert kept(model, {"rate": None, "array": None}) == {"array"}
+    assert trees.without_settings({"array": array})["array"] is array
+    assert trees.without_settings(model) == dict.fromkeys(model) | {"array": array}

@@ -293,13 +293,68 @@ def test_one_false_for_all_is_refused() -> None:
         tx.init(params)
 
 
+def as_restored(state: Any) -> Any:
+    """As Orbax does: None where the checkpoint has no array."""
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    return jax.tree.map(lambda x: None if is_masked(x) else x, state, is_leaf=is_masked)
+
+
 def test_a_state_saved_with_others_frozen_says_so() -> None:
     params = {"embed": jnp.ones((4, 2)), "head": jnp.ones(2)}
     saved = optax_spd.sgd_freeze_embed(0.1, embedding="^embed").init(params)
-    restored = jax.tree.map(  # as Orbax does: None where the checkpoint has no array
-        lambda x: None if isinstance(x, optax.MaskedNode) else x,
-        saved,
-        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
-    )
-    with pytest.raises(ValueError, match=r"None at .*embed.* other parameters frozen"):
-        optax_spd.sgd_freeze_embed(0.1, embedding="^head").update(params, restored, params)
+    tx = optax_spd.sgd_freeze_embed(0.1, embedding="^head")
+    for update in (tx.update, jax.jit(tx.update)):
+        with pytest.raises(ValueError, match=r"None at .*trace/embed.* other parameters frozen"):
+            update(params, as_restored(saved), params)
+
+
+def test_a_state_made_of_a_filtered_tree_says_so() -> None:
+    params = {"embed": jnp.ones(2), "head": jnp.ones(2), "scale": jnp.ones(2)}
+    tx = optax_spd.with_frozen(optax.adam(0.1), "embed")
+    state = tx.init(params | {"scale": None})
+    with pytest.raises(ValueError, match=r"init makes an array for the parameter 'scale'.*as None"):
+        tx.update(params, state, params)
+    # Where no gradient comes, nothing is lost.
+    updates, _ = tx.update(params | {"scale": None}, state, params)
+    assert updates["scale"] is None
+
+
+def test_an_anchor_that_is_missing_is_the_stage_s_to_name() -> None:
+    params = {"embed": jnp.ones(2), "head": jnp.ones(2)}
+    tx = optax_spd.with_frozen(optax_spd.chain(optax.sgd(0.1), optax_spd.spd()), "embed")
+    state = jax.tree.map(lambda x: None if x.shape == (2,) else x, tx.init(params))
+    with pytest.raises(ValueError, match=r"no anchor at 'head'.*call set_anchor"):
+        tx.update(params, state, params)
+    tx.update(params, optax_spd.set_anchor(state, params), params)
+
+
+NO_STATE = optax.GradientTransformation(lambda params: None, lambda u, s, p=None: (u, s))
+NO_STATES = {
+    "second of a chain": optax.chain(optax.sgd(0.1), NO_STATE),
+    "alone": NO_STATE,
+    "twice": optax.chain(NO_STATE, NO_STATE),
+    "beside a momentum": optax.chain(optax.trace(0.9), NO_STATE),
+}
+
+
+@pytest.mark.parametrize("inner", NO_STATES.values(), ids=NO_STATES)
+@pytest.mark.parametrize("container", [list, tuple, lambda pair: {"0": pair[0], "1": pair[1]}])
+def test_a_stage_may_have_none_for_its_state(container: Any, inner: Any) -> None:
+    """The paths in a chain's state and those of a list of parameters are numbers."""
+    params, frozen = container([jnp.ones(2), jnp.ones(2)]), container([True, False])
+    tx = optax_spd.with_frozen(inner, frozen)
+    state = tx.init(params)
+    for update in (tx.update, jax.jit(tx.update)):
+        new, _ = update(params, state, params)
+        still, moving = jax.tree.leaves(new)
+        assert not np.any(still)
+        assert np.all(moving)
+
+
+def test_a_list_of_parameters_may_lose_an_array_too() -> None:
+    params = [jnp.ones(2), jnp.ones(2)]
+    inner = optax.chain(NO_STATE, optax.trace(0.9), NO_STATE)
+    saved = as_restored(optax_spd.with_frozen(inner, [False, True]).init(params))
+    tx = optax_spd.with_frozen(inner, [True, False])
+    with pytest.raises(ValueError, match=r"None at '.*trace/1'.* the parameter '1'"):
+        tx.update(params, saved, params)

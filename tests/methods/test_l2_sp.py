@@ -115,3 +115,14 @@ def test_around_an_anchor_it_is_adamw_in_the_coordinates_of_the_deviation() -> N
     phi = train(optax.adamw(0.05, weight_decay=0.5), minus(params, anchor), shifted)
     assert_close(minus(ours, anchor), phi, atol=1e-5)
     assert differ(ours, train(optax.adam(0.05), params, plain))
+
+
+@pytest.mark.parametrize("sick", [np.nan, np.inf])
+def test_a_decay_of_zero_keeps_every_bit_whatever_the_anchor_holds(sick: float) -> None:
+    params = {"w": jnp.array([1.0, 2.0])}
+    tx = optax_spd.l2_sp(lambda count: jnp.where(count == 0, 0.0, 0.5), anchor="argument")
+    anchor, state = {"w": jnp.array([sick, 0.0])}, tx.init(params)
+    updates, state = tx.update(params, state, params, anchor=anchor)
+    np.testing.assert_array_equal(updates["w"], params["w"])
+    updates, _ = tx.update(params, state, params, anchor=anchor)
+    np.testing.assert_array_equal(np.isfinite(updates["w"]), [False, True])

@@ -1,5 +1,6 @@
 """Layer-wise decay: the applied step is scaled, by the right power, for every layer and client."""
 
+import re
 from typing import Any
 
 import jax
@@ -115,6 +116,20 @@ def test_a_function_of_the_name_gives_depths() -> None:
     assert set(everywhere.values()) == {1.0}
 
 
+@pytest.mark.parametrize("shift", [0.0, -5.0, 5.0])
+def test_only_the_differences_of_depths_matter(shift: float) -> None:
+    """Depths may be counted from the top, as negative numbers; the head is at the largest."""
+    depths = {"a": 0.0, "b": 1.5, "c": 2.0, "d": None}
+
+    def depth(name: str) -> float | None:
+        number = depths[name]
+        return None if number is None else number + shift
+
+    params = {name: jnp.ones(1) for name in depths}
+    found = scaled_ones(optax_spd.layerwise_lr_decay(0.25, depth), params)
+    assert list(found.values()) == [0.25**2, 0.25**0.5, 1.0, 1.0]
+
+
 def test_the_scales_are_in_the_state_before_the_first_step_and_after() -> None:
     params = model()
     tx = optax_spd.layerwise_lr_decay(0.5, NUMBER, min_scale=0.2)
@@ -187,6 +202,133 @@ def test_a_tree_without_layers_has_one_unused_entry() -> None:
     assert state.layer_decay_scale.shape == (1,)
     updates, _ = tx.update({"static": None}, state, {"static": None})
     assert updates == {"static": None}
+
+
+# Blocks that the pattern leaves out --------------------------------------------------------------
+
+DENSE = ("kernel", "bias")
+BLOCK = ("attention/kernel", "attention/bias", "mlp/kernel", "mlp/bias", "norm/scale")
+CONV_BLOCK = ("conv/kernel", "norm/scale", "norm/bias")
+
+
+def blocks(prefix: str, count: int, arrays: tuple[str, ...] = BLOCK) -> list[str]:
+    return [f"{prefix}{i}/{array}" for i in range(count) for array in arrays]
+
+
+LEFT_OUT = {
+    "a second tower": (
+        r"text/layer_(\d+)",
+        [*blocks("text/layer_", 4), *blocks("vision/layer_", 4)],
+    ),
+    "a shallower one": (
+        r"vision_model/encoder/layers/(\d+)/",
+        [*blocks("vision_model/encoder/layers/", 4), *blocks("text_model/encoder/layers/", 2)],
+    ),
+    "another architecture": (
+        r"^bert/encoder/layer/(\d+)/",
+        [*blocks("bert/encoder/layer/", 3), *blocks("vit/encoder/layer/", 3, CONV_BLOCK)],
+    ),
+    "of bare arrays": (
+        r"text/layer_(\d+)",
+        [f"{tower}/layer_{i}" for tower in ("text", "vision") for i in range(2)],
+    ),
+    "a decoder": (
+        r"encoder/block/(\d+)",
+        [*blocks("encoder/block/", 3), *blocks("decoder/block/", 3)],
+    ),
+    "the lower half": (r"layer_(1\d)/", blocks("encoder/layer_", 12)),
+}
+HEAD = ["head/kernel", "head/bias"]
+EMBED = ["embeddings/word_embeddings/embedding", "embeddings/LayerNorm/scale"]
+NOTHING_LEFT_OUT = {
+    "BERT": (
+        r"encoder/layer/(\d+)/",
+        [*EMBED, *blocks("bert/encoder/layer/", 3), *blocks("cls/transform_", 2, DENSE)],
+    ),
+    "ViT": (
+        r"encoderblock_(\d+)/",
+        [
+            "embedding/kernel",
+            *blocks("Transformer/encoderblock_", 3, ("Dense_0/kernel", "Dense_1/kernel")),
+            *HEAD,
+        ],
+    ),
+    "GPT-2": (r"/h/(\d+)/", ["t/wte/embedding", *blocks("t/h/", 3), "t/ln_f/scale", *HEAD]),
+    "both towers": (r"layer_(\d+)", [*blocks("text/layer_", 2), *blocks("vision/layer_", 3)]),
+    "a head of dense layers": (
+        r"encoder/layers_(\d+)/",
+        [*blocks("encoder/layers_", 3), *blocks("mlp/layers_", 3, DENSE)],
+    ),
+    "dense layers under it too": (
+        r"encoder/layers/(\d+)/",
+        [*blocks("encoder/layers/", 3, DENSE), *blocks("head/layers/", 2, DENSE)],
+    ),
+    "a head by other names": (
+        r"layer_(\d+)/",
+        [*blocks("layer_", 2, DENSE), *blocks("Dense_", 2, ("kernel",)), *blocks("mlp/layers_", 4)],
+    ),
+    "a block with one number": (
+        r"encoder/layer_(\d+)/",
+        [*blocks("encoder/layer_", 3), *blocks("pooler/layer_", 1)],
+    ),
+    "stages": (
+        r"stages_(\d+)/",
+        [
+            "stem/kernel",
+            *(f"stages_{i}/{name}" for i in range(4) for name in blocks("blocks_", 2)),
+            *HEAD,
+        ],
+    ),
+    "experts": (
+        r"/layers_(\d+)/",
+        [f"t/layers_{i}/{name}" for i in range(2) for name in blocks("moe/experts_", 4)],
+    ),
+    "embeddings": (
+        r"encoder/layer_(\d+)",
+        [*blocks("encoder/layer_", 2), *blocks("embeddings/layer_", 2)],
+    ),
+}
+
+
+def tree_of(names: list[str]) -> dict[str, Any]:
+    return {name: jnp.ones(1) for name in names}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT.values(), ids=LEFT_OUT)
+def test_blocks_that_the_pattern_leaves_out_are_warned_of(case: Any) -> None:
+    pattern, names = case
+    tx, params = optax_spd.layerwise_lr_decay(0.5, pattern), tree_of(names)
+    with pytest.warns(UserWarning, match=r"does not match the \d+ blocks.*, so they have the full"):
+        state = tx.init(params)
+    left_out = [not re.search(pattern, name) for name in optax_spd.layer_names(params)]
+    np.testing.assert_array_equal(state.layer_decay_scale == 1, left_out)
+    with pytest.warns(UserWarning, match="does not match the"):
+        tx.update(params, state, params)
+
+
+@pytest.mark.parametrize("case", NOTHING_LEFT_OUT.values(), ids=NOTHING_LEFT_OUT)
+def test_heads_and_what_is_in_a_block_are_not_warned_of(case: Any) -> None:
+    pattern, names = case
+    optax_spd.layerwise_lr_decay(0.5, pattern).init(tree_of(names))
+
+
+def test_scanned_towers_are_warned_of_and_other_stacks_are_not() -> None:
+    params = {name: jnp.ones((3, 2)) for name in ("text/kernel", "text/scale", "vision/kernel")}
+    params["heads/kernel"] = jnp.ones((2, 2))
+    stacked = optax_spd.stacked("")
+    with pytest.warns(UserWarning, match=r"the 3 blocks 'vision/kernel\[#\]'"):
+        optax_spd.layerwise_lr_decay(0.5, r"text/.*\[(\d+)\]$", layers=stacked).init(params)
+    both = r"(?:text|vision)/.*\[(\d+)\]$"
+    optax_spd.layerwise_lr_decay(0.5, both, layers=stacked).init(params)
+
+
+def test_a_tower_may_be_left_out_on_purpose() -> None:
+    pattern, names = LEFT_OUT["a second tower"]
+    params = tree_of(names)
+    one = optax_spd.layerwise_lr_decay(0.5, pattern, mask=optax_spd.path_mask("^text"))
+    assert np.all(one.init(params).layer_decay_scale < 1)
+    depth = lambda name: int(name[11]) if name.startswith("text") else None
+    optax_spd.layerwise_lr_decay(0.5, depth).init(params)
 
 
 # Bad input ---------------------------------------------------------------------------------------

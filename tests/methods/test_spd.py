@@ -285,3 +285,17 @@ def test_gradients_through_a_step_are_finite() -> None:
     arguments = (jnp.array([1.0, 2.0]), jnp.asarray(0.1), jnp.asarray(1.0))
     gradients = jax.grad(trained, argnums=(0, 1, 2))(*arguments)
     assert all(bool(jnp.isfinite(g).all()) for g in gradients)
+
+
+@pytest.mark.parametrize("exponent", range(-30, 31, 3))
+def test_the_ratio_does_not_depend_on_the_scale_or_is_zero(exponent: int) -> None:
+    """In float32 the squares of norms below 1e-19 vanish, and those above 1e19 overflow."""
+    scale = np.float32(10.0**exponent)
+    params, step = {"w": scale * jnp.array([3.0, 4.0])}, {"w": scale * jnp.array([0.3, 0.4])}
+    tx = optax_spd.spd(anchor="zero")
+    updates, state = tx.update(step, tx.init(params), params, grad={"w": jnp.ones(2)})
+    if -18 <= exponent <= 18:
+        np.testing.assert_allclose(state.spd_ratio, [0.5 / 5.5], rtol=1e-5)
+    else:
+        np.testing.assert_array_equal(state.spd_ratio, [0.0])
+        np.testing.assert_array_equal(updates["w"], step["w"])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tpgm_steps import LAYERS, SHAPES, arrays, assert_close, radii_of, stepper
+from tpgm_steps import LAYERS, SHAPES, arrays, assert_close, projects_only, radii_of, stepper
 
 import optax_spd
 
@@ -148,12 +148,14 @@ def replayer(program: Program) -> Any:
     return lambda params, rate: stage(params, rate).init(params), step
 
 
+@projects_only
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c["name"])
 def test_replays_the_original(case: dict[str, Any], x64: None) -> None:
     # With x64 for float32 cases too: Optax's bias corrections need it. All arrays stay float32.
     assert_replayed(case, 1e-9 if case["dtype"] == "float64" else 1e-5)
 
 
+@projects_only
 @pytest.mark.parametrize(
     "case", [c for c in CASES if c["dtype"] == "float32"], ids=lambda c: c["name"]
 )
@@ -219,6 +221,7 @@ def test_equals_numpy_for_any_layers(layers: str, norm: str, every: int, x64: No
 # Without validation data -------------------------------------------------------------------------
 
 
+@projects_only
 @pytest.mark.parametrize("norm", ["l2", "mars"])
 @pytest.mark.parametrize("layers", ["per array", "by module"])
 def test_without_validation_radii_start_at_half_the_first_step_and_never_grow(
@@ -236,6 +239,39 @@ def test_without_validation_radii_start_at_half_the_first_step_and_never_grow(
         np.testing.assert_allclose(radii_of(state), list(reference.radii.values()), rtol=1e-4)
         assert np.all(radii_of(state) <= last)
         last = radii_of(state)
+
+
+NO_RADII = {
+    "stage": optax_spd.tpgm(),
+    "recipe": optax_spd.adam_tpgm(0.1, every=2),
+    "accumulated": optax.MultiSteps(optax_spd.adam_tpgm(0.1), 2),
+}
+
+
+@pytest.mark.parametrize("tx", NO_RADII.values(), ids=NO_RADII)
+def test_a_run_without_validation_data_and_radii_warns_once_a_trace(tx: Any) -> None:
+    params = arrays(0)
+    state, step = tx.init(params), stepper(tx)
+    with pytest.warns(UserWarning, match=r"Pass validation_fn= and.*tpgm\(radii=") as found:
+        jax.eval_shape(tx.update, params, state, params)  # here, where the caller is
+    assert {warning.filename for warning in found} == {__file__}
+    with pytest.warns(UserWarning, match="learns no radii"):
+        step(params, state, params)
+    step(params, state, params)  # is not traced again
+
+
+def test_nothing_warns_where_radii_are_given_learned_or_not_needed() -> None:
+    """Warnings are errors in these tests."""
+    params, batches = arrays(0), arrays(1, 2)
+    for tx, data in (
+        (optax_spd.tpgm(radii=0.5), None),
+        (optax_spd.tpgm(every=3), batches),
+        (optax_spd.adam_tpgm(0.1), batches),
+    ):
+        jax.eval_shape(stepper(tx), params, tx.init(params), params, batches=data)
+    # Of a partition one part may hold no layer.
+    rest, tx = {"count": jnp.arange(3), "none": None}, optax_spd.tpgm()
+    tx.update(rest, tx.init(rest), rest)
 
 
 VECTOR = np.array([0.5, np.inf, 0.0, 0.1, 2.0])
@@ -290,6 +326,7 @@ def test_the_state_does_not_alias_the_given_radii() -> None:
 # An array that has not moved ---------------------------------------------------------------------
 
 
+@projects_only
 @pytest.mark.parametrize("norm", ["l2", "mars"])
 @pytest.mark.parametrize("learns", [True, False], ids=["learning", "projection only"])
 def test_an_array_that_has_not_moved_stays_and_can_leave_later(learns: bool, norm: str) -> None:

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax_support import equations
 from tpgm_steps import (
     Counter,
     arrays,
     assert_close,
     assert_same_bits,
-    equations,
     half_distance,
+    projects_only,
     radii_of,
     stepper,
 )
@@ -40,6 +41,7 @@ def test_radii_are_learned_on_each_kth_step_only(every: Any) -> None:
     assert state.count == 5
 
 
+@projects_only
 def test_the_last_of_several_steps_may_be_without_data() -> None:
     # Calls count, whether there was validation data or not.
     anchor, count = arrays(0), Counter()

@@ -11,7 +11,15 @@ import optax
 import pytest
 from flax import nnx
 from flax.core import freeze
-from tpgm_steps import arrays, assert_close, assert_same_bits, half_distance, radii_of, stepper
+from tpgm_steps import (
+    arrays,
+    assert_close,
+    assert_same_bits,
+    half_distance,
+    projects_only,
+    radii_of,
+    stepper,
+)
 
 import optax_spd
 
@@ -166,6 +174,7 @@ def test_a_sick_update_of_one_layer_touches_no_other(seen: bool, poison: float, 
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((params, state)))
 
 
+@projects_only
 def test_a_layer_that_is_sick_at_first_starts_later() -> None:
     anchor, updates = arrays(0), arrays(1)
     updates["dense/bias"][0] = np.nan

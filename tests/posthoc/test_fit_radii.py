@@ -194,3 +194,29 @@ def test_wrong_input_is_refused(case: str) -> None:
     with pytest.raises(error, match=message) as raised:
         optax_spd.fit_radii(**(arguments | change))
     assert "update got" not in str(raised.value)  # there is no update here
+
+
+def test_a_whole_model_is_fitted_as_its_parameters() -> None:
+    model = {"activation": jnp.tanh, "name": "model", "rate": 0.5, "training": False}
+    params, anchor, batches = arrays(0), arrays(1), arrays(2, 3)
+
+    def loss(whole: Any, batch: Any) -> jax.Array:
+        assert {key: whole[key] for key in model} == model
+        return half_distance({key: whole[key] for key in batch}, batch)
+
+    fit = functools.partial(optax_spd.fit_radii, validation_batches=batches, radius_optimizer=ADAM)
+    expected = fit(params, anchor, half_distance)
+    for others in (dict.fromkeys(model), model):
+        found = fit(params | model, anchor | others, loss)
+        assert {key: found.params.pop(key) for key in model} == model
+        assert_same_bits(found, expected)
+
+
+def test_a_deviation_whose_squares_overflow_is_fitted() -> None:
+    params = {"w": jnp.full(4, 1e20)}
+    fitted = optax_spd.fit_radii(
+        params, {"w": jnp.zeros(4)}, lambda p, batch: jnp.mean(p["w"]) * 1e-20, jnp.ones((2, 1)),
+        radius_optimizer=optax.sgd(0.1), norm="l2",
+    )  # fmt: skip
+    np.testing.assert_allclose(fitted.radii, 1e20, rtol=1e-5)  # half of the norm
+    np.testing.assert_allclose(fitted.params["w"], 0.5e20, rtol=1e-5)

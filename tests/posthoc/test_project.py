@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from flax.core import FrozenDict, freeze
 from hypothesis import given, settings, strategies as st
+from jax_support import host_memory_works
 
 import optax_spd
 from optax_spd import LayerSpec
@@ -275,6 +276,18 @@ def test_radii_keep_float64_for_float64_layers_only(x64: None) -> None:
     np.testing.assert_allclose(np.linalg.norm(result["narrow"]), 1 / 3, rtol=1e-6)
 
 
+if host_memory_works():
+
+    @both_norms
+    @pytest.mark.parametrize("jitted", [False, True])
+    def test_an_anchor_in_host_memory_is_fetched(jitted: bool, norm: str) -> None:
+        kind = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+        function = project if jitted else optax_spd.project
+        result = function(model(), jax.device_put(model(seed=5), kind), 0.5, norm=norm)
+        assert {x.sharding.memory_kind for x in jax.tree.leaves(result)} == {"device"}
+        jax.tree.map(close, result, project(model(), model(seed=5), 0.5, norm=norm))
+
+
 @pytest.mark.parametrize(
     ("coat", "anchor_coat"),
     [("dict", "nnx.State"), ("FrozenDict", "dict"), ("nnx.State", "FrozenDict")],
@@ -376,3 +389,24 @@ def test_complex_arrays_are_refused() -> None:
         call(anchor=sick)
     mask = optax_spd.path_mask("dense")
     assert_equal(call(params=sick, anchor=sick, mask=mask)["head"], sick["head"])
+
+
+MODEL = {"activation": jnp.tanh, "name": "model", "rate": 0.5, "training": False}
+
+
+def test_a_whole_model_is_projected_as_its_parameters() -> None:
+    params, anchor = {"w": jnp.array([[3.0, 4.0]])}, {"w": jnp.zeros((1, 2))}
+    expected = optax_spd.project(params, anchor, [1.0])
+    for others in (dict.fromkeys(MODEL), MODEL, {}):
+        found = optax_spd.project(params | MODEL, anchor | others, [1.0])
+        np.testing.assert_array_equal(found.pop("w"), expected["w"])
+        assert found == MODEL
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e18, 1e19, 1e30, 3e38])
+def test_a_finite_deviation_of_any_size_lands_in_the_l2_ball(size: float) -> None:
+    direction = np.array([0.6, -0.8, 0.0], np.float32)
+    params = {"w": np.float32(size) * direction}
+    anchor = {"w": np.zeros(3, np.float32)}
+    found = optax_spd.project(params, anchor, size / 4, norm="l2")["w"]
+    np.testing.assert_allclose(found, size / 4 * direction, rtol=1e-5)

@@ -129,3 +129,31 @@ def test_wrong_input_is_refused(
     params, whole = pair()
     with pytest.raises(error, match=message):
         optax_spd.wise_ft(params, whole | anchor, alpha, **options)
+
+
+@pytest.mark.parametrize("sick", [np.inf, -np.inf, np.nan])
+def test_the_ends_are_exact_to_the_bit_whatever_the_other_side_holds(sick: float) -> None:
+    healthy = np.array([[-0.0, 1.0], [2.0, 3.0]], np.float32)
+    ill = np.full((2, 2), sick, np.float32)
+    for params, anchor, alpha in ((ill, healthy, 0.0), (healthy, ill, 1.0)):
+        found = optax_spd.wise_ft({"w": params}, {"w": anchor}, alpha)["w"]
+        np.testing.assert_array_equal(np.asarray(found).view(np.int32), healthy.view(np.int32))
+    rows = optax_spd.wise_ft(
+        {"w": np.stack([ill, healthy])},
+        {"w": np.stack([healthy, ill])},
+        [0.0, 1.0],
+        layers=optax_spd.stacked("w"),
+    )["w"]
+    bits = np.stack([healthy, healthy]).view(np.int32)
+    np.testing.assert_array_equal(np.asarray(rows).view(np.int32), bits)
+
+
+def test_what_is_no_parameter_stays_as_it_is() -> None:
+    params, anchor = pair()
+    settings = {"activation": jnp.tanh, "name": "model", "rate": 0.5, "training": False}
+    expected = optax_spd.wise_ft(params, anchor, [0.25, 0.5])
+    for others in (dict.fromkeys(settings), settings, {}):
+        found = optax_spd.wise_ft(params | settings, anchor | others, [0.25, 0.5])
+        assert {key: found[key] for key in settings} == settings
+        for key, blended in expected.items():
+            np.testing.assert_array_equal(found[key], blended)

@@ -15,8 +15,11 @@ import oracles
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from jax_support import host_memory_works, primitives
+from tpgm_steps import projects_only
 
 import optax_spd
+
+pytestmark = projects_only
 
 
 class Case(NamedTuple):

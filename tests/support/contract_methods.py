@@ -5,6 +5,7 @@ Every test in tests/contract/ runs on every line of ``METHODS``. A new method jo
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -211,6 +212,13 @@ def public_makers() -> set[str]:
         for name, function in public.items()
         if inspect.isfunction(function) and inspect.signature(function).return_annotation in made
     }
+
+
+def documented_static_args(function: Any) -> tuple[str, ...]:
+    """What a docstring says to name in ``static_args`` of ``optax.inject_hyperparams``."""
+    told = function.__doc__.split("optax.inject_hyperparams``")[1]
+    sentence = re.split(r"\.\s", told)[0]
+    return tuple(n for n in re.findall(r"``(\w+)``", sentence) if n != "static_args")
 
 
 @functools.cache

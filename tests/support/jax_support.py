@@ -30,12 +30,17 @@ def optimizer_sharding_works() -> bool:
     return "out_sharding" in trace.get_metadata()
 
 
-def primitives(jaxpr: Any) -> Iterator[str]:
-    """Names of all primitives of a jaxpr, inner ones included."""
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations of a jaxpr, inner ones included."""
     for equation in jaxpr.eqns:
-        yield equation.primitive.name
+        yield equation
         for parameter in equation.params.values():
             for inner in parameter if isinstance(parameter, tuple | list) else (parameter,):
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
-                    yield from primitives(inner)
+                    yield from equations(inner)
+
+
+def primitives(jaxpr: Any) -> Iterator[str]:
+    """Names of all primitives of a jaxpr, inner ones included."""
+    return (equation.primitive.name for equation in equations(jaxpr))

@@ -1,16 +1,20 @@
 """What the tests of TPGM share: a small model, a validation loss, steps, and what a step runs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import optax_spd
 
 Arrays = dict[str, Any]
+
+# For steps that project on purpose, without validation data.
+projects_only = pytest.mark.filterwarnings("ignore:update got no validation data")
 
 SHAPES = {
     "blocks/bias": (2, 4),
@@ -96,14 +100,3 @@ def assert_close(actual: Any, expected: Any, atol: float = 2e-6) -> None:
 def assert_same_bits(actual: Any, expected: Any) -> None:
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
-
-
-def equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations of a jaxpr, those of inner ones included."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for parameter in equation.params.values():
-            for inner in parameter if isinstance(parameter, tuple | list) else (parameter,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from equations(inner)

@@ -148,7 +148,7 @@ def hill(e: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
     distinct = total > n * N * jnp.finfo(e.dtype).eps
     alpha = jnp.where(distinct, 1 + n / jnp.where(distinct, total, 1), jnp.inf)
     fitted = 1 - jnp.exp(jnp.where(distinct, 1 - alpha, 0) * logs)
-    distance = jnp.max(jnp.where(j >= i, jnp.abs(fitted - (j - i) / n), 0))
+    distance = jnp.max(jnp.where(j >= i, jnp.abs(fitted - (j - i).astype(e.dtype) / n), 0))
     return alpha, jnp.where(distinct, distance, 1)
 
 
@@ -161,7 +161,7 @@ def _fullest_bin(logs: jax.Array, kept: jax.Array, bins: int) -> jax.Array:
     position = jnp.floor((logs - low) / jnp.where(width > 0, width, 1) * bins)
     index = jnp.clip(position, 0, bins - 1).astype(jnp.int32)
     counts = jnp.zeros(bins, jnp.int32).at[index].add(kept.astype(jnp.int32))
-    return 10 ** (low + jnp.argmax(counts) * width / bins)
+    return 10 ** (low + jnp.argmax(counts).astype(logs.dtype) * width / bins)
 
 
 def power_law_alpha(

@@ -77,7 +77,7 @@ def balance_scales(
         counted &= a >= 0
     if assign == "log2":
         counted &= a > 0
-    n = jnp.sum(counted)
+    n = jnp.sum(counted, dtype=a.dtype)
 
     def span(fraction: jax.Array) -> jax.Array:
         low, high = jnp.asarray(min_scale, a.dtype), jnp.asarray(max_scale, a.dtype)

@@ -42,7 +42,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_spd.core import scaling, stage
-from optax_spd.layers import checks, fingerprints, masks, plans, trees
+from optax_spd.layers import checks, fingerprints, masks, plans
 from optax_spd.layers.spec import LayerFn, check_layers
 from optax_spd.layers.types import Mask
 from optax_spd.methods.temp_balance import groups, power_law, weights
@@ -115,7 +115,9 @@ def temp_balance(
     Everything else keeps its update (normalisation too, unless ``follows`` or ``unit="block"``
     includes it). The state shows the result for a model, in :func:`optax_spd.layer_names` order.
     A model without such weights (LoRA of rank 8) is not balanced at all. Embedding tables are
-    balanced unless masked out. In ``optax.partition`` or ``optax.masked`` each part is balanced
+    balanced unless masked out. A weight of low rank needs ``filter_zeros=True``: most of its
+    eigenvalues are rounding errors, its α follows them, and that shifts the factors of all layers.
+    In ``optax.partition`` or ``optax.masked`` each part is balanced
     separately.
 
     Args:
@@ -144,7 +146,7 @@ def temp_balance(
       xmin_pos: see :func:`optax_spd.power_law_alpha`.
       conv_norm: likewise. Convolutions are arrays with one output axis and at least four axes, or
         with ``spatial_axes`` in their :class:`optax_spd.LayerSpec`.
-      filter_zeros: leave out eigenvalues up to 1e-5.
+      filter_zeros: leave out eigenvalues up to 1e-5; for weights of low rank.
       bins: number of histogram bins for "fix-finger".
       sigmoid_min: see :func:`optax_spd.balance_scales`.
       sigmoid_max: likewise.
@@ -162,9 +164,9 @@ def temp_balance(
       gathering a few at a time. Under ``vmap`` every step computes the spectra, since ``vmap``
       turns a condition into a select. ``optax.MultiSteps`` updates the inner stage on each
       micro-step, so all micro-steps of a step that is due compute the spectra. Under
-      ``optax.inject_hyperparams`` name in ``static_args`` what shapes the program:
-      ``("min_eigenvalues", "xmin_pos", "conv_norm", "filter_zeros", "bins", "skip_first",
-      "skip_last", "normalize", "follows", "layers", "mask")``.
+      ``optax.inject_hyperparams`` name in ``static_args`` the numbers that shape the program,
+      ``min_eigenvalues``, ``xmin_pos``, ``conv_norm`` and ``bins``, and those of ``follows``,
+      ``layers`` and ``mask`` that are functions.
 
     Raises:
       TypeError: an argument of the wrong type, a complex parameter.
@@ -235,9 +237,8 @@ def temp_balance(
         updates: PyTree, state: TempBalanceState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, TempBalanceState]:
         del extra_args
-        trees.require_params(params)
-        flat, plan, _ = plans.planned(params, layers, mask)
-        stage.check_vector("temp_balance_scale", state.temp_balance_scale, plan)
+        vectors = {"temp_balance_scale": state.temp_balance_scale}
+        flat, plan = stage.planned(updates, params, layers, mask, vectors)
         selection = weights.select(
             flat, plan, min_eigenvalues, skip_first=skip_first, skip_last=skip_last
         )

@@ -135,6 +135,17 @@ def test_a_follower_of_a_broken_weight_keeps_its_update() -> None:
     np.testing.assert_array_equal(found, [1, 1])
 
 
+def test_factors_that_are_all_zero_stay_zero() -> None:
+    """They have no mean to be divided by."""
+    found, zeros = jnp.ones(2, bool), lambda alpha, where: jnp.zeros_like(alpha)
+    for group in (
+        groups.Modules(2, np.array([0, 1]), np.array([0, 1])),
+        groups.Blocks(np.array([0, 1]), 2),
+    ):
+        factors = group.scales(jnp.ones(2), found, zeros, normalize=True)
+        np.testing.assert_array_equal(factors, [0, 0])
+
+
 def test_factors_of_blocks() -> None:
     blocks = groups.Blocks(np.array([0, 0, 1, -1, 1]), 2)
     alpha = jnp.array([2.0, 4.0, 9.0, 5.0, 0.0])

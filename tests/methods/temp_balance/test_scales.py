@@ -95,6 +95,8 @@ def test_logarithms_that_add_up_to_nothing_leave_the_layers_alone() -> None:
     np.testing.assert_array_equal(optax_spd.balance_scales(jnp.zeros(3), assign="sqrt"), np.ones(3))
     found = optax_spd.balance_scales(jnp.array([-4.0, 4.0, 4.0]), assign="sqrt")
     np.testing.assert_array_equal(found, np.ones(3))  # the negative one does not count
+    found = optax_spd.balance_scales(jnp.array([0.0, 1.0, 4.0]), assign="sqrt")
+    np.testing.assert_allclose(found, [0, 1, 2], rtol=1e-6)  # but 0 has a square root
     found = optax_spd.balance_scales(jnp.array([0.0, 2.0, 8.0]), assign="log2")
     np.testing.assert_allclose(found, [1, 0.5, 1.5])  # nor does one without a logarithm
 

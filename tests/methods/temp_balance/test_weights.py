@@ -121,6 +121,30 @@ def test_any_layout_has_the_spectra_of_its_matrices() -> None:
     np.testing.assert_array_equal(found, alpha > 0)
 
 
+def test_the_eigenvalues_of_convolutions_alone_are_scaled() -> None:
+    """The filter sees them scaled: it drops some of each convolution's and none of a matrix's."""
+    convolutions = (
+        "convolution",
+        "stacked convolution",
+        "PyTorch's convolution",
+        "one-dimensional convolution",
+    )
+    params = {name: normal(1, *shape) for name, (shape, _, _) in SPECS.items()}
+    selection = selected(params, lambda path, _: SPECS[path][1])
+    alpha, found = selection.alphas(
+        jax.tree.leaves(params), power_law.Fit(filter_zeros=True, conv_norm=1e-7)
+    )
+    expected = []
+    for name in sorted(params):
+        for layer in SPECS[name][2](np.asarray(params[name], np.float64)):
+            values = np.sort((np.linalg.svd(layer, compute_uv=False) ** 2).ravel())
+            kept = values[(1e-7 if name in convolutions else 1) * values > power_law.ZERO]
+            assert (len(kept) < len(values)) == (name in convolutions)
+            expected.append(numpy_alpha(kept, "median"))
+    np.testing.assert_allclose(alpha, expected, rtol=1e-4)
+    assert found.all()
+
+
 def test_biases_have_no_spectrum_whatever_their_axes() -> None:
     params = {
         "query": {"kernel": jnp.ones((16, 4, 8)), "bias": jnp.ones((4, 8))},

@@ -31,9 +31,9 @@ def set_anchor(state: PyTree, anchor: PyTree, *, anchor_dtype: DType = None) -> 
         ``opt_state``.
       anchor: the full parameter tree, regardless of masks in the optimizer. Leaves are matched by
         path; containers (dict, FrozenDict, nnx.State) and boxes may differ from the state's. A
-        partial restore leaves None in place of arrays, so where the state has None, an array given
-        here fills it. Where the parameters have None, the tree must too (Equinox: filter it as the
-        parameters).
+        checkpoint without the anchor leaves None, ``...`` or ``{}`` in place of arrays (Orbax,
+        flax.serialization), and an array given here fills it. Where the parameters have None, the
+        tree must too (Equinox: filter it as the parameters).
       anchor_dtype: the dtype to store floating leaves in; None for the replaced leaf's, or for
         the new leaf's own if the anchor was dropped.
 
@@ -72,7 +72,9 @@ def _replaced(node: Any, anchor: PyTree, dtype: np.dtype | None) -> PyTree:
     sources = policy.match_anchor(reference, anchor, "the state's anchor")
     _check_layers(node, reference)
     return flat.unflatten(
-        policy.copied(
+        old
+        if trees.is_missing(like)
+        else policy.copied(
             source,
             like,
             dtype or (None if policy.is_anchor_leaf(old) else jnp.result_type(old)),
@@ -85,23 +87,27 @@ def _replaced(node: Any, anchor: PyTree, dtype: np.dtype | None) -> PyTree:
 def _expected_leaf(path: trees.Path, held: Any, found: dict[trees.Path, Any]) -> Any:
     """The array whose shape the new anchor must have at ``path``.
 
-    It is the held array. If that was dropped, or became None in a partial restore, its shape is
-    unknown, and the new anchor's own array is returned.
+    It is the held array. If that is missing, because it was dropped or the checkpoint had none, its
+    shape is unknown, and the new anchor's own array is returned. None if there is none either: the
+    parameters have None or an empty container there.
     """
     given = found.get(path)
     is_array = hasattr(given, "shape") and hasattr(given, "dtype")
+    if isinstance(held, optax.MaskedNode) or not policy.is_anchor_leaf(held):
+        return held
+    if is_array:
+        return given
     if isinstance(held, policy.DroppedAnchor):
-        return given if is_array else held
-    if held is not None:
         return held
     below = [p for p in found if len(p) > len(path) and p[: len(path)] == path]
     if below:
         raise ValueError(
-            f"The state's anchor is None at {trees.shown(path)}, where the new anchor has a whole "
-            f"subtree ({trees.shown(below[0])}, ...). Restore the checkpoint into the structure of "
-            "tx.init(params), or of drop_anchor(tx.init(params)), and call set_anchor then."
+            f"The state's anchor is {held!r} at {trees.shown(path)}, where the new anchor has a "
+            f"whole subtree ({trees.shown(below[0])}, ...). Restore the checkpoint into the "
+            "structure of tx.init(params), or of drop_anchor(tx.init(params)), and call set_anchor "
+            "then."
         )
-    return given if is_array else None
+    return None
 
 
 def drop_anchor(state: PyTree) -> PyTree:
@@ -132,7 +138,7 @@ def drop_anchor(state: PyTree) -> PyTree:
 
     def dropped(node: Any) -> PyTree:
         flat = trees.flatten(node.anchor, is_leaf=policy.is_anchor_leaf)
-        if not any(isinstance(leaf, policy.DroppedAnchor) for leaf in flat.leaves):
+        if not all(policy.is_anchor_leaf(leaf) for leaf in flat.leaves):
             _check_layers(node, flat)
         return flat.unflatten(
             leaf if policy.is_anchor_leaf(leaf) else policy.DroppedAnchor() for leaf in flat.leaves

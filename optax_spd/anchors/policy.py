@@ -219,8 +219,14 @@ def resolve_anchor(
 
 
 def is_anchor_leaf(node: Any) -> bool:
-    """Whether a node of an anchor tree stands for a missing or dropped array."""
-    return trees.is_missing(node) or isinstance(node, DroppedAnchor)
+    """Whether a node of an anchor tree may stand for a missing or dropped array.
+
+    ``drop_anchor`` leaves a marker. Where a checkpoint has no array, Orbax leaves None or ``...``,
+    and flax.serialization ``{}``. A parameter tree may have empty containers of its own, so whether
+    an array is missing shows only beside a tree that has one there.
+    """
+    has_children = jax.tree.leaves(node, is_leaf=lambda child: child is not node)
+    return node is ... or not has_children
 
 
 def is_on_host(theta_0: Any) -> bool:

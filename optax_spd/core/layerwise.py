@@ -206,7 +206,7 @@ def _new_update(
 ) -> jax.Array:
     """``act`` where the decision changes u; u elsewhere, by a select, which stops NaN."""
     new = act(d, *(c.astype(d.step.dtype) for c in coefficients))
-    return jnp.where(sharded_like(changes, d.step), new, d.step)
+    return jnp.where(sharded_like(changes, d.step), sharded_like(new, d.step), d.step)
 
 
 def _memory_dtype(value: Any, plan: LayerPlan) -> Any:

@@ -233,7 +233,7 @@ def project_step(d: Deviation, factor: jax.Array) -> jax.Array:
         factor < 0.5, factor * d.tentative - d.delta, d.step - (1 - factor) * d.tentative
     )
     outside = sums.sharded_like(factor < 1, d.step)
-    return jnp.where(outside, projected, d.step)
+    return jnp.where(outside, sums.sharded_like(projected, d.step), d.step)
 
 
 def zeros_like_layers(params: PyTree, plan: plans.LayerPlan, dtype: Any = None) -> PyTree:

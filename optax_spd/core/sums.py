@@ -248,11 +248,12 @@ def spread_over(
 def sharded_like(values: jax.Array, array: jax.Array) -> jax.Array:
     """Values that broadcast against ``array``, to select with or by.
 
-    An explicit-sharding mesh wants all operands of a select sharded alike, and values that are
-    spread from a per-layer vector are replicated.
+    An explicit-sharding mesh wants all operands of a select sharded alike. But values that are
+    spread from a per-layer vector are replicated, and the anchor may be split where the parameters
+    are not.
     """
     sharding = jax.typeof(array).sharding
-    if all(part is None for part in sharding.spec):
+    if all(part is None for part in (*sharding.spec, *jax.typeof(values).sharding.spec)):
         return values
     like: jax.Array = jax.sharding.reshard(jnp.broadcast_to(values, array.shape), sharding)
     return like

@@ -282,4 +282,5 @@ def ftp(
 @jax.jit  # so that arrays of one shape share a trace
 def _next_deviation(d: stage.Deviation, active: jax.Array, previous: jax.Array) -> jax.Array:
     """C for the next step; the previous one where the layer is not active."""
-    return jnp.where(sums.sharded_like(active > 0, previous), d.tentative, previous)
+    current = sums.sharded_like(d.tentative, previous)
+    return jnp.where(sums.sharded_like(active > 0, previous), current, previous)

@@ -109,4 +109,5 @@ def _pulled(decay: jax.Array, d: stage.Deviation) -> jax.Array:
     """U + λ Δ; exactly u where λ = 0, also if Δ is not finite."""
     decay = decay.astype(d.step.dtype)
     is_off = sums.sharded_like(decay == 0, d.step)
-    return jnp.where(is_off, d.step, d.step + decay * d.delta)
+    pull = sums.sharded_like(decay * d.delta, d.step)
+    return jnp.where(is_off, d.step, d.step + pull)

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from jax_support import host_memory_works
 
 import optax_spd
+from optax_spd.anchors import policy
 from optax_spd.layers import trees
 
 PARAMS = {
@@ -190,6 +191,44 @@ def test_what_a_partial_restore_left_is_an_error_until_it_is_set() -> None:
     assert dropped[1].anchor["static"] is None
     restored = optax_spd.set_anchor(dropped, {"kernel": jnp.zeros(2), "static": None})
     assert jax.tree.structure(restored) == jax.tree.structure(tx.init(params))
+
+
+@pytest.mark.parametrize("left", [policy.DroppedAnchor(), None, {}, ...], ids=repr)
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"a": {}, "b": [(), jnp.ones(2), []], "w": jnp.ones(3)},
+        flax.core.freeze({"a": {}, "w": jnp.ones(3)}),
+        [eqx.nn.Identity(), eqx.filter(eqx.nn.Linear(2, 3, key=jax.random.key(0)), eqx.is_array)],
+        nnx.State({"w": nnx.Param(jnp.ones(3))}),
+        {"w": nn.Partitioned(jnp.ones(3), names=(None,))},
+        jnp.ones(3),
+    ],
+    ids=["dict", "FrozenDict", "Equinox", "nnx.State", "partitioned", "an array"],
+)
+def test_empty_containers_of_the_parameters_are_no_dropped_anchors(params: Any, left: Any) -> None:
+    tx = optax_spd.adam_ftp(0.1)
+    state = tx.init(params)
+    expected = tx.update(params, state, params)
+    marked = optax_spd.drop_anchor(state)
+    is_marker = lambda node: isinstance(node, policy.DroppedAnchor)
+    lost = jax.tree.map(lambda x: left if is_marker(x) else x, marked, is_leaf=is_marker)
+    with pytest.raises(ValueError, match="the anchor was dropped; call set_anchor"):
+        tx.update(params, lost, params)
+    for found in (lost, optax_spd.drop_anchor(lost), state):
+        mended = optax_spd.set_anchor(found, params)
+        assert jax.tree.structure(mended) == jax.tree.structure(state)
+        jax.tree.map(np.testing.assert_array_equal, tx.update(params, mended, params), expected)
+
+
+def test_a_new_anchor_need_not_have_the_empty_containers() -> None:
+    state = stages().init(PARAMS | {"empty": {}})
+    mended = optax_spd.set_anchor(optax_spd.drop_anchor(state), PRETRAINED)
+    assert jax.tree.structure(mended) == jax.tree.structure(state)
+    # What is left for an array looks the same, and is still an error.
+    half = stages().init(PARAMS)[1]._replace(anchor=PARAMS | {"head": {}})
+    with pytest.raises(ValueError, match=r"other parameters than its anchor has \(2 arrays"):
+        optax_spd.set_anchor(half, {"dense": PRETRAINED["dense"]})
 
 
 @pytest.mark.parametrize("anchor", ["zero", "argument"])

@@ -26,6 +26,7 @@ from contract_runs import (
 from flax import linen as nn, nnx
 from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax_support import optimizer_sharding_works
 from tpgm_steps import projects_only
 
 import optax_spd
@@ -275,6 +276,46 @@ def test_an_nnx_optimizer_with_sharding_metadata(recipe: str) -> None:
     end = nnx.state(model, nnx.Param)
     ftp = optax.chain(optax.adam(RATE), optax_spd.ftp(**FTP))
     assert_like_plain_loop(start, end, grads, ratios, ftp if recipe == "adam_ftp" else None)
+
+
+if optimizer_sharding_works():  # from some Flax after 0.12.0 on
+
+    @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
+    @pytest.mark.parametrize("recipe", ["adam_spd", "adam_ftp"])
+    def test_an_nnx_optimizer_splits_its_state_alone(recipe: str, axis_type: AxisType) -> None:
+        """The parameters are replicated, and their metadata has another sharding for the state."""
+        mesh = jax.make_mesh((8,), ("x",), axis_types=(axis_type,))
+        whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P("x"))
+        kernel_init = nnx.with_metadata(
+            NORMAL, out_sharding=(None, None), optimizer_sharding=("x", None)
+        )
+        tx = optax_spd.adam_spd(RATE) if recipe == "adam_spd" else optax_spd.adam_ftp(RATE, **FTP)
+        fields = ("anchor", "ftp_deviation") if recipe == "adam_ftp" else ("anchor",)
+
+        def train(kernel_init: Any, steps: int) -> Any:
+            model = nnx.Linear(8, 8, kernel_init=kernel_init, rngs=nnx.Rngs(0))
+            optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+            step = nnx.jit(lambda model, optimizer, grads: optimizer.update(model, grads))
+            for index in range(steps):
+                away = target(index)[:8, 0]
+                params = nnx.state(model, nnx.Param)
+                step(model, optimizer, jax.tree.map(lambda x, u=away: u + 0.1 * x, params))
+                jax.block_until_ready(nnx.state((model, optimizer)))
+                if kernel_init is not NORMAL:  # else the partitioner may split the parameters too
+                    nnx.update(model, jax.device_put(nnx.state(model), whole))
+            return model, optimizer
+
+        with jax.set_mesh(mesh):
+            for steps in (0, 6):
+                model, optimizer = train(kernel_init, steps)
+                assert model.kernel[...].sharding.is_equivalent_to(whole, 2)
+                for field in fields:
+                    kernel = optax.tree.get(optimizer.opt_state, field)["kernel"][...]
+                    assert kernel.sharding.is_equivalent_to(split, 2)
+        expected_model, expected = train(NORMAL, 6)
+        assert_close(
+            plain(nnx.state((model, optimizer))), plain(nnx.state((expected_model, expected)))
+        )
 
 
 # MaxText -----------------------------------------------------------------------------------------

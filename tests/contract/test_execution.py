@@ -158,6 +158,32 @@ def test_a_sharded_run_is_the_run_on_one_device(name: str, axis_type: AxisType) 
     assert_close(found, reference(name), rtol=1e-4)
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
+@every_method()
+def test_on_a_mesh_the_anchor_alone_may_be_split(name: str, axis_type: AxisType) -> None:
+    """Parameters and the rest of the state are whole on each device."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
+    whole = NamedSharding(mesh, P())
+    tx, params = contract_methods.optimizer(name), jax.device_put(PRETRAINED, whole)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS)
+    with jax.set_mesh(mesh):
+        state = jax.device_put(tx.init(params), whole)
+        if METHODS[name].has_anchor:
+            state = optax_spd.set_anchor(
+                state,
+                jax.device_put(PRETRAINED, shardings),
+                anchor_dtype=METHODS[name].fixed.get("anchor_dtype"),
+            )
+        before = types((params, state))
+        grads = jax.device_put(GRADS, whole)
+        found = run(name, jax.jit(step_of(name, tx)), params, state, grads)
+    assert types(found[:2]) == before
+    for _, anchor in optax.tree.get_all_with_path(found[1], "anchor"):
+        split = [not x.sharding.is_fully_replicated for x in jax.tree.leaves(anchor)]
+        assert all(split)
+    assert_close(found, reference(name), rtol=1e-4)
+
+
 def assert_placed(tx: Any, state: Any, shardings: Any) -> None:
     """What is like a parameter in a state lies where its parameter does."""
     is_missing = lambda node: isinstance(node, optax.MaskedNode)

@@ -1,10 +1,12 @@
-"""What the installed JAX can do, and what a program does."""
+"""What the installed JAX and Flax can do, and what a program does."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 
@@ -17,6 +19,15 @@ def host_memory_works() -> bool:
     except Exception:
         return False
     return bool(kept.sharding.memory_kind == "pinned_host")
+
+
+def optimizer_sharding_works() -> bool:
+    """Whether Flax knows a parameter's metadata ``optimizer_sharding``."""
+    with jax.set_mesh(jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))):
+        model = nnx.Dict(weight=nnx.Param(jnp.ones(2), optimizer_sharding=("x",)))
+        optimizer = nnx.Optimizer(model, optax.trace(0.9), wrt=nnx.Param)
+    trace = optax.tree.get(optimizer.opt_state, "trace")["weight"]
+    return "out_sharding" in trace.get_metadata()
 
 
 def equations(jaxpr: Any) -> Iterator[Any]:

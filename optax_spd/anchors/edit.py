@@ -32,8 +32,8 @@ def set_anchor(state: PyTree, anchor: PyTree, *, anchor_dtype: DType = None) -> 
       anchor: the full parameter tree, regardless of masks in the optimizer. Leaves are matched by
         path; containers (dict, FrozenDict, nnx.State) and boxes may differ from the state's. A
         checkpoint without the anchor leaves None, ``...`` or ``{}`` in place of arrays (Orbax,
-        flax.serialization), and an array given here fills it. Where the parameters have None, the
-        tree must too (Equinox: filter it as the parameters).
+        flax.serialization), and an array given here fills it. Where ``init`` got None, as for what
+        is no array in an Equinox model, the tree may have anything.
       anchor_dtype: the dtype to store floating leaves in; None for the replaced leaf's, or for
         the new leaf's own if the anchor was dropped.
 
@@ -68,6 +68,10 @@ def _replaced(node: Any, anchor: PyTree, dtype: np.dtype | None) -> PyTree:
         _expected_leaf(path, leaf, found)
         for path, leaf in zip(flat.paths, flat.leaves, strict=True)
     ]
+    # A None may be an array that the checkpoint lacked, or one that init did not get.
+    with_none = [x if x is None else y for x, y in zip(flat.leaves, expected, strict=True)]
+    if _has_layers_of(node, flat._replace(leaves=with_none)):
+        expected = with_none
     reference = flat._replace(leaves=expected)
     sources = policy.match_anchor(reference, anchor, "the state's anchor")
     _check_layers(node, reference)
@@ -149,21 +153,32 @@ def drop_anchor(state: PyTree) -> PyTree:
 
 def _check_layers(node: Any, anchor: trees.FlatTree) -> None:
     """Raises if a state's per-layer vectors were made for other arrays than its anchor has."""
+    if _has_layers_of(node, anchor) is False:
+        names = _layer_arrays(anchor)
+        raise ValueError(
+            f"The state {type(node).__name__} was made for other parameters than its anchor has "
+            f"({len(names)} arrays, such as {', '.join(map(repr, names[:3]))}). Commonly a "
+            "checkpoint of another model was restored, or init got other arrays: give set_anchor "
+            "the parameters that init got."
+        )
+
+
+def _has_layers_of(node: Any, anchor: trees.FlatTree) -> bool | None:
+    """Whether a state's vectors were made for the arrays of an anchor; None if it cannot tell."""
     fingerprint = getattr(node, "layer_fingerprint", None)
     is_array = isinstance(fingerprint, jax.Array | np.ndarray)
     if not is_array or isinstance(fingerprint, jax.core.Tracer):
-        return
-    names = [
+        return None
+    expected = fingerprints.of_arrays(_layer_arrays(anchor))
+    return bool(np.all(fingerprints.arrays_half(fingerprint) == expected))
+
+
+def _layer_arrays(anchor: trees.FlatTree) -> list[str]:
+    return [
         trees.path_name(path)
         for path, leaf in zip(anchor.paths, anchor.leaves, strict=True)
         if not policy.is_anchor_leaf(leaf) and plans.can_be_layer(leaf)
     ]
-    if np.any(fingerprints.arrays_half(fingerprint) != fingerprints.of_arrays(names)):
-        raise ValueError(
-            f"The state {type(node).__name__} was made for other parameters than its anchor has "
-            f"({len(names)} arrays, such as {', '.join(map(repr, names[:3]))}). Restore the "
-            "checkpoint into tx.init(params) of the model that it was saved from."
-        )
 
 
 def _map_anchors(change: Callable[[Any], PyTree], state: PyTree) -> PyTree:

@@ -43,7 +43,8 @@ def arrays_half(fingerprint: Any) -> np.ndarray:
 
 
 def _checksum(names: Iterable[str]) -> int:
-    return zlib.crc32("\n".join(names).encode()) & 0xFFFF
+    # Each name ends in a newline, so that one empty name is not the same as none.
+    return zlib.crc32("".join(f"{name}\n" for name in names).encode()) & 0xFFFF
 
 
 def check_state(

@@ -334,3 +334,15 @@ def test_the_state_of_an_nnx_optimizer() -> None:
     for _ in range(3):
         optimizer.update(model, grad(model))
     assert (optimizer.opt_state[1].spd_ratio[...] > 0).any()
+
+
+def test_the_anchor_may_be_a_whole_model_of_which_init_got_a_part() -> None:
+    weights = {"kernel": jnp.ones((2, 3)), "table": jnp.arange(3)}
+    settings = {"activation": jnp.tanh, "rate": 0.5, "statistics": jnp.ones(4), "training": False}
+    tx = optax_spd.adam_spd(0.1)
+    expected = tx.init(weights | dict.fromkeys(settings))
+    start = tx.init(jax.tree.map(jnp.zeros_like, weights) | dict.fromkeys(settings))
+    for state in (start, optax_spd.drop_anchor(start)):
+        found = optax_spd.set_anchor(state, weights | settings)
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -208,6 +208,7 @@ def test_a_missing_update_stays_missing(name: str) -> None:
         assert updates["blocks"]["0"].shape == MATRIX.shape
 
 
+@projects_only
 @pytest.mark.parametrize("sign", [1, -1])
 @STAGES
 def test_a_layer_goes_on_after_a_missing_update_as_if_that_step_had_not_been(

@@ -68,10 +68,9 @@ def _replaced(node: Any, anchor: PyTree, dtype: np.dtype | None) -> PyTree:
         _expected_leaf(path, leaf, found)
         for path, leaf in zip(flat.paths, flat.leaves, strict=True)
     ]
-    # A None may be an array that the checkpoint lacked, or one that init did not get.
-    with_none = [x if x is None else y for x, y in zip(flat.leaves, expected, strict=True)]
-    if _has_layers_of(node, flat._replace(leaves=with_none)):
-        expected = with_none
+    as_init = [x if x is None else y for x, y in zip(flat.leaves, expected, strict=True)]
+    if _none_is_from_init(node, flat, flat._replace(leaves=as_init)):
+        expected = as_init
     reference = flat._replace(leaves=expected)
     sources = policy.match_anchor(reference, anchor, "the state's anchor")
     _check_layers(node, reference)
@@ -86,6 +85,20 @@ def _replaced(node: Any, anchor: PyTree, dtype: np.dtype | None) -> PyTree:
         )
         for path, old, like, source in zip(flat.paths, flat.leaves, expected, sources, strict=True)
     )
+
+
+def _none_is_from_init(node: Any, held: trees.FlatTree, as_init: trees.FlatTree) -> bool:
+    """Whether each None of the held anchor is what ``init`` put there.
+
+    Otherwise it stands for an array that a checkpoint did not have. A checkpoint has an anchor or
+    none, so the arrays that are left tell, and else the layers that the state was made for.
+    """
+    has_arrays = any(
+        isinstance(leaf, policy.DroppedAnchor) or not policy.is_anchor_leaf(leaf)
+        for leaf in held.leaves
+    )
+    fits = _has_layers_of(node, as_init)
+    return has_arrays if fits is None else fits
 
 
 def _expected_leaf(path: trees.Path, held: Any, found: dict[trees.Path, Any]) -> Any:

@@ -135,10 +135,11 @@ def _advice(flat: trees.FlatTree, anchor: PyTree, reference_name: str) -> str:
             f"{devices.pop()[0]}. If it is replicated for pmap, unreplicate first "
             "(flax.jax_utils.unreplicate)."
         )
-    if given.keys() - set(flat.paths):
+    fits = all(np.shape(held) == np.shape(given[path]) for path, held in arrays.items())
+    if fits and given.keys() - set(flat.paths):
         return (
-            " Give only what the optimizer trains: for Flax NNX nnx.state(model, nnx.Param), "
-            "without batch statistics and random keys."
+            " Give only the parameters: for Flax NNX nnx.state(model, nnx.Param), without batch "
+            "statistics and random keys."
         )
     return ""
 
@@ -222,8 +223,8 @@ def is_anchor_leaf(node: Any) -> bool:
     """Whether a node of an anchor tree may stand for a missing or dropped array.
 
     ``drop_anchor`` leaves a marker. Where a checkpoint has no array, Orbax leaves None or ``...``,
-    and flax.serialization ``{}``. A parameter tree may have empty containers of its own, so whether
-    an array is missing shows only beside a tree that has one there.
+    and flax.serialization ``{}``. A parameter tree may have empty containers of its own, so a
+    caller compares with a tree that has all arrays.
     """
     has_children = jax.tree.leaves(node, is_leaf=lambda child: child is not node)
     return node is ... or not has_children

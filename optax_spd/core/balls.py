@@ -10,7 +10,8 @@ ICLR 2021, https://arxiv.org/abs/2002.08253):
 
 so that afterwards max_j n_j <= γ. (MARS stands for maximum absolute row sum.) Rows are output
 units, on whatever axis they lie (``layers=``); an array of rank 0 or 1 is one row. Each array of a
-group has its own rows.
+group has its own rows. An l2 norm is finite if Δ is. A row norm may overflow; its layer passes
+through.
 """
 
 import functools
@@ -83,7 +84,9 @@ def ball_norms(
         All have arrays at the same leaves.
     """
     if norm == "l2":
-        terms = _map_leaves(lambda *leaves: sum(map(_squares, leaves), ()), *arrays)
+        terms = _map_leaves(
+            lambda *leaves: sum((_squares(x, plan.dtype) for x in leaves), ()), *arrays
+        )
         totals = layer_sums(plan, terms, 2 * len(arrays), axes)
         return tuple(
             _l2_norms(plan, l2_norm(square, scaled), leaves)
@@ -116,7 +119,10 @@ def norms_and_slope(
     """
     if norm == "l2":
         terms = _map_leaves(
-            lambda p, c, g: (*_squares(p), *_squares(c), g * p), previous, current, grads
+            lambda p, c, g: (*_squares(p, plan.dtype), *_squares(c, plan.dtype), g * p),
+            previous,
+            current,
+            grads,
         )
         *squares, product = layer_sums(plan, terms, 5, axes)
         previous_norm, current_norm = l2_norm(*squares[:2]), l2_norm(*squares[2:])
@@ -150,9 +156,10 @@ def _l2_norms(plan: plans.LayerPlan, norms: jax.Array, arrays: Leaves) -> BallNo
     return BallNorms(spread_over(plan, norms, arrays), norms, norms)
 
 
-def _squares(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _squares(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """The squares of ``x``, and those of ``x`` times a power of 2 small enough not to overflow."""
-    return x**2, (x * _scale(x.dtype)) ** 2
+    x = x.astype(dtype)
+    return x**2, (x * _scale(dtype)) ** 2
 
 
 def _scale(dtype: Any) -> Any:

@@ -220,7 +220,7 @@ def check_validation(validation_fn: Any, validation_batches: Any) -> None:
         raise TypeError(
             f"validation_fn must be a function (params, batch) -> loss, got {validation_fn!r}."
         )
-    flat = trees.flatten(validation_batches)
+    flat = trees.flatten(validation_batches, unique=False)
     arrays = [
         (path, np.shape(leaf))
         for path, leaf in zip(flat.paths, flat.leaves, strict=True)

@@ -124,7 +124,8 @@ def decide_rows(
     @jax.jit  # so that arrays of one shape share a trace
     def decided(*sums: jax.Array) -> Decision:
         finite = _all_finite(sums)
-        decision = decide(*(jnp.where(finite, x, 0) for x in sums), **values)
+        usable = (jnp.where(finite, x, 0).astype(view.plan.dtype) for x in sums)
+        decision = decide(*usable, **values)
         return decision._replace(changes=decision.changes & finite)
 
     def recorded(*sums: jax.Array) -> tuple[jax.Array, ...]:

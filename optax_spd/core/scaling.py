@@ -39,8 +39,7 @@ def scaled(
         step = trees.as_real(leaf, plans.compute_dtype(leaf), "updates", path)
         factor = sums.spread(entry, scale, step.ndim).astype(step.dtype)
         # A factor of 0 stops a layer even if its update is not finite.
-        stopped = sums.sharded_like(factor == 0, step)
-        return jnp.where(stopped, 0, step * factor).astype(jnp.result_type(leaf))
+        return sums.times(factor, step).astype(jnp.result_type(leaf))
 
     changed = zip(flat.paths, map(product, flat.paths, plan.arrays, leaves), strict=True)
     return trees.replace_leaves(updates, {path: u for path, u in changed if u is not None})

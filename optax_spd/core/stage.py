@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from optax_spd.anchors import policy
 from optax_spd.core import sums
@@ -185,7 +186,7 @@ class StageOptions:
         Raises:
           TypeError, ValueError: as the stages document.
         """
-        flat, plan = planned(updates, params, self.layers, self.mask, vectors or {})
+        flat, plan = planned(updates, params, self.layers, self.mask, vectors or {}, held)
         leaves = trees.align(flat, updates, "updates")
         active = [
             entry is not None and not trees.is_missing(leaf)
@@ -266,11 +267,13 @@ def planned(
     layers: LayerFn | None,
     mask: Mask,
     vectors: Mapping[str, jax.Array],
+    held: PyTree = None,
 ) -> tuple[trees.FlatTree, plans.LayerPlan]:
     """The parameters in an update and their layers, which are those that ``init`` found.
 
-    ``init`` may have got the trained arrays only, and ``update`` gets the whole model. So where the
-    state's vectors have fewer entries, arrays without an update are left out.
+    ``init`` may have got the trained arrays only, and ``update`` the whole model. Arrays that
+    ``init`` did not get have no update, and the anchor in the state is None there. A state without
+    an anchor tells by the length of its vectors.
 
     Args:
       updates: the incoming updates.
@@ -278,33 +281,29 @@ def planned(
       layers: as the stages document.
       mask: likewise.
       vectors: the state's per-layer vectors, by name.
+      held: the anchor in the state, ``optax.EmptyState()`` or None if there is none.
 
     Raises:
       ValueError: no params, or a vector without one entry for each layer.
     """
     trees.require_params(params)
-    flat, plan, selected = plans.planned(params, layers, mask, updates)
-    if _fit(vectors, plan):
-        return flat, plan
-    found = trees.flatten(updates).by_path
-    trained = flat._replace(
-        leaves=[
-            None if trees.is_missing(found.get(path)) and not trees.is_missing(leaf) else leaf
-            for path, leaf in zip(flat.paths, flat.leaves, strict=True)
-        ]
-    )
-    trained_plan = plans.plan_layers(trained, layers, selected)
-    if _fit(vectors, trained_plan):
-        return trained, trained_plan
-    field, vector = next((f, v) for f, v in vectors.items() if not _fit({f: v}, plan))
+    has_anchor = held is not None and not isinstance(held, optax.EmptyState)
+    missing = trees.flatten(updates).missing
+    left_out = missing
+    if has_anchor and missing:
+        anchors = trees.flatten(held, policy.is_anchor_leaf).by_path
+        left_out = {path for path in missing if anchors.get(path, 0) is None}
+    options: list[set[trees.Path]] = [left_out] if has_anchor else [set(), missing]
+    for skipped in options:
+        flat, plan, _ = plans.planned(params, layers, mask, updates, skipped)
+        if all(np.shape(vector) == (plan.vector_size,) for vector in vectors.values()):
+            return flat, plan
+    _, plan, _ = plans.planned(params, layers, mask, updates, options[0])
+    field = next(f for f, v in vectors.items() if np.shape(v) != (plan.vector_size,))
     names = ", ".join(map(repr, plan.names[:3]))
     raise ValueError(
-        f"The state's {field} has shape {np.shape(vector)}, but update finds {len(plan.names)} "
-        f"layers under the mask{names and f', such as {names}'}. Commonly the state was restored "
-        "for another model, layers= or mask= changed, or init got other arrays than update gets. "
-        "Make the state with init of these parameters, or restore it into such a state."
+        f"The state's {field} has shape {np.shape(vectors[field])}, with one entry for each layer "
+        f"that init got, but update gets {len(plan.names)} layers under the "
+        f"mask{names and f', such as {names}'}. Give both the same parameters, layers= and mask=. "
+        "Commonly the state was restored for another model."
     )
-
-
-def _fit(vectors: Mapping[str, jax.Array], plan: plans.LayerPlan) -> bool:
-    return all(np.shape(vector) == (plan.vector_size,) for vector in vectors.values())

@@ -245,6 +245,23 @@ def spread_over(
     ]
 
 
+@jax.custom_jvp
+def times(factor: jax.Array, array: jax.Array) -> jax.Array:
+    """``factor * array``; 0 where the factor is 0, whatever the array holds.
+
+    The derivatives are those of the product, also where the factor is 0.
+    """
+    return jnp.where(sharded_like(factor == 0, array), 0, factor * array)
+
+
+@times.defjvp
+def _(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (factor, array), (change, step) = primals, tangents
+    return times(factor, array), change * array + times(factor, step)
+
+
 def sharded_like(values: jax.Array, array: jax.Array) -> jax.Array:
     """Values that broadcast against ``array``, to select with or by.
 

@@ -74,7 +74,7 @@ def is_unmasked(flat: trees.FlatTree) -> bool:
 
 
 def resolve_mask(
-    mask: PyTree | Callable[..., Any] | None, flat: trees.FlatTree
+    mask: PyTree | Callable[..., Any] | None, flat: trees.FlatTree, updates: PyTree = None
 ) -> list[bool] | None:
     """Per leaf of ``flat`` whether the method applies; None if there is no mask.
 
@@ -88,12 +88,17 @@ def resolve_mask(
         return []  # Optax's params placeholder has no leaves, so no mask fits it
     tree = mask(flat.unflatten(flat.leaves)) if is_mask_function(mask) else mask
     covering = trees.broadcast_prefix(flat, tree, "mask", lambda _: False)
+    # A mask made for the trained part of a model has None for the rest.
+    has_none = updates is not None and any(value is None for value in covering)
+    untrained = trees.flatten(updates).missing if has_none else set()
     selected = []
     for path, leaf, value in zip(flat.paths, flat.leaves, covering, strict=True):
         if trees.is_missing(leaf):
             selected.append(False)
         elif isinstance(value, bool | np.bool_):
             selected.append(bool(value))
+        elif value is None and path in untrained:
+            selected.append(False)
         else:
             raise TypeError(f"mask must hold True or False, got {value!r} at {trees.shown(path)}.")
     if is_unmasked(flat) and not any(selected):

@@ -8,7 +8,7 @@ of a state.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence, Set
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -79,7 +79,13 @@ class Planned(NamedTuple):
     selected: list[bool] | None
 
 
-def planned(params: PyTree, layers: LayerFn | None, mask: Any, updates: PyTree = None) -> Planned:
+def planned(
+    params: PyTree,
+    layers: LayerFn | None,
+    mask: Any,
+    updates: PyTree = None,
+    left_out: Set[trees.Path] = frozenset(),
+) -> Planned:
     """The layers of a parameter tree under a mask.
 
     Args:
@@ -87,12 +93,15 @@ def planned(params: PyTree, layers: LayerFn | None, mask: Any, updates: PyTree =
       layers: as for :func:`plan_layers`.
       mask: as for :func:`optax_spd.layers.masks.resolve_mask`.
       updates: the updates, if there are any; they tell which Python numbers are parameters.
+      left_out: paths of arrays that are no parameters here.
 
     Raises:
       TypeError, ValueError: as :func:`plan_layers` and :func:`optax_spd.layers.masks.resolve_mask`.
     """
     flat = trees.only_parameters(trees.flatten(params), updates)
-    selected = masks.resolve_mask(mask, flat)
+    if left_out:
+        flat = flat.without(left_out)
+    selected = masks.resolve_mask(mask, flat, updates)
     return Planned(flat, plan_layers(flat, layers, selected), selected)
 
 
@@ -172,7 +181,8 @@ def can_be_layer(leaf: Any) -> bool:
     if trees.is_missing(leaf):
         return False
     is_floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-    return is_floating and math.prod(jnp.shape(leaf)) > 0
+    # A symbolic dimension (jax.export) is never 0.
+    return is_floating and not any(isinstance(n, int) and n == 0 for n in jnp.shape(leaf))
 
 
 def _is_layer(path: trees.Path, leaf: Any) -> bool:

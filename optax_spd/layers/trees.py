@@ -6,7 +6,7 @@ NNX ``Variable`` box, or missing, as ``MaskedNode`` or ``None``. Its path is the
 
 import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +39,14 @@ class FlatTree(NamedTuple):
         leaves = [
             leaf if want or is_missing(leaf) else optax.MaskedNode()
             for leaf, want in zip(self.leaves, wanted, strict=True)
+        ]
+        return self._replace(leaves=leaves)
+
+    def without(self, paths: Set[Path]) -> "FlatTree":
+        """The same tree, with None in place of the leaves at or below these paths."""
+        leaves = [
+            None if not is_missing(leaf) and _prefix_in(path, paths) is not None else leaf
+            for path, leaf in zip(self.paths, self.leaves, strict=True)
         ]
         return self._replace(leaves=leaves)
 
@@ -99,8 +107,8 @@ def only_parameters(flat: FlatTree, updates: PyTree = None) -> FlatTree:
     """The same tree, with None in place of each leaf that is no parameter.
 
     A model may hold more than arrays: activation functions, strings, flags, a dropout rate. Arrays
-    are parameters. A Python number is one where it has an update. Without ``updates`` it is one in
-    a tree of arrays and numbers only.
+    are parameters. A Python number is a parameter if it has an update. If there are no updates yet,
+    it is a parameter in a tree that holds only arrays and numbers.
 
     Args:
       flat: the parameters, or a whole model.
@@ -109,13 +117,13 @@ def only_parameters(flat: FlatTree, updates: PyTree = None) -> FlatTree:
     if all(is_array(leaf) or is_missing(leaf) for leaf in flat.leaves):
         return flat
     if updates is None:
-        every = all(is_array(x) or is_missing(x) or is_number(x) for x in flat.leaves)
-        counting = set(flat.paths) if every else set()
+        plain = all(is_array(x) or is_missing(x) or is_number(x) for x in flat.leaves)
+        has_update = set(flat.paths) if plain else set()
     else:
-        counting = {p for p, u in flatten(updates).by_path.items() if not is_missing(u)}
+        has_update = {p for p, u in flatten(updates).by_path.items() if not is_missing(u)}
     return flat._replace(
         leaves=[
-            leaf if is_array(leaf) or (is_number(leaf) and path in counting) else _missing(leaf)
+            leaf if is_array(leaf) or (is_number(leaf) and path in has_update) else _missing(leaf)
             for path, leaf in zip(flat.paths, flat.leaves, strict=True)
         ]
     )
@@ -138,7 +146,7 @@ def is_array(leaf: Any) -> bool:
 
 
 def is_number(leaf: Any) -> bool:
-    """Whether a leaf is a Python number; a flag is none."""
+    """Whether a leaf is a Python number. A bool is a flag, not a number."""
     return isinstance(leaf, int | float | complex) and not isinstance(leaf, bool)
 
 
@@ -239,7 +247,7 @@ def _check_known_paths(
         )
 
 
-def _prefix_in(path: Path, paths: set[Path]) -> Path | None:
+def _prefix_in(path: Path, paths: Set[Path]) -> Path | None:
     """The prefix of ``path`` (itself included) in ``paths``; of leaves there is at most one."""
     for depth in range(len(path) + 1):
         if path[:depth] in paths:

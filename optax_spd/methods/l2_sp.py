@@ -97,7 +97,7 @@ def l2_sp(
     ) -> tuple[PyTree, L2SPState]:
         view = options.view(updates, state.anchor, params, extra_args)
         decay = checks.value_at(weight_decay, state.count, view.plan.dtype)
-        steps = view.map(functools.partial(_pulled, decay))
+        steps = view.map(functools.partial(_with_decay, decay))
         count = optax.safe_increment(state.count)
         return view.rebuild(steps), L2SPState(count, state.anchor)
 
@@ -105,9 +105,6 @@ def l2_sp(
 
 
 @jax.jit  # so that arrays of one shape share a trace
-def _pulled(decay: jax.Array, d: stage.Deviation) -> jax.Array:
-    """U + λ Δ; exactly u where λ = 0, also if Δ is not finite."""
-    decay = decay.astype(d.step.dtype)
-    is_off = sums.sharded_like(decay == 0, d.step)
-    pull = sums.sharded_like(decay * d.delta, d.step)
-    return jnp.where(is_off, d.step, d.step + pull)
+def _with_decay(decay: jax.Array, d: stage.Deviation) -> jax.Array:
+    """U + λ Δ; u where λ = 0, also if Δ is not finite."""
+    return d.step + sums.sharded_like(sums.times(decay.astype(d.step.dtype), d.delta), d.step)

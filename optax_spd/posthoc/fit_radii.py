@@ -107,13 +107,13 @@ def fit_radii(
     pretrained = matched_anchor(params, anchor, plan)
     flat = trees.flatten(params)
     arrays = trees.only_parameters(flat).leaves
-    settings = tuple(None if x is y else x for x, y in zip(flat.leaves, arrays, strict=True))
+    settings = [None if x is y else x for x, y in zip(flat.leaves, arrays, strict=True)]
     leaves, radii, losses = _fit(
         arrays,
         pretrained,
         validation_batches,
         flat.treedef,
-        settings,
+        _Settings(settings),
         validation_fn,
         optimizer,
         norm,
@@ -121,6 +121,34 @@ def fit_radii(
     )
     fitted = [x if y is None else y for x, y in zip(settings, leaves, strict=True)]
     return FittedRadii(flat.unflatten(fitted), radii, losses)
+
+
+class _Settings:
+    """Leaves that are no parameters, as a static argument: compared by type and value.
+
+    (1 and True are equal, but programs with them differ. What has no hash is compared by identity.)
+    """
+
+    def __init__(self, leaves: list[Any]) -> None:
+        """Keeps the leaves, so that an identity stays theirs."""
+        self.leaves = leaves
+        self.key = tuple((type(x), x if _has_hash(x) else id(x)) for x in leaves)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all leaves are equal and of equal types."""
+        return isinstance(other, _Settings) and self.key == other.key
+
+    def __hash__(self) -> int:
+        """The hash of types and values."""
+        return hash(self.key)
+
+
+def _has_hash(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 @functools.partial(
@@ -132,7 +160,7 @@ def _fit(
     pretrained: list[Any],
     batches: PyTree,
     structure: Any,
-    settings: tuple[Any, ...],
+    settings: _Settings,
     validation_fn: bilevel.ValidationFn,
     optimizer: optax.GradientTransformation,
     norm: Norm,
@@ -143,7 +171,7 @@ def _fit(
     ``settings`` are the leaves that are no parameters, such as activation functions: constants of
     the program, for ``validation_fn``.
     """
-    leaves = [x if y is None else y for x, y in zip(settings, arrays, strict=True)]
+    leaves = [x if y is None else y for x, y in zip(settings.leaves, arrays, strict=True)]
     params = jax.tree_util.tree_unflatten(structure, leaves)
     displaced = displacement(params, pretrained, plan)
     (norms,) = balls.ball_norms(norm, plan, None, displaced.deltas)

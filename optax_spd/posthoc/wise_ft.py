@@ -64,12 +64,14 @@ def wise_ft(
     plan = plans.plan_layers(flat, layers)
     checks.check_finite("alpha", alpha)
     vector = sums.per_layer("alpha", alpha, plan)
+    layered = flat.only(entry is not None for entry in plan.arrays)
+    pretrained = policy.match_anchor(layered, anchor)
     blended = [
         theta
         if entry is None
         else _blend(path, theta, theta_0, sums.spread(entry, vector, jnp.ndim(theta)))
         for path, theta, theta_0, entry in zip(
-            flat.paths, model.leaves, policy.match_anchor(flat, anchor), plan.arrays, strict=True
+            flat.paths, model.leaves, pretrained, plan.arrays, strict=True
         )
     ]
     return model.unflatten(blended)
@@ -80,7 +82,22 @@ def _blend(path: trees.Path, theta: Any, theta_0: Any, alpha: jax.Array) -> jax.
     pretrained = trees.as_real(policy.on_device(theta_0), dtype, "anchor", path)
     tuned = jnp.asarray(theta, dtype)
     alpha = sums.sharded_like(alpha.astype(dtype), tuned)
-    mixed = (1 - alpha) * pretrained + alpha * tuned
+    return _interpolated(alpha, pretrained, tuned).astype(jnp.result_type(theta))
+
+
+@jax.custom_jvp
+def _interpolated(alpha: jax.Array, start: jax.Array, end: jax.Array) -> jax.Array:
+    """(1 - α) start + α end, with the exact bits at α = 0 and 1.
+
+    The derivatives are those of the formula, also at the ends.
+    """
+    mixed = (1 - alpha) * start + alpha * end
     # By selects, since 0 times infinity is NaN.
-    ends = jnp.where(alpha == 0, pretrained, jnp.where(alpha == 1, tuned, mixed))
-    return ends.astype(jnp.result_type(theta))
+    return jnp.where(alpha == 0, start, jnp.where(alpha == 1, end, mixed))
+
+
+@_interpolated.defjvp
+def _(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> Any:
+    (alpha, start, end), (d_alpha, d_start, d_end) = primals, tangents
+    change = sums.times(1 - alpha, d_start) + sums.times(alpha, d_end) + d_alpha * (end - start)
+    return _interpolated(alpha, start, end), change

@@ -336,10 +336,20 @@ def test_the_state_of_an_nnx_optimizer() -> None:
     assert (optimizer.opt_state[1].spd_ratio[...] > 0).any()
 
 
-def test_the_anchor_may_be_a_whole_model_of_which_init_got_a_part() -> None:
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax_spd.adam_spd(0.1),
+        optax_spd.adamw_l2_sp(0.1),
+        optax_spd.sgd_ftp(0.1),
+        optax_spd.tpgm(radii=1.0),
+        optax_spd.with_anchor(optax_spd.adam_spd(0.1, anchor="argument")),
+    ],
+    ids=["spd", "l2_sp", "ftp", "tpgm", "with_anchor"],
+)
+def test_the_anchor_may_be_a_whole_model_of_which_init_got_a_part(tx: Any) -> None:
     weights = {"kernel": jnp.ones((2, 3)), "table": jnp.arange(3)}
     settings = {"activation": jnp.tanh, "rate": 0.5, "statistics": jnp.ones(4), "training": False}
-    tx = optax_spd.adam_spd(0.1)
     expected = tx.init(weights | dict.fromkeys(settings))
     start = tx.init(jax.tree.map(jnp.zeros_like, weights) | dict.fromkeys(settings))
     for state in (start, optax_spd.drop_anchor(start)):

@@ -195,3 +195,33 @@ def test_tracing_takes_time_in_proportion_to_the_number_of_arrays(name: str) -> 
     calls(10)  # what all arrays of a shape share is traced once
     few, many, most = calls(20), calls(60), calls(100)
     assert many - few == pytest.approx(most - many, rel=0.1)
+
+
+@pytest.mark.parametrize("fit", ["median", "goodness-of-fit", "fix-finger"])
+def test_exponents_do_not_promote_in_float64_either(fit: Any, x64: None) -> None:
+    for dtype in (np.float32, np.float64):
+        weight = WEIGHT.astype(dtype)
+        expected = optax_spd.power_law_alpha(weight, fit=fit)
+        with jax.numpy_dtype_promotion("strict"):
+            found = optax_spd.power_law_alpha(weight, fit=fit)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_a_row_method_does_not_promote_in_a_tree_of_two_dtypes(x64: None) -> None:
+    params = {"a": jnp.ones((2, 3), jnp.float32), "b": jnp.ones((2, 3), jnp.float64)}
+    tx = optax_spd.layerwise(
+        "rows",
+        measure=lambda d: (d.tentative**2,),
+        decide=lambda square, *, size: optax_spd.Decision(
+            {"square": square}, (size / square,), square > size
+        ),
+        act=lambda d, factor: factor * d.step,
+        sums=1,
+        level="row",
+        hyperparameters={"size": 0.5},
+        gradient=False,
+        anchor="zero",
+    )
+    with jax.numpy_dtype_promotion("strict"):
+        updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    jax.tree.map(lambda u: np.testing.assert_allclose(u, 0.5 / 8), updates)

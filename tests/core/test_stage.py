@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+import optax_spd
 from optax_spd.core import stage, sums
 from optax_spd.layers import plans, spec
 
@@ -167,3 +168,31 @@ def test_options_are_checked_when_a_stage_is_built() -> None:
         stage.StageOptions(layers={"a": spec.LayerSpec()})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="axis_name must be a mesh axis name"):
         stage.StageOptions(axis_name=3)
+
+
+def test_the_anchor_tells_which_arrays_init_did_not_get() -> None:
+    """One of those it got may miss its update in a step; another is unknown to the state."""
+    array = jnp.ones(2)
+    params = {"a": array, "b": array, "statistics": array}
+    updates = {"a": array, "b": None, "statistics": None}
+    held = {"a": array, "b": array, "statistics": None}
+    planned = lambda size, held: stage.planned(
+        updates, params, None, None, {"ratio": jnp.zeros(size)}, held
+    )
+    assert planned(2, held)[1].names == ("a", "b")
+    with pytest.raises(ValueError, match="2 layers under the mask"):
+        planned(1, held)
+    assert planned(3, params)[1].names == ("a", "b", "statistics")
+
+
+def test_a_mask_may_have_none_where_a_model_is_not_trained() -> None:
+    array = jnp.ones(2)
+    params = {"a": array, "b": array, "steps": jnp.arange(3)}
+    mask = {"a": True, "b": False, "steps": None}
+    tx = optax_spd.l2_sp(0.5, mask=mask, anchor="zero")
+    state = tx.init({"a": array, "b": array, "steps": None})
+    updates, _ = tx.update({"a": array, "b": array, "steps": None}, state, params)
+    np.testing.assert_array_equal(updates["a"], [1.5, 1.5])
+    np.testing.assert_array_equal(updates["b"], [1.0, 1.0])
+    with pytest.raises(TypeError, match="mask must hold True or False, got None at 'steps'"):
+        tx.update({"a": array, "b": array, "steps": params["steps"]}, state, params)

@@ -126,3 +126,14 @@ def test_a_decay_of_zero_keeps_every_bit_whatever_the_anchor_holds(sick: float) 
     np.testing.assert_array_equal(updates["w"], params["w"])
     updates, _ = tx.update(params, state, params, anchor=anchor)
     np.testing.assert_array_equal(np.isfinite(updates["w"]), [False, True])
+
+
+def test_the_derivative_of_a_decay_of_zero_is_the_deviation() -> None:
+    params, anchor = {"w": jnp.array([3.0, 4.0])}, {"w": jnp.array([1.0, 1.0])}
+
+    def total(decay: jax.Array) -> jax.Array:
+        tx = optax_spd.l2_sp(decay, anchor=anchor)
+        return jnp.sum(tx.update(params, tx.init(params), params)[0]["w"])
+
+    for decay in (0.0, 0.5):
+        np.testing.assert_allclose(jax.grad(total)(decay), 5.0, rtol=1e-6)

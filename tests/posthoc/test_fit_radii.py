@@ -220,3 +220,25 @@ def test_a_deviation_whose_squares_overflow_is_fitted() -> None:
     )  # fmt: skip
     np.testing.assert_allclose(fitted.radii, 1e20, rtol=1e-5)  # half of the norm
     np.testing.assert_allclose(fitted.params["w"], 0.5e20, rtol=1e-5)
+
+
+class Unhashable:
+    """A setting that has no hash."""
+
+    scale = 3.0
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_settings_that_are_equal_but_not_alike_are_told_apart() -> None:
+    params, anchor = {"w": jnp.array([2.0])}, {"w": jnp.zeros(1)}
+
+    def loss(model: Any, batch: Any) -> jax.Array:
+        scale = getattr(model["c"], "scale", 2.0 if model["c"] is True else 1.0)
+        return scale * jnp.mean(model["w"]) + 0 * jnp.sum(batch)
+
+    fit = lambda c: optax_spd.fit_radii(
+        params | {"c": c, "name": "model"}, anchor | {"c": None, "name": None}, loss,
+        jnp.ones((1, 1)), radius_optimizer=ADAM,
+    )  # fmt: skip
+    found = [float(fit(c).losses[0]) for c in (1, True, Unhashable())]
+    np.testing.assert_allclose(found, [1.0, 2.0, 3.0], rtol=1e-6)

@@ -410,3 +410,11 @@ def test_a_finite_deviation_of_any_size_lands_in_the_l2_ball(size: float) -> Non
     anchor = {"w": np.zeros(3, np.float32)}
     found = optax_spd.project(params, anchor, size / 4, norm="l2")["w"]
     np.testing.assert_allclose(found, size / 4 * direction, rtol=1e-5)
+
+
+def test_norms_in_a_tree_of_two_dtypes(x64: None) -> None:
+    params = {"a": jnp.array([3e30, 4e30], jnp.float32), "b": jnp.array([3e200, 4e200])}
+    found = optax_spd.project(params, jax.tree.map(jnp.zeros_like, params), 1.0, norm="l2")
+    for projected in found.values():
+        np.testing.assert_allclose(projected, [0.6, 0.8], rtol=1e-6)
+    assert {str(x.dtype) for x in found.values()} == {"float32", "float64"}

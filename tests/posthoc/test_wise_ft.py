@@ -157,3 +157,26 @@ def test_what_is_no_parameter_stays_as_it_is() -> None:
         assert {key: found[key] for key in settings} == settings
         for key, blended in expected.items():
             np.testing.assert_array_equal(found[key], blended)
+
+
+def test_the_derivatives_at_the_ends_are_those_of_the_formula() -> None:
+    params, anchor = pair()
+    blend = lambda p, a, alpha: jax.tree.reduce(
+        lambda total, x: total + x.sum(), optax_spd.wise_ft(p, a, alpha), jnp.zeros(())
+    )
+    with jax.numpy_dtype_promotion("strict"):
+        for alpha in (0.0, 0.25, 1.0):
+            of_params, of_anchor, of_alpha = jax.grad(blend, (0, 1, 2))(params, anchor, alpha)
+            differences = jax.tree.map(lambda p, a: (p - a).sum(), params, anchor)
+            np.testing.assert_allclose(of_alpha, sum(jax.tree.leaves(differences)), rtol=1e-5)
+            for x in jax.tree.leaves(of_params):
+                np.testing.assert_array_equal(x, np.float32(alpha))
+            for x in jax.tree.leaves(of_anchor):
+                np.testing.assert_array_equal(x, np.float32(1 - alpha))
+
+
+def test_leaves_that_are_no_layers_need_no_anchor() -> None:
+    params = {"steps": np.arange(3), "w": np.ones(2, np.float32)}
+    found = optax_spd.wise_ft(params, {"w": np.zeros(2, np.float32), "steps": None}, 0.5)
+    np.testing.assert_array_equal(found["w"], [0.5, 0.5])
+    assert found["steps"] is params["steps"]

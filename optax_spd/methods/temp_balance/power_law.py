@@ -111,7 +111,7 @@ class Fit:
             starts = np.floor(np.arange(N + 1) / self.xmin_pos).astype(np.int32)
             start = jax.lax.dynamic_index_in_dim(starts, N - first, keepdims=False)
             return hill(e, first + start)[0]
-        i = jnp.arange(N)
+        i = jnp.arange(N, dtype=first.dtype)
         candidate = (i >= first) & (i <= N - 2)
         if self.fit == "fix-finger":
             x = _fullest_bin(jnp.log10(jnp.maximum(eigenvalues, tiny)), i >= first, self.bins)
@@ -141,7 +141,7 @@ def hill(e: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
       i: index of the first eigenvalue in the tail.
     """
     N = e.shape[0]
-    j = jnp.arange(N)
+    j = jnp.arange(N, dtype=i.dtype)
     n = (N - i).astype(e.dtype)
     logs = jnp.where(j >= i, jnp.log(e / e[i]), 0)  # ln(e_j / e_i); 0 outside the tail
     total = jnp.sum(logs)

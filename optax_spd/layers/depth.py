@@ -181,7 +181,7 @@ class Blocks(NamedTuple):
     def are_like(self, others: "Blocks") -> bool:
         """Whether these are blocks as deep as others with the same key, and not a small head.
 
-        A dense layer has one or two arrays, and a head has fewer of them than the network has.
+        A head of dense layers has one or two arrays in each, and fewer layers than the network.
         """
         as_many = len(self.numbers) >= len(others.numbers) and self.endings == others.endings
         return len(self.numbers) > 1 and (len(self.endings) > 2 or as_many)

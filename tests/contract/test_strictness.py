@@ -13,6 +13,7 @@ import optax
 import pytest
 from contract_methods import METHODS, every_method
 from contract_runs import GRADS, PRETRAINED, assert_close, at, on_device, step_of
+from jax import export
 
 import optax_spd
 
@@ -125,7 +126,7 @@ def test_a_compiled_step_transfers_nothing(name: str) -> None:
 def test_a_step_is_exported_with_symbolic_shapes(name: str) -> None:
     """Not for TempBalance: how spectra are decomposed follows from the shapes."""
     tx, params = contract_methods.optimizer(name), on_device(PRETRAINED)
-    sizes = jax.export.symbolic_shape("inputs, outputs")
+    sizes = export.symbolic_shape("inputs, outputs")
     symbols = dict(zip((8, 4), sizes, strict=True))
     symbolic = lambda x: jax.ShapeDtypeStruct([symbols.get(n, n) for n in x.shape], x.dtype)
     # As leaves, since JAX cannot serialise the class of a state.
@@ -133,8 +134,8 @@ def test_a_step_is_exported_with_symbolic_shapes(name: str) -> None:
         lambda grads, params: jax.tree.leaves(step_of(name, tx)(params, tx.init(params), grads))
     )
     shapes = jax.tree.map(symbolic, params)
-    exported = jax.export.export(step)(shapes, shapes)
-    again = jax.export.deserialize(exported.serialize())
+    exported = export.export(step)(shapes, shapes)
+    again = export.deserialize(exported.serialize())
     grads = on_device(at(GRADS, 0))
     assert_close(jax.device_get(again.call(grads, params)), jax.device_get(step(grads, params)))
 

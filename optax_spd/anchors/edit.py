@@ -109,10 +109,9 @@ def _expected_leaf(path: trees.Path, held: Any, found: dict[trees.Path, Any]) ->
     parameters have None or an empty container there.
     """
     given = found.get(path)
-    is_array = hasattr(given, "shape") and hasattr(given, "dtype")
     if isinstance(held, optax.MaskedNode) or not policy.is_anchor_leaf(held):
         return held
-    if is_array:
+    if trees.is_array(given):
         return given
     if isinstance(held, policy.DroppedAnchor):
         return held

@@ -289,16 +289,19 @@ def planned(
     trees.require_params(params)
     has_anchor = held is not None and not isinstance(held, optax.EmptyState)
     missing = trees.flatten(updates).missing
-    left_out = missing
-    if has_anchor and missing:
+    choices: list[set[trees.Path]] = [set()]
+    if missing and has_anchor:
         anchors = trees.flatten(held, policy.is_anchor_leaf).by_path
-        left_out = {path for path in missing if anchors.get(path, 0) is None}
-    options: list[set[trees.Path]] = [left_out] if has_anchor else [set(), missing]
-    for skipped in options:
-        flat, plan, _ = plans.planned(params, layers, mask, updates, skipped)
+        choices = [{path for path in missing if anchors.get(path, 0) is None}]
+    elif missing:
+        choices.append(missing)
+    tried = []
+    for left_out in choices:
+        flat, plan, _ = plans.planned(params, layers, mask, updates, left_out)
         if all(np.shape(vector) == (plan.vector_size,) for vector in vectors.values()):
             return flat, plan
-    _, plan, _ = plans.planned(params, layers, mask, updates, options[0])
+        tried.append(plan)
+    plan = tried[0]
     field = next(f for f, v in vectors.items() if np.shape(v) != (plan.vector_size,))
     names = ", ".join(map(repr, plan.names[:3]))
     raise ValueError(

@@ -6,6 +6,7 @@ listed in :mod:`optax_spd.methods.tpgm` apply here too, as far as they concern t
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -119,8 +120,7 @@ def fit_radii(
         norm,
         plan,
     )
-    fitted = [x if y is None else y for x, y in zip(settings, leaves, strict=True)]
-    return FittedRadii(flat.unflatten(fitted), radii, losses)
+    return FittedRadii(flat.unflatten(_filled(leaves, settings)), radii, losses)
 
 
 class _Settings:
@@ -171,8 +171,7 @@ def _fit(
     ``settings`` are the leaves that are no parameters, such as activation functions: constants of
     the program, for ``validation_fn``.
     """
-    leaves = [x if y is None else y for x, y in zip(settings.leaves, arrays, strict=True)]
-    params = jax.tree_util.tree_unflatten(structure, leaves)
+    params = jax.tree_util.tree_unflatten(structure, _filled(arrays, settings.leaves))
     displaced = displacement(params, pretrained, plan)
     (norms,) = balls.ball_norms(norm, plan, None, displaced.deltas)
     active = jnp.isfinite(norms.largest)
@@ -187,5 +186,9 @@ def _fit(
         constraint, loss_fn, displaced.projected, batches, optimizer, start, optimizer.init(zeros)
     )
     projected = displaced.projected(constraint.factors(learned.radii))
-    fitted = [x if y is None else y for x, y in zip(arrays, projected, strict=True)]
-    return fitted, learned.radii[: len(plan.names)], learned.losses
+    return _filled(projected, arrays), learned.radii[: len(plan.names)], learned.losses
+
+
+def _filled(leaves: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """The leaves, with those of ``others`` in place of None."""
+    return [other if leaf is None else leaf for leaf, other in zip(leaves, others, strict=True)]

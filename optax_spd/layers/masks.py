@@ -1,6 +1,6 @@
 """Masks: which parameters a method applies to, given by path, as a tree or as a function."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -87,18 +87,15 @@ def resolve_mask(
     if not flat.leaves:
         return []  # Optax's params placeholder has no leaves, so no mask fits it
     tree = mask(flat.unflatten(flat.leaves)) if is_mask_function(mask) else mask
-    covering = trees.broadcast_prefix(flat, tree, "mask", lambda _: False)
-    # A mask made for the trained part of a model has None for the rest.
-    has_none = updates is not None and any(value is None for value in covering)
-    untrained = trees.flatten(updates).missing if has_none else set()
+    covering = without_untrained(
+        flat, trees.broadcast_prefix(flat, tree, "mask", lambda _: False), updates
+    )
     selected = []
     for path, leaf, value in zip(flat.paths, flat.leaves, covering, strict=True):
         if trees.is_missing(leaf):
             selected.append(False)
         elif isinstance(value, bool | np.bool_):
             selected.append(bool(value))
-        elif value is None and path in untrained:
-            selected.append(False)
         else:
             raise TypeError(f"mask must hold True or False, got {value!r} at {trees.shown(path)}.")
     if is_unmasked(flat) and not any(selected):
@@ -107,6 +104,24 @@ def resolve_mask(
             f"paths: {trees.nearest_paths('', flat.paths, count=5)}."
         )
     return selected
+
+
+def without_untrained(flat: trees.FlatTree, mask: Sequence[Any], updates: PyTree) -> list[Any]:
+    """A mask with False in place of None for the parameters that have no update.
+
+    A mask made for the trained part of a model has None for the rest.
+
+    Args:
+      flat: the parameters, which may be the whole model.
+      mask: one entry for each of their leaves.
+      updates: the incoming updates; None if there are none, and then every entry stays.
+    """
+    has_none = updates is not None and any(value is None for value in mask)
+    untrained = trees.flatten(updates).missing if has_none else set()
+    return [
+        False if value is None and path in untrained else value
+        for path, value in zip(flat.paths, mask, strict=True)
+    ]
 
 
 def is_mask_function(mask: Any) -> bool:

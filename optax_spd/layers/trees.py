@@ -107,23 +107,29 @@ def only_parameters(flat: FlatTree, updates: PyTree = None) -> FlatTree:
     """The same tree, with None in place of each leaf that is no parameter.
 
     A model may hold more than arrays: activation functions, strings, flags, a dropout rate. Arrays
-    are parameters. A Python number is a parameter if it has an update. If there are no updates yet,
-    it is a parameter in a tree that holds only arrays and numbers.
+    are parameters. A Python number is a parameter if it has an update, and so is a complex array,
+    which the methods then refuse. If there are no updates yet, a number is a parameter in a tree
+    that holds only arrays and numbers.
 
     Args:
       flat: the parameters, or a whole model.
       updates: the updates; None if there are none yet.
     """
-    if all(is_array(leaf) or is_missing(leaf) for leaf in flat.leaves):
+    if all(_is_real_array(leaf) or is_missing(leaf) for leaf in flat.leaves):
         return flat
     if updates is None:
         plain = all(is_array(x) or is_missing(x) or is_number(x) for x in flat.leaves)
-        has_update = set(flat.paths) if plain else set()
-    else:
-        has_update = {p for p, u in flatten(updates).by_path.items() if not is_missing(u)}
+        return flat._replace(
+            leaves=[
+                x if is_array(x) or (plain and is_number(x)) else _missing(x) for x in flat.leaves
+            ]
+        )
+    has_update = {p for p, u in flatten(updates).by_path.items() if not is_missing(u)}
     return flat._replace(
         leaves=[
-            leaf if is_array(leaf) or (is_number(leaf) and path in has_update) else _missing(leaf)
+            leaf
+            if _is_real_array(leaf) or (path in has_update and (is_array(leaf) or is_number(leaf)))
+            else _missing(leaf)
             for path, leaf in zip(flat.paths, flat.leaves, strict=True)
         ]
     )
@@ -143,6 +149,10 @@ def _missing(leaf: Any) -> Any:
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array, or describes one."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _is_real_array(leaf: Any) -> bool:
+    return is_array(leaf) and not jnp.issubdtype(leaf.dtype, jnp.complexfloating)
 
 
 def is_number(leaf: Any) -> bool:

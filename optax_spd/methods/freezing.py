@@ -96,7 +96,7 @@ def with_frozen(
             mask = _mask_of(updates, lambda tree: select(_with_masked_missing(tree)))
         else:
             params = trees.without_settings(params, updates)
-            mask = _mask_of(params, select)
+            mask = _mask_of(params, select, updates)
         tx = optax.transforms.selective_transform(inner, freeze_mask=mask)
         if params is not None:
             _check_state(state, updates, mask, lambda: tx.init(params))
@@ -164,10 +164,11 @@ def _with_masked_missing(tree: PyTree) -> PyTree:
     )
 
 
-def _mask_of(tree: PyTree, select: Callable[[PyTree], PyTree]) -> PyTree:
+def _mask_of(tree: PyTree, select: Callable[[PyTree], PyTree], updates: PyTree = None) -> PyTree:
     """The bools that ``select`` gives, broadcast to the structure of ``tree``.
 
-    Missing leaves stay as they are.
+    Missing leaves stay as they are. A mask made for the trained part of a model has None for the
+    rest, which is not trained where ``updates`` have nothing either.
     """
     flat = trees.flatten(tree)
     if not flat.leaves:
@@ -179,7 +180,9 @@ def _mask_of(tree: PyTree, select: Callable[[PyTree], PyTree]) -> PyTree:
             "with_frozen out, or pass a tree of bools. If this is optax.inject_hyperparams, which "
             "takes every callable for a schedule, name the argument in its static_args."
         )
-    covering = trees.broadcast_prefix(flat, frozen, "frozen", lambda _: False)
+    covering = masks.without_untrained(
+        flat, trees.broadcast_prefix(flat, frozen, "frozen", lambda _: False), updates
+    )
     for path, leaf, value in zip(flat.paths, flat.leaves, covering, strict=True):
         if not trees.is_missing(leaf) and not isinstance(value, bool | np.bool_):
             raise TypeError(

@@ -57,7 +57,9 @@ def decay_scale(decay: jax.Array, height: jax.Array, min_scale: jax.Array) -> ja
     Returns:
       max(s_min, decay^(D - d)), with 0^0 = 1.
     """
-    return jnp.maximum(min_scale, jnp.power(decay, height))
+    # The derivative of 0^0 would be NaN.
+    power = jnp.where(height == 0, 1, jnp.power(decay, jnp.where(height == 0, 1, height)))
+    return jnp.maximum(min_scale, power)
 
 
 def layerwise_lr_decay(

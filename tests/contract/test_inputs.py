@@ -131,6 +131,7 @@ def test_leaves_that_are_no_layers_pass_through(name: str) -> None:
 # What a whole model holds besides its trained parameters.
 SETTINGS = {
     "activation": jnp.tanh,
+    "frequencies": np.ones(2, np.complex64),
     "name": "encoder",
     "rate": 0.5,
     "statistics": np.ones(3, np.float32),

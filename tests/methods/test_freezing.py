@@ -319,6 +319,18 @@ def test_a_state_made_of_a_filtered_tree_says_so() -> None:
     assert updates["scale"] is None
 
 
+def test_a_mask_of_the_trained_part_fits_the_whole_model() -> None:
+    """Equinox's filtered model has None for an array that is not trained."""
+    trained = {"embed": jnp.ones(2), "head": jnp.ones(2), "statistics": None}
+    mask = {"embed": True, "head": False, "statistics": None}
+    tx = optax_spd.with_frozen(optax.adam(0.1), mask)
+    state = tx.init(trained)
+    whole = tx.update(trained, state, trained | {"statistics": jnp.ones(3)})
+    assert_equal(whole, tx.update(trained, state, trained))
+    with pytest.raises(TypeError, match="got None at 'statistics'"):
+        tx.init(trained | {"statistics": jnp.ones(3)})
+
+
 def test_an_anchor_that_is_missing_is_the_stage_s_to_name() -> None:
     params = {"embed": jnp.ones(2), "head": jnp.ones(2)}
     tx = optax_spd.with_frozen(optax_spd.chain(optax.sgd(0.1), optax_spd.spd()), "embed")

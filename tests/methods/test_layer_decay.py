@@ -152,6 +152,20 @@ def test_zero_trains_only_the_head_and_one_changes_nothing() -> None:
     jax.tree.map(np.testing.assert_array_equal, updates, params)
 
 
+def test_the_derivative_by_the_decay_is_finite_at_zero() -> None:
+    params = model()
+
+    def total(decay: jax.Array) -> jax.Array:
+        tx = optax_spd.layerwise_lr_decay(decay, NUMBER)
+        ones = jax.tree.map(jnp.ones_like, params)
+        updates, _ = tx.update(ones, tx.init(params), params)
+        return optax.tree.sum(updates)
+
+    # d(decay^h)/d(decay) at 0 is 1 for h = 1, and 0 elsewhere; half where s_min = 0 is as large.
+    heights = jax.tree.map(lambda h, x: (h == 1) * np.size(x), heights_of(params), params)
+    assert jax.grad(total)(0.0) == optax.tree.sum(heights) / 2 > 0
+
+
 def test_a_group_with_an_embedding_in_it_is_one() -> None:
     params = {"embed": {"embedding": jnp.ones(1)}, "layer_0": {"kernel": jnp.ones(1)}}
     tx = optax_spd.layerwise_lr_decay(0.5, r"layer_(\d+)", layers=optax_spd.by_module())

@@ -118,12 +118,9 @@ def only_parameters(flat: FlatTree, updates: PyTree = None) -> FlatTree:
     if all(_is_real_array(leaf) or is_missing(leaf) for leaf in flat.leaves):
         return flat
     if updates is None:
-        plain = all(is_array(x) or is_missing(x) or is_number(x) for x in flat.leaves)
-        return flat._replace(
-            leaves=[
-                x if is_array(x) or (plain and is_number(x)) else _missing(x) for x in flat.leaves
-            ]
-        )
+        if all(is_array(leaf) or is_missing(leaf) or is_number(leaf) for leaf in flat.leaves):
+            return flat
+        return flat._replace(leaves=[x if is_array(x) else _missing(x) for x in flat.leaves])
     has_update = {p for p, u in flatten(updates).by_path.items() if not is_missing(u)}
     return flat._replace(
         leaves=[

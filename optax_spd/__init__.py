@@ -21,6 +21,8 @@ States: ``set_anchor``, ``drop_anchor``, ``check_state``; the classes ``SPDState
 Layers: ``LayerSpec``, ``stacked``, ``outputs``, ``by_module``, ``layer_names``, ``path_mask``,
 ``DEFAULT_EMBEDDING_PATTERNS``.
 
+Reports: ``layer_report``; the classes ``LayerReport``, ``LayerRow``.
+
 Parts of TempBalance: ``power_law_alpha``, ``balance_scales``.
 """
 
@@ -52,6 +54,7 @@ from optax_spd.recipes import (
     sgd_freeze_embed,
     sgd_ftp,
 )
+from optax_spd.report import LayerReport, LayerRow, layer_report
 from optax_spd.wrappers import WithAnchorState, chain, with_anchor, with_gradient
 
 # Sorted; the docstring lists the names by kind.
@@ -61,6 +64,8 @@ __all__ = [
     "FTPState",
     "L2SPState",
     "LayerDecayState",
+    "LayerReport",
+    "LayerRow",
     "LayerSpec",
     "LayerwiseState",
     "SPDState",
@@ -80,6 +85,7 @@ __all__ = [
     "ftp",
     "l2_sp",
     "layer_names",
+    "layer_report",
     "layerwise",
     "layerwise_lr_decay",
     "outputs",

@@ -4,7 +4,7 @@ An optimizer's state may be nested (chain, masked, partition, MultiSteps, ...), 
 state is always the NamedTuple that its ``init`` made. So anchors are found at any depth.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -217,6 +217,16 @@ def _map_anchors(change: Callable[[Any], PyTree], state: PyTree) -> PyTree:
             "nnx.Optimizer give optimizer.opt_state; nnx.state(optimizer) has lost the structure."
         )
     return new_state
+
+
+def holders(state: PyTree) -> Iterator[Any]:
+    """The states that hold an anchor in a nested state."""
+    for node in jax.tree.leaves(state, is_leaf=_holds_anchor):
+        if _holds_anchor(node):
+            yield node
+            yield from holders(
+                [x for x, f in zip(node, node._fields, strict=True) if f != "anchor"]
+            )
 
 
 def _holds_anchor(node: Any) -> bool:

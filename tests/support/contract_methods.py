@@ -161,6 +161,9 @@ METHODS: dict[str, Method] = {
         optax_spd.tpgm, {}, LEARNS | {"every": 2, "norm": "l2"}, TPGM, after_adam, **VALIDATES
     ),
     "l2_sp": Method(optax_spd.l2_sp, {"weight_decay": 0.3}, place=before_adam),
+    "l2_sp, cautious": Method(
+        optax_spd.l2_sp, {"weight_decay": 0.3}, {"cautious": True}, place=before_adam
+    ),
     "layerwise": Method(
         cosine_decay, {"weight_decay": 0.3, "smoothing": 0.5}, {}, ("cosine", "average_cosine"),
         after_adam, gradient=True, excepted={"sign": "the driver cannot know a number's range"},

@@ -12,7 +12,7 @@ your own: ``layerwise``, ``Decision``.
 Wrappers: ``chain`` and ``with_gradient`` pass the raw gradient to the stages, ``with_anchor``
 shares one anchor, ``with_frozen`` freezes parameters.
 
-After training: ``project``, ``fit_radii``, ``wise_ft``.
+After training: ``project``, ``fit_radii``, ``wise_ft``, ``lines_alpha``.
 
 States: ``set_anchor``, ``drop_anchor``, ``check_state``; the classes ``SPDState``, ``TPGMState``,
 ``FTPState``, ``L2SPState``, ``TempBalanceState``, ``LayerDecayState``, ``WithAnchorState``,
@@ -42,6 +42,7 @@ from optax_spd.methods.temp_balance.scales import balance_scales
 from optax_spd.methods.temp_balance.stage import TempBalanceState, temp_balance
 from optax_spd.methods.tpgm import TPGMState, tpgm
 from optax_spd.posthoc.fit_radii import fit_radii
+from optax_spd.posthoc.lines import lines_alpha
 from optax_spd.posthoc.project import project
 from optax_spd.posthoc.wise_ft import wise_ft
 from optax_spd.recipes import (
@@ -82,6 +83,7 @@ __all__ = [
     "layer_names",
     "layerwise",
     "layerwise_lr_decay",
+    "lines_alpha",
     "outputs",
     "path_mask",
     "power_law_alpha",

@@ -6,8 +6,8 @@ parameters stay near an *anchor*, the pretrained weights. The recipes are comple
 Recipes: ``adam_spd``, ``adamw_l2_sp``, ``adam_tpgm``, ``adam_ftp``, ``sgd_ftp``,
 ``sgd_freeze_embed``.
 
-Stages: ``spd``, ``tpgm``, ``ftp``, ``l2_sp``, ``temp_balance``, ``layerwise_lr_decay``; a stage of
-your own: ``layerwise``, ``Decision``.
+Stages: ``spd``, ``tpgm``, ``ftp``, ``l2_sp``, ``path_prox``, ``temp_balance``,
+``layerwise_lr_decay``, ``auto_rgn``; a stage of your own: ``layerwise``, ``Decision``.
 
 Wrappers: ``chain`` and ``with_gradient`` pass the raw gradient to the stages, ``with_anchor``
 shares one anchor, ``with_frozen`` freezes parameters.
@@ -15,8 +15,8 @@ shares one anchor, ``with_frozen`` freezes parameters.
 After training: ``project``, ``fit_radii``, ``wise_ft``, ``lines_alpha``.
 
 States: ``set_anchor``, ``drop_anchor``, ``check_state``; the classes ``SPDState``, ``TPGMState``,
-``FTPState``, ``L2SPState``, ``TempBalanceState``, ``LayerDecayState``, ``WithAnchorState``,
-``LayerwiseState``.
+``FTPState``, ``L2SPState``, ``PathProxState``, ``TempBalanceState``, ``LayerDecayState``,
+``AutoRGNState``, ``WithAnchorState``, ``LayerwiseState``.
 
 Layers: ``LayerSpec``, ``stacked``, ``outputs``, ``by_module``, ``layer_names``, ``path_mask``,
 ``DEFAULT_EMBEDDING_PATTERNS``.
@@ -32,6 +32,7 @@ from optax_spd.layers.fingerprints import check_state
 from optax_spd.layers.masks import path_mask
 from optax_spd.layers.plans import layer_names
 from optax_spd.layers.spec import LayerSpec, by_module, outputs, stacked
+from optax_spd.methods.auto_rgn import AutoRGNState, auto_rgn
 from optax_spd.methods.freezing import with_frozen
 from optax_spd.methods.ftp import FTPState, ftp
 from optax_spd.methods.l2_sp import L2SPState, l2_sp
@@ -58,6 +59,7 @@ from optax_spd.wrappers import WithAnchorState, chain, with_anchor, with_gradien
 # Sorted; the docstring lists the names by kind.
 __all__ = [
     "DEFAULT_EMBEDDING_PATTERNS",
+    "AutoRGNState",
     "Decision",
     "FTPState",
     "L2SPState",
@@ -72,6 +74,7 @@ __all__ = [
     "adam_spd",
     "adam_tpgm",
     "adamw_l2_sp",
+    "auto_rgn",
     "balance_scales",
     "by_module",
     "chain",

@@ -145,6 +145,7 @@ LEARNED = {
 }
 
 SPD, FTP, TPGM = ("spd_ratio",), ("ftp_radii",), ("tpgm_radii",)
+RGN = ("auto_rgn_scale", "auto_rgn_ratio")
 BALANCE, DEPTHS = ("temp_balance_scale", "temp_balance_alpha"), ("layer_decay_scale",)
 DECAY, K = {"weight_decay": 1.0}, {"k": 0.5, "radius_learning_rate": 0.1}
 LR, SCALES = {"learning_rate": RATE}, {"min_scale": 0.5, "max_scale": 1.5}
@@ -175,6 +176,9 @@ METHODS: dict[str, Method] = {
     "layerwise_lr_decay": Method(
         optax_spd.layerwise_lr_decay, {"decay": 0.5, "min_scale": 0.2}, {"depth": DEPTH}, DEPTHS,
         after_adam, excepted=NEEDS_LAYERS,
+    ),
+    "auto_rgn": Method(
+        optax_spd.auto_rgn, {}, {"every": 2}, RGN, after_adam, gradient=True, excepted=NORMALIZES
     ),
     "with_anchor": Method(shared_anchor, {"l2_sp_decay": 0.1, "spd_decay": 1.0}, {}, SPD),
     "with_frozen": Method(frozen_embedding, DECAY, {}, SPD, mask=not_embedding),

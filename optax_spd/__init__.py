@@ -37,6 +37,7 @@ from optax_spd.methods.freezing import with_frozen
 from optax_spd.methods.ftp import FTPState, ftp
 from optax_spd.methods.l2_sp import L2SPState, l2_sp
 from optax_spd.methods.layer_decay import LayerDecayState, layerwise_lr_decay
+from optax_spd.methods.path_prox import PathProxState, path_prox
 from optax_spd.methods.spd import SPDState, spd
 from optax_spd.methods.temp_balance.power_law import power_law_alpha
 from optax_spd.methods.temp_balance.scales import balance_scales
@@ -66,6 +67,7 @@ __all__ = [
     "LayerDecayState",
     "LayerSpec",
     "LayerwiseState",
+    "PathProxState",
     "SPDState",
     "TPGMState",
     "TempBalanceState",
@@ -89,6 +91,7 @@ __all__ = [
     "lines_alpha",
     "outputs",
     "path_mask",
+    "path_prox",
     "power_law_alpha",
     "project",
     "set_anchor",

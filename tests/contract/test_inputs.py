@@ -17,6 +17,7 @@ import optax_spd
 
 LAYERS = optax_spd.stacked("^blocks/")
 STAGES = every_method(where=lambda method: method.is_stage)
+PARTIAL_STAGES = every_method("parts", where=lambda method: method.is_stage)
 
 # Dtypes -------------------------------------------------------------------------------------------
 
@@ -199,7 +200,7 @@ def test_none_and_masked_leaves_pass_through_the_recipes(name: str) -> None:
 
 
 @projects_only
-@STAGES
+@PARTIAL_STAGES
 def test_a_missing_update_stays_missing(name: str) -> None:
     tx, params = METHODS[name].stage(), {"blocks": {"0": MATRIX, "1": MATRIX.T**3}}
     for gap in (None, optax.MaskedNode()):
@@ -211,7 +212,7 @@ def test_a_missing_update_stays_missing(name: str) -> None:
 
 @projects_only
 @pytest.mark.parametrize("sign", [1, -1])
-@STAGES
+@PARTIAL_STAGES
 def test_a_layer_goes_on_after_a_missing_update_as_if_that_step_had_not_been(
     name: str, sign: int
 ) -> None:

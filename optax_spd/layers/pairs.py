@@ -86,8 +86,8 @@ def found(patterns: Sequence[tuple[Any, Any]], flat: trees.FlatTree) -> list[Pai
 
 
 def _is_kernel(path: trees.Path, leaf: Any, patterns: Sequence[tuple[Any, Any]]) -> bool:
-    """Whether a leaf is an array with at least two axes; raises TypeError for a complex match."""
-    if trees.is_missing(leaf) or len(jnp.shape(leaf)) < 2:
+    """Whether a leaf can be a kernel; raises TypeError for a complex one that is matched."""
+    if trees.is_missing(leaf) or len(jnp.shape(leaf)) < 2 or path[-1:] == ("bias",):
         return False
     name = trees.path_name(path)
     if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):

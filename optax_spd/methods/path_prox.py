@@ -23,10 +23,10 @@ Differences from the authors' code:
    the gradient, is ``optax.add_decayed_weights`` with a mask.
 2. If V has no bias, the next pair is compensated all the same. Their code leaves it out, which
    changes the function. W need not have a bias either.
-3. A unit with r_j = 0 is left alone, b_j and v_j included, since its path norm is 0. Their code
-   divides b_j by 1e-6. (As there, all other norms and path norms are at least 1e-6 in a division.)
-4. A unit with a norm that is not finite is left alone. If a path norm is not finite, no pair is
-   balanced in this step.
+3. Where r_j = 0, w_j and b_j are left alone. Their code divides b_j by 1e-6 there. (As in their
+   code, other norms and path norms in a denominator are at least 1e-6.)
+4. Where r_j or ‖v_j‖ is not finite, what would be divided by it is left alone. If a path norm is
+   not finite, no pair is balanced in this step.
 5. Norms and what follows from them have at least float32 whatever the parameters' dtype.
 """
 
@@ -100,10 +100,9 @@ def balanced(pairs: Sequence[Pair]) -> list[Pair]:
 def proximal(pair: Pair, threshold: jax.Array, *, regularize_bias: bool = False) -> Pair:
     """The proximal step of one pair with τ = ``threshold``."""
     r, out = input_norms(pair, regularize_bias=regularize_bias), output_norms(pair)
-    acts = (r > 0) & jnp.isfinite(r) & jnp.isfinite(out)
-    r = jnp.where(acts, jnp.maximum(r, FLOOR), 1)
+    r = jnp.where((r > 0) & jnp.isfinite(r), jnp.maximum(r, FLOOR), 1)
     kept = jnp.where(out <= threshold, 0, 1 - threshold / jnp.maximum(out, FLOOR))
-    kept = jnp.where(acts, kept, 1)
+    kept = jnp.where(jnp.isfinite(out), kept, 1)
     w = pair.w / _along(r, pair.w, -1)
     b = None if pair.b is None else pair.b / _along(r, pair.b, -1)
     v = sums.times(_along(kept, pair.v, -2), pair.v)
@@ -234,7 +233,7 @@ def path_prox(
             return jnp.asarray(flat.leaves[index], dtype) + step
 
         new = [Pair(*map(tentative, pair)) for pair in found]
-        if balance and not regularize_bias:
+        if balance and not regularize_bias and len(new) > 1:
             new = balanced(new)
         rate, decay = (
             checks.value_at(x, state.count, dtype) for x in (learning_rate, weight_decay)

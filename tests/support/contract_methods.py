@@ -142,7 +142,7 @@ def path_prox(
     Or of the two kernels of a tree that has blocks only.
     """
     tx = optax_spd.path_prox(
-        learning_rate, weight_decay, [("embed|blocks[/_]0(/|$)", "head|blocks[/_]1(/|$)")],
+        learning_rate, weight_decay, [(r"embed|blocks(_0/|/0$)", r"head|blocks(_1/|/1$)")],
         regularize_bias=regularize_bias,
     )  # fmt: skip
 

@@ -6,17 +6,17 @@ parameters stay near an *anchor*, the pretrained weights. The recipes are comple
 Recipes: ``adam_spd``, ``adamw_l2_sp``, ``adam_tpgm``, ``adam_ftp``, ``sgd_ftp``,
 ``sgd_freeze_embed``.
 
-Stages: ``spd``, ``tpgm``, ``ftp``, ``l2_sp``, ``temp_balance``, ``layerwise_lr_decay``; a stage of
-your own: ``layerwise``, ``Decision``.
+Stages: ``spd``, ``tpgm``, ``ftp``, ``l2_sp``, ``path_prox``, ``temp_balance``,
+``layerwise_lr_decay``, ``auto_rgn``; a stage of your own: ``layerwise``, ``Decision``.
 
 Wrappers: ``chain`` and ``with_gradient`` pass the raw gradient to the stages, ``with_anchor``
 shares one anchor, ``with_frozen`` freezes parameters.
 
-After training: ``project``, ``fit_radii``, ``wise_ft``.
+After training: ``project``, ``fit_radii``, ``wise_ft``, ``lines_alpha``.
 
 States: ``set_anchor``, ``drop_anchor``, ``check_state``; the classes ``SPDState``, ``TPGMState``,
-``FTPState``, ``L2SPState``, ``TempBalanceState``, ``LayerDecayState``, ``WithAnchorState``,
-``LayerwiseState``.
+``FTPState``, ``L2SPState``, ``PathProxState``, ``TempBalanceState``, ``LayerDecayState``,
+``AutoRGNState``, ``WithAnchorState``, ``LayerwiseState``.
 
 Layers: ``LayerSpec``, ``stacked``, ``outputs``, ``by_module``, ``layer_names``, ``path_mask``,
 ``DEFAULT_EMBEDDING_PATTERNS``.
@@ -34,16 +34,19 @@ from optax_spd.layers.fingerprints import check_state
 from optax_spd.layers.masks import path_mask
 from optax_spd.layers.plans import layer_names
 from optax_spd.layers.spec import LayerSpec, by_module, outputs, stacked
+from optax_spd.methods.auto_rgn import AutoRGNState, auto_rgn
 from optax_spd.methods.freezing import with_frozen
 from optax_spd.methods.ftp import FTPState, ftp
 from optax_spd.methods.l2_sp import L2SPState, l2_sp
 from optax_spd.methods.layer_decay import LayerDecayState, layerwise_lr_decay
+from optax_spd.methods.path_prox import PathProxState, path_prox
 from optax_spd.methods.spd import SPDState, spd
 from optax_spd.methods.temp_balance.power_law import power_law_alpha
 from optax_spd.methods.temp_balance.scales import balance_scales
 from optax_spd.methods.temp_balance.stage import TempBalanceState, temp_balance
 from optax_spd.methods.tpgm import TPGMState, tpgm
 from optax_spd.posthoc.fit_radii import fit_radii
+from optax_spd.posthoc.lines import lines_alpha
 from optax_spd.posthoc.project import project
 from optax_spd.posthoc.wise_ft import wise_ft
 from optax_spd.recipes import (
@@ -60,6 +63,7 @@ from optax_spd.wrappers import WithAnchorState, chain, with_anchor, with_gradien
 # Sorted; the docstring lists the names by kind.
 __all__ = [
     "DEFAULT_EMBEDDING_PATTERNS",
+    "AutoRGNState",
     "Decision",
     "FTPState",
     "L2SPState",
@@ -68,6 +72,7 @@ __all__ = [
     "LayerRow",
     "LayerSpec",
     "LayerwiseState",
+    "PathProxState",
     "SPDState",
     "TPGMState",
     "TempBalanceState",
@@ -76,6 +81,7 @@ __all__ = [
     "adam_spd",
     "adam_tpgm",
     "adamw_l2_sp",
+    "auto_rgn",
     "balance_scales",
     "by_module",
     "chain",
@@ -88,8 +94,10 @@ __all__ = [
     "layer_report",
     "layerwise",
     "layerwise_lr_decay",
+    "lines_alpha",
     "outputs",
     "path_mask",
+    "path_prox",
     "power_law_alpha",
     "project",
     "set_anchor",

@@ -108,6 +108,7 @@ def adamw_l2_sp(
     anchor: Anchor = "initial",
     anchor_dtype: DType = None,
     mask: Mask = None,
+    cautious: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW whose decoupled weight decay pulls toward the anchor instead of zero.
 
@@ -115,7 +116,8 @@ def adamw_l2_sp(
 
         u = -\eta\left(\frac{\hat m}{\sqrt{\hat v} + \epsilon} + \lambda (\theta-\theta_0)\right)
 
-    With ``anchor="zero"`` it is ``optax.adamw``.
+    With ``anchor="zero"`` it is ``optax.adamw``, and with ``cautious=True`` as well AdamW with
+    Cautious Weight Decay.
 
     Args:
       learning_rate: η, a float or a schedule.
@@ -128,6 +130,8 @@ def adamw_l2_sp(
       anchor: see :func:`optax_spd.spd`.
       anchor_dtype: dtype to store the anchor in.
       mask: True where the decay applies; Adam applies everywhere.
+      cautious: whether to decay only where Adam's direction does not go away from the anchor, see
+        :func:`optax_spd.l2_sp`.
 
     Returns:
       A transformation with a plain three-argument ``update``. Under ``optax.inject_hyperparams``
@@ -148,11 +152,12 @@ def adamw_l2_sp(
     References:
       Li et al., `Explicit Inductive Bias for Transfer Learning with Convolutional Networks
       <https://arxiv.org/abs/1802.01483>`_, ICML 2018; Loshchilov & Hutter, `Decoupled Weight Decay
-      Regularization <https://arxiv.org/abs/1711.05101>`_, ICLR 2019.
+      Regularization <https://arxiv.org/abs/1711.05101>`_, ICLR 2019; Chen et al., `Cautious Weight
+      Decay <https://arxiv.org/abs/2510.12402>`_, ICLR 2026.
     """
     return wrappers.chain(
         optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype),
-        l2_sp(weight_decay, anchor=anchor, anchor_dtype=anchor_dtype, mask=mask),
+        l2_sp(weight_decay, anchor=anchor, anchor_dtype=anchor_dtype, mask=mask, cautious=cautious),
         optax.scale_by_learning_rate(learning_rate),
     )
 

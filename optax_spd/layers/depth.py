@@ -5,7 +5,7 @@ A *height* is D - d: how many layers a layer at depth d is below the head, at de
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,66 +15,90 @@ from optax_spd.layers import checks, embeddings, masks, plans, trees
 Depth = str | Callable[[str], float | None]
 """A regular expression with the layer's number as its group, or a function from name to depth."""
 
+Numbers = Callable[[plans.LayerPlan, trees.FlatTree], dict[int, float]]
+"""(layers, parameters) -> the depths, by the layers' indices; without those that have none."""
+
 Heights = Callable[[plans.LayerPlan, trees.FlatTree], np.ndarray]
 """(layers, parameters) -> a height for each entry of a per-layer vector."""
 
 EMBEDDING = re.compile("|".join(embeddings.DEFAULT_EMBEDDING_PATTERNS))
 
 
-def heights_from(depth: Depth) -> Heights:
+def heights_from(depth: Depth, left_out: str) -> Heights:
     """The heights that a ``depth=`` argument describes.
 
-    Raises:
-      TypeError, ValueError: as :func:`heights_from_pattern` and :func:`heights_from_function`.
-    """
-    if isinstance(depth, str):
-        return heights_from_pattern(depth)
-    return heights_from_function(depth)
+    With a pattern the head is one above the largest number, embeddings are one below the smallest,
+    and all other layers that do not match have height 0. With a function the head is at the largest
+    depth.
 
-
-def heights_from_pattern(pattern: str) -> Heights:
-    """Heights from the number in a layer's name.
-
-    The head is one above the largest number, embeddings are one below the smallest, and all other
-    layers that do not match have height 0.
+    Args:
+      depth: the argument.
+      left_out: as for :func:`warn_of_blocks_left_out`.
 
     Raises:
-      ValueError: not exactly one group. When called: a group that is not a finite number, or a
-        pattern that matches no layer.
+      TypeError, ValueError: as :func:`numbers_from`.
     """
-    regex = checks.compile_pattern(pattern)
+    numbers_of = numbers_from(depth, left_out)
+    is_pattern = isinstance(depth, str)
+
+    def heights(plan: plans.LayerPlan, flat: trees.FlatTree) -> np.ndarray:
+        result = np.zeros(plan.vector_size)
+        numbers = numbers_of(plan, flat)
+        if not numbers:
+            return result
+        top = max(numbers.values()) + is_pattern
+        for i, number in numbers.items():
+            result[i] = top - number
+        if is_pattern:
+            result[unnumbered_embeddings(plan, numbers)] = top - min(numbers.values()) + 1
+        return result
+
+    return heights
+
+
+def numbers_from(depth: Depth, left_out: str) -> Numbers:
+    """The depths that a ``depth=`` argument gives.
+
+    Args:
+      depth: the argument.
+      left_out: as for :func:`warn_of_blocks_left_out`.
+
+    Raises:
+      TypeError: not a pattern or a function. When called: a depth that is not a number.
+      ValueError: a pattern without exactly one group. When called: a depth or a group that is not a
+        finite number, or a pattern that matches no layer.
+    """
+    if not isinstance(depth, str):
+        return numbers_from_function(depth)
+    pattern, regex = depth, checks.compile_pattern(depth)
     if regex.groups != 1:
         raise ValueError(
             f"depth={pattern!r} has {regex.groups} groups; it must have exactly one, around the "
             r"layer's number, as 'layer_(\d+)'. Write other groups as (?:...)."
         )
 
-    def heights(plan: plans.LayerPlan, flat: trees.FlatTree) -> np.ndarray:
-        result = np.zeros(plan.vector_size)
+    def numbers_of(plan: plans.LayerPlan, flat: trees.FlatTree) -> dict[int, float]:
         matches = [regex.search(name) for name in plan.names]
         numbers = {
             i: parse_number(match.group(1), name, pattern)
             for i, (name, match) in enumerate(zip(plan.names, matches, strict=True))
             if match is not None
         }
-        unnumbered = sorted(embedding_layers(plan) - set(numbers))
+        unnumbered = unnumbered_embeddings(plan, numbers)
         if not numbers:
             check_no_match(pattern, plan, flat, unnumbered)
-            return result
+            return numbers
         spans = [None if match is None else match.span(1) for match in matches]
         others = [n for i, n in enumerate(plan.names) if i not in numbers and i not in unnumbered]
-        warn_of_blocks_left_out(pattern, zip(plan.names, spans, strict=True), others)
-        top = max(numbers.values()) + 1
-        for i, number in numbers.items():
-            result[i] = top - number
-        result[unnumbered] = top - min(numbers.values()) + 1
-        return result
+        matched = zip(plan.names, spans, strict=True)
+        warn_of_blocks_left_out(pattern, matched, others, left_out)
+        return numbers
 
-    return heights
+    return numbers_of
 
 
-def heights_from_function(depth: Callable[[str], Any]) -> Heights:
-    """Heights from a function of the layer's name; None is the head's depth.
+def numbers_from_function(depth: Callable[[str], Any]) -> Numbers:
+    """Depths from a function of the layer's name that returns None for layers without one.
 
     Raises:
       TypeError: not a function. When called: a depth that is not a number.
@@ -86,20 +110,20 @@ def heights_from_function(depth: Callable[[str], Any]) -> Heights:
             f"number, got {depth!r}."
         )
 
-    def heights(plan: plans.LayerPlan, flat: trees.FlatTree) -> np.ndarray:
+    def numbers_of(plan: plans.LayerPlan, flat: trees.FlatTree) -> dict[int, float]:
         del flat
-        result = np.zeros(plan.vector_size)
-        numbers = {
+        return {
             i: check_number(number, name)
             for i, name in enumerate(plan.names)
             if (number := depth(name)) is not None
         }
-        top = max(numbers.values(), default=0.0)
-        for i, number in numbers.items():
-            result[i] = top - number
-        return result
 
-    return heights
+    return numbers_of
+
+
+def unnumbered_embeddings(plan: plans.LayerPlan, numbers: Container[int]) -> list[int]:
+    """The layers with an embedding array that have no number."""
+    return sorted(i for i in embedding_layers(plan) if i not in numbers)
 
 
 def embedding_layers(plan: plans.LayerPlan) -> set[int]:
@@ -216,15 +240,17 @@ def warn_of_blocks_left_out(
     pattern: str,
     matched: Iterable[tuple[str, tuple[int, int] | None]],
     others: Sequence[str],
+    left_out: str,
 ) -> None:
     """Warns if numbered blocks like those that the pattern matches stand outside of it.
 
-    They would have the full rate silently: the second tower of a model with two.
+    They would be treated like the head silently: the second tower of a model with two.
 
     Args:
       pattern: for the message.
       matched: layer names, each with the span of its number, or None where there is no match.
-      others: the names of the layers with the full rate.
+      others: the names of the layers without a number.
+      left_out: what becomes of blocks left out, and what to do about it, for the message.
     """
     inside = numbered_blocks((name, span) for name, span in matched if span is not None)
     outside = numbered_blocks(
@@ -234,9 +260,6 @@ def warn_of_blocks_left_out(
         if any(key == k and blocks.are_like(like) for (_, k), like in inside.items()):
             checks.warn(
                 f"depth={pattern!r} does not match the {len(blocks.numbers)} blocks "
-                f"{where + key!r}, so they have the full rate, whatever their number. If they are "
-                "to decay too, as a second tower, match them as well or put the stage into each "
-                "part of an optax.partition. If not, say so: leave them out with mask=, or give "
-                "depth= as a function that returns None for them."
+                f"{where + key!r}, {left_out}"
             )
             return

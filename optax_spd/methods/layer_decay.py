@@ -30,6 +30,12 @@ from optax_spd.layers.types import Mask
 
 PyTree = Any
 
+LEFT_OUT = (
+    "so they have the full rate, whatever their number. If they are to decay too, as a second "
+    "tower, match them as well or put the stage into each part of an optax.partition. If not, say "
+    "so: leave them out with mask=, or give depth= as a function that returns None for them."
+)
+
 
 class LayerDecayState(NamedTuple):
     """State of :func:`layerwise_lr_decay`.
@@ -144,7 +150,7 @@ def layerwise_lr_decay(
     checks.check_scalar("decay", decay, high=1.0)
     checks.check_scalar("min_scale", min_scale, high=1.0)
     check_layers(layers)
-    heights = depths.heights_from(depth)
+    heights = depths.heights_from(depth, LEFT_OUT)
 
     def scales(flat: trees.FlatTree, plan: plans.LayerPlan, count: jax.Array) -> jax.Array:
         return decay_scale(

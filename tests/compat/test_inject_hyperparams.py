@@ -66,7 +66,7 @@ NUMBERS = {
 }
 SHAPING = {"min_eigenvalues": 4, "xmin_pos": 3, "conv_norm": 0.25, "bins": 50}
 THE_REST = {
-    **dict.fromkeys(("nesterov", "skip_first", "normalize", "filter_zeros"), True),
+    **dict.fromkeys(("nesterov", "skip_first", "normalize", "filter_zeros", "cautious"), True),
     "skip_last": False,
     "norm": "l2",
     "fit": "median",

@@ -106,7 +106,9 @@ CONTRIB_TABLE = {
 
 # The lines of the contract suite whose arguments name no arrays of its model, on the parameters of
 # Optax's other suites, whose matrices are small.
-NAMES_ARRAYS = ("with_frozen", "adam_spd, masked", "layerwise_lr_decay", "sgd_freeze_embed")
+NAMES_ARRAYS = (
+    "with_frozen", "adam_spd, masked", "layerwise_lr_decay", "path_prox", "sgd_freeze_embed",
+)  # fmt: skip
 LINES = {name: m for name, m in METHODS.items() if name not in NAMES_ARRAYS}
 
 

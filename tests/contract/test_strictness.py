@@ -86,6 +86,9 @@ FUNCTIONS: dict[str, Callable[[], Any]] = {
     "fit_radii, l2": lambda: fitted("l2"),
     "fit_radii, mars": lambda: fitted("mars"),
     "wise_ft": lambda: optax_spd.wise_ft(PRETRAINED, halved(PRETRAINED), 0.5),
+    "lines_alpha": lambda: optax_spd.lines_alpha(
+        PRETRAINED, 0.5, contract_methods.DEPTH, layers=optax_spd.stacked("^blocks/")
+    ),
     **{
         f"power_law_alpha, {fit}": lambda fit=fit: optax_spd.power_law_alpha(WEIGHT, fit=fit)
         for fit in ("median", "goodness-of-fit", "fix-finger")

@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,3 +138,78 @@ def test_the_derivative_of_a_decay_of_zero_is_the_deviation() -> None:
 
     for decay in (0.0, 0.5):
         np.testing.assert_allclose(jax.grad(total)(decay), 5.0, rtol=1e-6)
+
+
+# Cautious weight decay ---------------------------------------------------------------------------
+
+CASES = golden.settings("cautious")
+LAYOUTS = {"PyTorch's": lambda x, axis: x, "Flax's": lambda x, axis: np.moveaxis(x, axis, -1)}
+
+
+def direction(settings: dict[str, Any]) -> optax.GradientTransformation:
+    if settings["base"] == "adam":
+        return optax.scale_by_adam(*settings["betas"], settings["eps"])
+    return optax.trace(settings["momentum"], settings["nesterov"])
+
+
+def cautious_optimizer(settings: dict[str, Any], lr: np.ndarray, anchor: Any) -> Any:
+    rate, decay = (lambda count: jnp.asarray(lr)[count]), settings["weight_decay"]
+    options = {"anchor": "zero" if anchor is None else anchor, "cautious": True}
+    if settings["base"] == "adam":
+        adam = (*settings["betas"], settings["eps"])
+        return optax_spd.adamw_l2_sp(rate, *adam, weight_decay=decay, **options)
+    return optax.chain(
+        direction(settings),
+        optax_spd.l2_sp(decay, **options),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("settings", CASES, ids=lambda case: case["name"])
+def test_cautious_decay_replays(settings: Any, dtype: Any, layout: str, x64: None) -> None:
+    # With x64 in float32 too: Optax's bias corrections need it. All arrays stay float32.
+    case, moved = golden.load("cautious", settings), LAYOUTS[layout]
+    first = lambda tree: {k: moved(np.asarray(x, dtype), 0) for k, x in tree.items()}
+    over_steps = lambda key: {
+        k: moved(np.asarray(field[key], dtype), 1) for k, field in case.fields.items()
+    }
+    anchors = {k: f["anchor"] for k, f in case.fields.items() if "anchor" in f}
+    tx = cautious_optimizer(settings, np.asarray(case.lr), first(anchors) if anchors else None)
+
+    @jax.jit
+    def run(params: Any) -> Any:
+        def step(carry: Any, grads: Any) -> Any:
+            params, state = carry
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state), params
+
+        return jax.lax.scan(step, (params, tx.init(params)), over_steps("grads"))[1]
+
+    found, expected = run(first(case.theta0)), over_steps("params")
+    for name, params in expected.items():
+        assert found[name].dtype == dtype
+        atol = 1e-9 if dtype == np.float64 else 1e-5
+        np.testing.assert_allclose(found[name], params, rtol=0, atol=atol, err_msg=name)
+
+
+def test_what_is_decayed_cautiously() -> None:
+    """Both signs, an update of zero, numbers whose product underflows, and NaN."""
+    tiny = 1e-30
+    u = np.array([1, -1, 1, -1, 0, tiny, -tiny, np.nan, 1], np.float32)
+    delta = np.array([2, -2, -2, 2, 2, tiny, tiny, 2, np.nan], np.float32)
+    decayed = np.array([1, 1, 0, 0, 1, 1, 0, 0, 0], bool)
+    tx = optax_spd.l2_sp(0.5, anchor="zero", cautious=True)
+    updates, _ = jax.jit(tx.update)({"w": u}, tx.init({"w": delta}), {"w": delta})
+    expected = np.where(decayed, u + np.float32(0.5) * delta, u)
+    np.testing.assert_array_equal(updates["w"], expected)
+    assert (decayed[:5] == (u * delta >= 0)[:5]).all()
+
+
+@pytest.mark.parametrize("wrong", [1, "yes", None, lambda count: True])
+def test_cautious_is_a_flag(wrong: Any) -> None:
+    for make in (optax_spd.l2_sp, lambda decay, **options: optax_spd.adamw_l2_sp(0.1, **options)):
+        with pytest.raises(TypeError, match="cautious"):
+            make(0.1, cautious=wrong)

@@ -29,6 +29,7 @@ STAGES: dict[str, Stage] = {
     "ftp in mars": optax_spd.ftp,
     "tpgm": lambda **options: optax_spd.tpgm(norm="l2", **options),
     "tpgm in mars": optax_spd.tpgm,
+    "auto_rgn": optax_spd.auto_rgn,
 }
 all_stages = pytest.mark.parametrize("stage", STAGES)
 MESHES = {"1-D": {"x": 8}, "2-D": {"x": 4, "y": 2}}
@@ -175,6 +176,7 @@ def test_stages_without_sums_move_nothing() -> None:
     tx = optax_spd.with_anchor(
         optax.chain(
             optax_spd.l2_sp(0.1, anchor="argument"),
+            optax_spd.l2_sp(0.1, anchor="argument", cautious=True),
             optax_spd.with_frozen(optax.adam(0.1), r"p1$"),
             optax_spd.layerwise_lr_decay(0.5, r"p(\d+)$"),
         )
@@ -232,7 +234,9 @@ def test_in_shard_map_one_psum_adds_up_all_layers(stage: str, axes: str) -> None
     found = collectives(traced.lower().compile().as_text())
     assert set(found) == {"all-reduce"}
     # An l2 norm takes two sums.
-    terms = {"spd": 3, "ftp": 5, "ftp in mars": 3, "tpgm": 2, "tpgm in mars": 1}[stage]
+    terms = {
+        "spd": 3, "ftp": 5, "ftp in mars": 3, "tpgm": 2, "tpgm in mars": 1, "auto_rgn": 2
+    }[stage]  # fmt: skip
     if "mars" not in stage:
         assert kinds == ["psum"]
         assert found["all-reduce"] == [terms * len(params)]

@@ -134,10 +134,43 @@ def cosine_decay(
     )  # fmt: skip
 
 
+def path_prox(
+    learning_rate: Any = RATE, weight_decay: Any = 1.0, regularize_bias: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """A pair of the embedding and the head, which is transposed so that its inputs are the units.
+
+    Or of the two kernels of a tree that has blocks only.
+    """
+    tx = optax_spd.path_prox(
+        learning_rate, weight_decay, [(r"embed|blocks(_0/|/0$)", r"head|blocks(_1/|/1$)")],
+        regularize_bias=regularize_bias,
+    )  # fmt: skip
+
+    def transposed(path: Any, leaf: Any) -> Any:
+        if "head" not in jax.tree_util.keystr(path) or getattr(leaf, "ndim", 0) != 2:
+            return leaf
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape[::-1], leaf.dtype)
+        return leaf.T
+
+    is_masked = lambda node: isinstance(node, optax.MaskedNode)
+    flipped = functools.partial(jax.tree.map_with_path, transposed, is_leaf=is_masked)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        updates, state = tx.update(flipped(updates), state, flipped(params), **extra_args)
+        return flipped(updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: tx.init(flipped(params)), update)
+
+
 # The number of a block, stacked (blocks/kernel[1]) or not (blocks/1/kernel).
 DEPTH = r"blocks\D*(\d+)"
 
 NORMALIZES = {"isolation": "the scales of all layers are relative to each other"}
+PAIRS = {
+    "no layers": "a pattern that matches no kernel is an error",
+    "parts": "so is a pair that is split between parts of a tree",
+}
 NEEDS_LAYERS = {"no layers": "a depth that matches no layer is an error"}
 LEARNED = {
     "isolation": "all radii are learned from one validation loss, which is NaN then",
@@ -145,6 +178,7 @@ LEARNED = {
 }
 
 SPD, FTP, TPGM = ("spd_ratio",), ("ftp_radii",), ("tpgm_radii",)
+RGN = ("auto_rgn_scale", "auto_rgn_ratio")
 BALANCE, DEPTHS = ("temp_balance_scale", "temp_balance_alpha"), ("layer_decay_scale",)
 DECAY, K = {"weight_decay": 1.0}, {"k": 0.5, "radius_learning_rate": 0.1}
 LR, SCALES = {"learning_rate": RATE}, {"min_scale": 0.5, "max_scale": 1.5}
@@ -161,6 +195,10 @@ METHODS: dict[str, Method] = {
         optax_spd.tpgm, {}, LEARNS | {"every": 2, "norm": "l2"}, TPGM, after_adam, **VALIDATES
     ),
     "l2_sp": Method(optax_spd.l2_sp, {"weight_decay": 0.3}, place=before_adam),
+    "l2_sp, cautious": Method(
+        optax_spd.l2_sp, {"weight_decay": 0.3}, {"cautious": True}, place=before_adam
+    ),
+    "path_prox": Method(path_prox, LR | {"weight_decay": 1.0}, {}, (), after_adam, excepted=PAIRS),
     "layerwise": Method(
         cosine_decay, {"weight_decay": 0.3, "smoothing": 0.5}, {}, ("cosine", "average_cosine"),
         after_adam, gradient=True, excepted={"sign": "the driver cannot know a number's range"},
@@ -172,6 +210,9 @@ METHODS: dict[str, Method] = {
     "layerwise_lr_decay": Method(
         optax_spd.layerwise_lr_decay, {"decay": 0.5, "min_scale": 0.2}, {"depth": DEPTH}, DEPTHS,
         after_adam, excepted=NEEDS_LAYERS,
+    ),
+    "auto_rgn": Method(
+        optax_spd.auto_rgn, {}, {"every": 2}, RGN, after_adam, gradient=True, excepted=NORMALIZES
     ),
     "with_anchor": Method(shared_anchor, {"l2_sp_decay": 0.1, "spd_decay": 1.0}, {}, SPD),
     "with_frozen": Method(frozen_embedding, DECAY, {}, SPD, mask=not_embedding),

@@ -24,7 +24,7 @@ with n the length of the row. Differences from the authors' code:
 3. A row is an output unit, on whatever axis it lies (``layers=``); the original's is axis 0.
 4. A stacked array is several layers, each with a test of its own. In a group all rows of all
    arrays must pass; else the group is one row.
-5. A layer whose sums are not finite is not projected. In the original a NaN spreads over the tensor.
+5. A layer whose sums are not finite is not projected. In the original NaN spreads over the tensor.
 6. Sums have at least float32 whatever the parameters' dtype.
 7. ε = 0 divides by no zero.
 """

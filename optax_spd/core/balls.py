@@ -155,8 +155,9 @@ def whole_norms(
 
 
 def _joined(norms: jax.Array) -> jax.Array:
-    """√Σ n²; the squares of numbers of at most 1 do not overflow."""
-    largest = jnp.max(norms)
+    """√Σ n², of numbers scaled so that no square overflows or vanishes."""
+    # XLA multiplies by the reciprocal of the scale, which would vanish for the largest numbers.
+    largest = jnp.minimum(jnp.max(norms), 1 / _scale(norms.dtype))
     scale = jnp.where(largest > 0, largest, 1)
     return scale * norm_of(jnp.sum((norms / scale) ** 2))
 

@@ -321,12 +321,15 @@ def dampened_trace(
         return optax.identity() if nesterov else optax.scale(1 - dampening)
     trace = optax.trace(momentum)
 
+    def like(g: Any, x: Any) -> jax.Array:  # g may be a Python number
+        return jnp.asarray(x, jnp.result_type(g))
+
     def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
-        dampened = jax.tree.map(lambda g: ((1 - dampening) * g).astype(g.dtype), updates)
+        dampened = jax.tree.map(lambda g: like(g, (1 - dampening) * g), updates)
         buffer, state = trace.update(dampened, state, params)
         if not nesterov:
             return buffer, state
-        ahead = jax.tree.map(lambda g, b: (g + momentum * b).astype(g.dtype), updates, buffer)
+        ahead = jax.tree.map(lambda g, b: like(g, g + momentum * b), updates, buffer)
         return ahead, state
 
     return optax.GradientTransformation(trace.init, update)

@@ -32,7 +32,7 @@ from optax_spd.layers.fingerprints import check_state
 from optax_spd.layers.masks import path_mask
 from optax_spd.layers.plans import layer_names
 from optax_spd.layers.spec import LayerSpec, by_module, outputs, stacked
-from optax_spd.methods.adamp import remove_radial
+from optax_spd.methods.adamp.stage import remove_radial
 from optax_spd.methods.freezing import with_frozen
 from optax_spd.methods.ftp import FTPState, ftp
 from optax_spd.methods.l2_sp import L2SPState, l2_sp

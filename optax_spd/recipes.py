@@ -5,8 +5,8 @@
     adam_tpgm         u = Adam(g),                            then TPGM's projection
     adam_ftp          u = AdamW(g),                           then FTP's: the authors' AdamP
     sgd_ftp           u = SGD(g + λ θ, momentum),             then FTP's: the authors' SGDP
-    adamp             u = AdamW(g), decay and radial part by AdamP's test (not FTP's AdamP)
-    sgdp              u = SGD(g), likewise (not FTP's SGDP)
+    adamp             u = AdamW(g) without radial parts:      AdamP of Heo et al.
+    sgdp              u = SGD(g) without radial parts:        SGDP of Heo et al.
     sgd_fednar        u = SGD(clip(g + λ (θ - θ₀))):          FedNAR's local step
     sgd_freeze_embed  u = SGD(g), embeddings frozen
 
@@ -26,7 +26,8 @@ from optax_spd.layers import checks
 from optax_spd.layers.embeddings import DEFAULT_EMBEDDING_PATTERNS
 from optax_spd.layers.spec import LayerFn
 from optax_spd.layers.types import Anchor, AxisName, DType, Mask, Norm
-from optax_spd.methods.adamp import dampened_trace, remove_radial, scale_by_nesterov_adam
+from optax_spd.methods.adamp.directions import dampened_trace, scale_by_nesterov_adam
+from optax_spd.methods.adamp.stage import remove_radial
 from optax_spd.methods.fednar import clip_by_whole_norm
 from optax_spd.methods.freezing import Frozen, with_frozen
 from optax_spd.methods.ftp import ftp

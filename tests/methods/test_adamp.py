@@ -120,6 +120,7 @@ def expected_direction(
     decay: float, delta: float, ratio: float, eps: float,
 ) -> tuple[Arrays, list[str]]:  # fmt: skip
     """Section 5 of the notes on the original, one layer after the other; the views that fired."""
+    p = {name: x.copy() for name, x in p.items()}  # changed in place
     balls = [ball_oracles.Balls(tree, "l2", lambda path, _: specs[path]) for tree in (w, g, p)]
     views = []
 
@@ -223,22 +224,15 @@ def test_without_a_test_that_passes_it_is_the_optimizer_with_decoupled_decay() -
     params = {"w": jnp.array([[3.0, 1.0], [-1.0, 2.0]])}
     grads = {"w": jnp.array([[0.1, -1.0], [2.0, 0.5]])}
     off = {"delta": 0.0, "weight_decay": 0.5}
+    adam = (0.1, 0.8, 0.95, 1e-3, 1e-4)
+    sgd = optax.trace(0.8, nesterov=True), optax.add_decayed_weights(0.5 / (1 - 0.8))
     pairs = [
-        (optax_spd.adamp(0.1, 0.8, 0.95, 1e-3, 1e-4, **off), optax.adamw),
-        (optax_spd.sgdp(0.1, 0.8, True, **off), None),
+        (optax_spd.adamp(*adam, **off), optax.adamw(*adam, weight_decay=0.5)),
+        (optax_spd.sgdp(0.1, 0.8, True, **off), optax.chain(*sgd, optax.scale(-0.1))),
     ]
-    for ours, theirs in pairs:
-        other = (
-            theirs(0.1, 0.8, 0.95, 1e-3, 1e-4, weight_decay=0.5)
-            if theirs
-            else optax.chain(
-                optax.trace(0.8, nesterov=True),
-                optax.add_decayed_weights(0.5 / (1 - 0.8)),
-                optax.scale(-0.1),
-            )
-        )
+    for pair in pairs:
         runs = []
-        for tx in (ours, other):
+        for tx in pair:
             p, state = params, tx.init(params)
             for _ in range(3):
                 updates, state = tx.update(grads, state, p)

@@ -4,10 +4,11 @@ Every method here is a stage for ``optax.chain``. It changes an optimizer's upda
 parameters stay near an *anchor*, the pretrained weights. The recipes are complete optimizers.
 
 Recipes: ``adam_spd``, ``adamw_l2_sp``, ``adam_tpgm``, ``adam_ftp``, ``sgd_ftp``,
-``sgd_freeze_embed``.
+``adamp``, ``sgdp``, ``sgd_fednar``, ``sgd_freeze_embed``.
 
-Stages: ``spd``, ``tpgm``, ``ftp``, ``l2_sp``, ``path_prox``, ``temp_balance``,
-``layerwise_lr_decay``, ``auto_rgn``; a stage of your own: ``layerwise``, ``Decision``.
+Stages: ``spd``, ``tpgm``, ``ftp``, ``l2_sp``, ``temp_balance``, ``layerwise_lr_decay``,
+``auto_rgn``, ``remove_radial``, ``clip_by_relative_norm``, ``path_prox``; a stage of your own:
+``layerwise``, ``Decision``.
 
 Wrappers: ``chain`` and ``with_gradient`` pass the raw gradient to the stages, ``with_anchor``
 shares one anchor, ``with_frozen`` freezes parameters.
@@ -34,12 +35,14 @@ from optax_spd.layers.fingerprints import check_state
 from optax_spd.layers.masks import path_mask
 from optax_spd.layers.plans import layer_names
 from optax_spd.layers.spec import LayerSpec, by_module, outputs, stacked
+from optax_spd.methods.adamp.stage import remove_radial
 from optax_spd.methods.auto_rgn import AutoRGNState, auto_rgn
 from optax_spd.methods.freezing import with_frozen
 from optax_spd.methods.ftp import FTPState, ftp
 from optax_spd.methods.l2_sp import L2SPState, l2_sp
 from optax_spd.methods.layer_decay import LayerDecayState, layerwise_lr_decay
 from optax_spd.methods.path_prox import PathProxState, path_prox
+from optax_spd.methods.relative_clip import clip_by_relative_norm
 from optax_spd.methods.spd import SPDState, spd
 from optax_spd.methods.temp_balance.power_law import power_law_alpha
 from optax_spd.methods.temp_balance.scales import balance_scales
@@ -53,9 +56,12 @@ from optax_spd.recipes import (
     adam_ftp,
     adam_spd,
     adam_tpgm,
+    adamp,
     adamw_l2_sp,
+    sgd_fednar,
     sgd_freeze_embed,
     sgd_ftp,
+    sgdp,
 )
 from optax_spd.report import LayerReport, LayerRow, layer_report
 from optax_spd.wrappers import WithAnchorState, chain, with_anchor, with_gradient
@@ -80,12 +86,14 @@ __all__ = [
     "adam_ftp",
     "adam_spd",
     "adam_tpgm",
+    "adamp",
     "adamw_l2_sp",
     "auto_rgn",
     "balance_scales",
     "by_module",
     "chain",
     "check_state",
+    "clip_by_relative_norm",
     "drop_anchor",
     "fit_radii",
     "ftp",
@@ -100,9 +108,12 @@ __all__ = [
     "path_prox",
     "power_law_alpha",
     "project",
+    "remove_radial",
     "set_anchor",
+    "sgd_fednar",
     "sgd_freeze_embed",
     "sgd_ftp",
+    "sgdp",
     "spd",
     "stacked",
     "temp_balance",

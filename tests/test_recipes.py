@@ -28,6 +28,8 @@ RECIPES: list[Callable[..., Any]] = [
     optax_spd.sgd_ftp,
 ]
 each_recipe = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.__name__)
+# Those that decide nothing which a test could read in the state.
+RELATED: list[Callable[..., Any]] = [optax_spd.adamp, optax_spd.sgdp, optax_spd.sgd_fednar]
 
 
 def model(dtype: Any = np.float32) -> Any:
@@ -87,6 +89,7 @@ ANCHOR = {
 }
 LAYERS = ANCHOR | {"layers": optax_spd.stacked("blocks")}
 BALLS = LAYERS | {"norm": "l2"}
+RADIAL = {"layers": LAYERS["layers"], "mask": LAYERS["mask"], "delta": 1.2, "wd_ratio": 0.4}
 FTP = BALLS | {"radius_learning_rate": RATE, "state_dtype": jnp.bfloat16}
 
 
@@ -95,6 +98,7 @@ def pairs() -> dict[str, tuple[Any, tuple[Any, ...], tuple[Any, ...]]]:
     adam, moments = optax.adam(RATE, *ADAM), optax.scale_by_adam(*ADAM)
     rate, decay = optax.scale_by_learning_rate(RATE), optax_spd.l2_sp(DECAY, anchor="zero")
     sgd = decay, optax.sgd(RATE, 0.7, nesterov=True)
+    dampened = optax.scale(1 - 0.2), optax.trace(0.7)
     radii = optax.sgd(0.1)
     return {
         "adam_spd": (
@@ -122,6 +126,16 @@ def pairs() -> dict[str, tuple[Any, tuple[Any, ...], tuple[Any, ...]]]:
             (*sgd, optax_spd.ftp(K, **FTP)),
             sgd,
         ),
+        "adamp": (
+            optax_spd.adamp(RATE, *ADAM, weight_decay=DECAY, **RADIAL),
+            (moments, optax_spd.remove_radial(DECAY, eps=1e-3, **RADIAL), rate),
+            (adam,),
+        ),
+        "sgdp": (
+            optax_spd.sgdp(RATE, 0.7, dampening=0.2, weight_decay=DECAY, **RADIAL),
+            (*dampened, optax_spd.remove_radial(lambda t: DECAY(t) / (1 - 0.7), **RADIAL), rate),
+            (*dampened, rate),
+        ),
     }
 
 
@@ -131,7 +145,7 @@ VALIDATION = {
 }
 
 
-@each_recipe
+@pytest.mark.parametrize("recipe", [*RECIPES, *RELATED[:2]], ids=lambda recipe: recipe.__name__)
 def test_a_recipe_is_the_chain_it_stands_for(recipe: Any) -> None:
     name = recipe.__name__
     tx, parts, inner = pairs()[name]
@@ -219,9 +233,9 @@ def test_axis_name_is_passed_on(recipe: Any) -> None:
 # How they are called -----------------------------------------------------------------------------
 
 
-@each_recipe
+@pytest.mark.parametrize("recipe", [*RECIPES, *RELATED], ids=lambda recipe: recipe.__name__)
 def test_arguments_are_in_optaxs_order_and_the_rest_by_keyword(recipe: Any) -> None:
-    theirs = optax.sgd if recipe is optax_spd.sgd_ftp else optax.adam
+    theirs = optax.sgd if recipe.__name__.startswith("sgd") else optax.adam
     parameters = list(inspect.signature(theirs).parameters.values())
     positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     if theirs is optax.sgd:
@@ -254,6 +268,16 @@ HALF = jnp.bfloat16
         (optax_spd.adam_ftp, {"mu_dtype": HALF}, 14),
         (optax_spd.sgd_ftp, {}, 8),
         (optax_spd.sgd_ftp, {"momentum": 0.9, "weight_decay": 0.1}, 12),
+        (optax_spd.adamp, {"weight_decay": 0.1}, 8),
+        (optax_spd.adamp, {"mu_dtype": HALF, "nesterov": True}, 6),
+        (optax_spd.sgdp, {"dampening": 0.5}, 0),
+        (optax_spd.sgdp, {"momentum": 0.9, "nesterov": True}, 4),
+        (optax_spd.sgd_fednar, {"weight_decay": 0.1, "max_norm": 1.0}, 0),
+        (
+            optax_spd.sgd_fednar,
+            {"momentum": 0.9, "weight_decay": 0.1, "max_norm": 1.0, "anchor": "initial"},
+            8,
+        ),
     ],
 )
 def test_state_bytes_per_parameter(recipe: Any, options: dict[str, Any], expected: int) -> None:

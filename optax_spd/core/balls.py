@@ -15,6 +15,7 @@ through.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -133,6 +134,38 @@ def norms_and_slope(
     )
     (slope,) = measured.totals
     return _mars_norms(plan, measured, 1), slope
+
+
+def whole_norms(
+    plan: plans.LayerPlan, axes: Sequence[manual_axes.MeshAxes] | None, *arrays: Leaves
+) -> tuple[jax.Array, ...]:
+    """The l2 norms of one or several trees, each over all its arrays together.
+
+    A layer that is not finite in one of the trees is left out of all norms, so that it does not
+    reach the others.
+
+    Args:
+      plan: the layers.
+      axes: per leaf the mesh axes that split it by hand, or None.
+      *arrays: as for :func:`ball_norms`.
+    """
+    norms = [norm.largest for norm in ball_norms("l2", plan, axes, *arrays)]
+    finite = functools.reduce(operator.and_, map(jnp.isfinite, norms))
+    return tuple(_joined(jnp.where(finite, norm, 0)) for norm in norms)
+
+
+def _joined(norms: jax.Array) -> jax.Array:
+    """√Σ n², of numbers scaled so that no square overflows or vanishes."""
+    # XLA multiplies by the reciprocal of the scale, which would vanish for the largest numbers.
+    largest = jnp.minimum(jnp.max(norms), 1 / _scale(norms.dtype))
+    scale = jnp.where(largest > 0, largest, 1)
+    return scale * norm_of(jnp.sum((norms / scale) ** 2))
+
+
+def clip_factor(norm: jax.Array, bound: jax.Array) -> jax.Array:
+    """min(1, bound / norm); 1 where the norm is 0."""
+    outside = norm > bound
+    return jnp.where(outside, bound / jnp.where(outside, norm, 1), 1)
 
 
 def _map_leaves(function: Callable[..., tuple[jax.Array, ...]], *arrays: Leaves) -> list[Any]:

@@ -62,6 +62,7 @@ NUMBERS = {
     **dict.fromkeys(("learning_rate", "b1", "b2", "eps", "eps_root", "momentum"), 0.1),
     **dict.fromkeys(("weight_decay", "k", "radius_learning_rate", "decay", "radii"), 0.1),
     **dict.fromkeys(("min_scale", "max_scale", "sigmoid_min", "sigmoid_max", "temperature"), 0.4),
+    **dict.fromkeys(("delta", "wd_ratio", "dampening", "max_norm", "clipping"), 0.1),
     "every": 2,
 }
 SHAPING = {"min_eigenvalues": 4, "xmin_pos": 3, "conv_norm": 0.25, "bins": 50}

@@ -83,6 +83,9 @@ FACTORIES = {
     "shared_anchor": shared_anchor,
     "tpgm_in_fixed_balls": tpgm_in_fixed_balls,
     "sgd_freeze_embed": sgd_freeze_embed,
+    "adamp": optax_spd.adamp,
+    "sgdp": optax_spd.sgdp,
+    "sgd_fednar": optax_spd.sgd_fednar,
     "balanced_layerwise_adam": balanced_layerwise_adam,
 }
 
@@ -101,6 +104,9 @@ CONTRIB_TABLE = {
     "sgd_ftp_l2": ("sgd_ftp", {"learning_rate": 1e-3, "momentum": 0.9, "norm": "l2"}),
     "tpgm_in_fixed_balls": ("tpgm_in_fixed_balls", {"learning_rate": 1e-2}),
     "sgd_freeze_embed": ("sgd_freeze_embed", {"learning_rate": 1e-3}),
+    "adamp": ("adamp", {"learning_rate": 1e-2, "nesterov": True}),
+    "sgdp": ("sgdp", {"learning_rate": 1e-3, "momentum": 0.9, "nesterov": True}),
+    "sgd_fednar": ("sgd_fednar", {"learning_rate": 1e-3, "weight_decay": 0.0, "max_norm": 1e3}),
     "balanced_layerwise_adam": ("balanced_layerwise_adam", {"learning_rate": 1e-2}),
 }
 

@@ -181,7 +181,7 @@ def test_a_stage_for_a_part_gets_the_gradient_whole_or_masked(
     masked = optax.masked(stage, optax_spd.path_mask("^blocks", "^embed"), **options)
     assert_close(trained(name, method.place(masked)), expected)
     if not masks_extra_args:
-        bare = optax.chain(method.inner(), masked)
+        bare = method.place(masked, optax.chain)
         called = optax.GradientTransformation(
             bare.init, lambda grads, state, params: bare.update(grads, state, params, grad=grads)
         )

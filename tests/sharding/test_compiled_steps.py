@@ -30,6 +30,11 @@ STAGES: dict[str, Stage] = {
     "tpgm": lambda **options: optax_spd.tpgm(norm="l2", **options),
     "tpgm in mars": optax_spd.tpgm,
     "auto_rgn": optax_spd.auto_rgn,
+    "remove_radial": lambda **options: optax_spd.remove_radial(0.1, **options),
+    "clip_by_relative_norm": lambda **options: optax_spd.clip_by_relative_norm(0.1, 0.1, **options),
+    "sgd_fednar": lambda **options: optax_spd.sgd_fednar(
+        0.1, weight_decay=0.1, max_norm=1.0, **options
+    ),
 }
 all_stages = pytest.mark.parametrize("stage", STAGES)
 MESHES = {"1-D": {"x": 8}, "2-D": {"x": 4, "y": 2}}
@@ -222,6 +227,14 @@ def in_shard_map(
     return mapped, state
 
 
+# How many numbers there are to a layer, or to a row and to a layer. An l2 norm takes two sums; in
+# FTP a layer has a slope, in AdamP the number of rows that fail its test, and all that is summed.
+LAYER_TERMS = {
+    "spd": 3, "ftp": 5, "tpgm": 2, "auto_rgn": 2, "clip_by_relative_norm": 4, "sgd_fednar": 2
+}  # fmt: skip
+ROW_TERMS = {"ftp in mars": (3, 1), "tpgm in mars": (1, 0), "remove_radial": (5, 6)}
+
+
 @both_meshes
 @all_stages
 def test_in_shard_map_one_psum_adds_up_all_layers(stage: str, axes: str) -> None:
@@ -233,21 +246,22 @@ def test_in_shard_map_one_psum_adds_up_all_layers(stage: str, axes: str) -> None
     kinds = sorted(re.split(r"_|2", name)[0] for name in equations)
     found = collectives(traced.lower().compile().as_text())
     assert set(found) == {"all-reduce"}
-    # An l2 norm takes two sums.
-    terms = {
-        "spd": 3, "ftp": 5, "ftp in mars": 3, "tpgm": 2, "tpgm in mars": 1, "auto_rgn": 2
-    }[stage]  # fmt: skip
+    if stage in LAYER_TERMS:
+        assert kinds == ["psum"]
+        assert found["all-reduce"] == [LAYER_TERMS[stage] * len(params)]
+        return
+    # One number for each row that the mesh splits, whatever else it splits: the rows of an array
+    # that is split along its outputs alone stay where they are.
+    terms, totals = ROW_TERMS[stage]
+    split = sum(WHOLE[1] for spec in specs.values() if any(spec) and spec[0])
+    sums = [terms * split + totals * len(params)]
     if "mars" not in stage:
         assert kinds == ["psum"]
-        assert found["all-reduce"] == [terms * len(params)]
+        assert found["all-reduce"] == sums
         return
     # The smallest and the largest row of arrays whose rows need no sum.
     assert kinds == ["pmax", "psum"]
-    # One number for each row that the mesh splits, whatever else it splits: the rows of an array
-    # that is split along its outputs alone stay where they are. In FTP a slope for each layer.
-    split = sum(WHOLE[1] for spec in specs.values() if any(spec) and spec[0])
-    sums = terms * split + (len(params) if "ftp" in stage else 0)
-    assert sorted(found["all-reduce"]) == sorted([sums, 2 * len(params)])
+    assert sorted(found["all-reduce"]) == sorted([*sums, 2 * len(params)])
 
 
 @both_meshes

@@ -64,7 +64,7 @@ class Method(NamedTuple):
     @property
     def is_stage(self) -> bool:
         """Whether it stands in a chain."""
-        return self.place in (after_adam, before_adam)
+        return self.place in (after_adam, before_adam, inside_adam, before_sgd)
 
     @property
     def is_wrapper(self) -> bool:
@@ -77,12 +77,23 @@ class Method(NamedTuple):
         return self.takes("anchor")
 
 
-def after_adam(stage: Any) -> Any:
-    return optax_spd.chain(optax.adam(RATE), stage)
+# Where a stage stands, in a chain that passes it the gradient or in one that does not.
 
 
-def before_adam(stage: Any) -> Any:
-    return optax_spd.chain(stage, optax.adam(RATE))
+def after_adam(stage: Any, chain: Any = optax_spd.chain) -> Any:
+    return chain(optax.adam(RATE), stage)
+
+
+def before_adam(stage: Any, chain: Any = optax_spd.chain) -> Any:
+    return chain(stage, optax.adam(RATE))
+
+
+def inside_adam(stage: Any, chain: Any = optax_spd.chain) -> Any:
+    return chain(optax.scale_by_adam(), stage, optax.scale_by_learning_rate(RATE))
+
+
+def before_sgd(stage: Any, chain: Any = optax_spd.chain) -> Any:
+    return chain(stage, sgd())
 
 
 def sgd() -> Any:
@@ -171,6 +182,7 @@ PAIRS = {
     "no layers": "a pattern that matches no kernel is an error",
     "parts": "so is a pair that is split between parts of a tree",
 }
+WHOLE_NORM = {"isolation": "arrays are clipped by a norm over all of them"}
 NEEDS_LAYERS = {"no layers": "a depth that matches no layer is an error"}
 LEARNED = {
     "isolation": "all radii are learned from one validation loss, which is NaN then",
@@ -183,6 +195,9 @@ BALANCE, DEPTHS = ("temp_balance_scale", "temp_balance_alpha"), ("layer_decay_sc
 DECAY, K = {"weight_decay": 1.0}, {"k": 0.5, "radius_learning_rate": 0.1}
 LR, SCALES = {"learning_rate": RATE}, {"min_scale": 0.5, "max_scale": 1.5}
 LEARNS = {"radius_optimizer": optax.sgd(0.05)}
+# Of the kernels some pass AdamP's test by rows, some as a whole, and some do not.
+RADIAL = {"weight_decay": 0.3, "delta": 1.2, "wd_ratio": 0.5}
+RELATIVE = LR | {"weight_decay": 0.1, "clipping": 0.5}
 MASKED = {"anchor_dtype": jnp.bfloat16, "mask": not_embedding}
 VALIDATES = {"validates": True, "excepted": LEARNED}
 
@@ -214,6 +229,12 @@ METHODS: dict[str, Method] = {
     "auto_rgn": Method(
         optax_spd.auto_rgn, {}, {"every": 2}, RGN, after_adam, gradient=True, excepted=NORMALIZES
     ),
+    "remove_radial": Method(
+        optax_spd.remove_radial, RADIAL, {}, place=inside_adam, gradient=True
+    ),
+    "clip_by_relative_norm": Method(
+        optax_spd.clip_by_relative_norm, RELATIVE, place=before_sgd, inner=sgd, excepted=WHOLE_NORM
+    ),
     "with_anchor": Method(shared_anchor, {"l2_sp_decay": 0.1, "spd_decay": 1.0}, {}, SPD),
     "with_frozen": Method(frozen_embedding, DECAY, {}, SPD, mask=not_embedding),
     "adam_spd": Method(optax_spd.adam_spd, LR | DECAY, {}, SPD),
@@ -226,6 +247,12 @@ METHODS: dict[str, Method] = {
         optax_spd.sgd_ftp, LR | K, {"momentum": 0.9, "nesterov": True}, FTP, inner=sgd
     ),
     "adam_tpgm": Method(optax_spd.adam_tpgm, LR, LEARNS, TPGM, **VALIDATES),
+    "adamp": Method(optax_spd.adamp, LR | RADIAL, {"nesterov": True}),
+    "sgdp": Method(optax_spd.sgdp, LR | RADIAL, {"momentum": 0.6, "dampening": 0.2}, inner=sgd),
+    "sgd_fednar": Method(
+        optax_spd.sgd_fednar, LR | {"weight_decay": 0.5, "max_norm": 3.0},
+        {"momentum": 0.9, "anchor": "initial"}, inner=sgd, excepted=WHOLE_NORM,
+    ),
     "sgd_freeze_embed": Method(optax_spd.sgd_freeze_embed, LR, inner=sgd),
 }
 # fmt: on

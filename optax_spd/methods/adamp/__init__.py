@@ -1,0 +1,1 @@
+"""AdamP and SGDP: the stage, and the directions that it stands behind."""

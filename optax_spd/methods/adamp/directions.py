@@ -1,0 +1,66 @@
+"""The directions of the authors' AdamP and SGDP, where Optax's are others."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_spd.layers.types import DType, PyTree
+
+
+def scale_by_nesterov_adam(
+    b1: jax.typing.ArrayLike,
+    b2: jax.typing.ArrayLike,
+    eps: jax.typing.ArrayLike,
+    eps_root: jax.typing.ArrayLike,
+    mu_dtype: DType,
+) -> optax.GradientTransformation:
+    """Adam's direction with the Nesterov momentum of the authors' AdamP, in Adam's own state.
+
+        p = (b1 m + (1 - b1) g) / (1 - b1^t) / (√v̂ + ε)
+
+    Optax's divides m by 1 - b1^(t+1) instead (Dozat's NAdam).
+    """
+    adam = optax.scale_by_adam(b1, b2, eps, eps_root, mu_dtype)
+
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
+        plain, state = adam.update(updates, state, params)
+        first, second = 1 - b1**state.count, 1 - b2**state.count
+
+        def direction(p: jax.Array, g: jax.Array, v: jax.Array) -> jax.Array:
+            corrected = v / second.astype(v.dtype)
+            denominator = jnp.sqrt(corrected + eps_root) + eps
+            now = (1 - b1) * g / first.astype(v.dtype) / denominator
+            ahead: jax.Array = (b1 * p + now).astype(p.dtype)
+            return ahead
+
+        return jax.tree.map(direction, plain, updates, state.nu), state
+
+    return optax.GradientTransformation(adam.init, update)
+
+
+def dampened_trace(
+    momentum: jax.typing.ArrayLike | None, dampening: jax.typing.ArrayLike, nesterov: bool
+) -> optax.GradientTransformation:
+    """SGD's direction with momentum b ← μ b + (1 - dampening) g, from the first step on.
+
+    It is b, or g + μ b with Nesterov momentum. The state is that of ``optax.trace``, or none
+    without momentum.
+    """
+    if momentum is None:
+        return optax.identity() if nesterov else optax.scale(1 - dampening)
+    trace = optax.trace(momentum)
+
+    def like(g: Any, x: Any) -> jax.Array:  # g may be a Python number
+        return jnp.asarray(x, jnp.result_type(g))
+
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
+        dampened = jax.tree.map(lambda g: like(g, (1 - dampening) * g), updates)
+        buffer, state = trace.update(dampened, state, params)
+        if not nesterov:
+            return buffer, state
+        ahead = jax.tree.map(lambda g, b: like(g, g + momentum * b), updates, buffer)
+        return ahead, state
+
+    return optax.GradientTransformation(trace.init, update)

@@ -10,13 +10,14 @@ Stages: ``spd``, ``tpgm``, ``ftp``, ``l2_sp``, ``temp_balance``, ``layerwise_lr_
 your own: ``layerwise``, ``Decision``.
 
 Wrappers: ``chain`` and ``with_gradient`` pass the raw gradient to the stages, ``with_anchor``
-shares one anchor, ``with_frozen`` freezes parameters.
+shares one anchor, ``with_frozen`` freezes parameters, ``with_sparse`` trains few entries of each
+layer (``sparse_mask`` shows which).
 
 After training: ``project``, ``fit_radii``, ``wise_ft``.
 
 States: ``set_anchor``, ``drop_anchor``, ``check_state``; the classes ``SPDState``, ``TPGMState``,
 ``FTPState``, ``L2SPState``, ``TempBalanceState``, ``LayerDecayState``, ``WithAnchorState``,
-``LayerwiseState``.
+``WithSparseState``, ``LayerwiseState``.
 
 Layers: ``LayerSpec``, ``stacked``, ``outputs``, ``by_module``, ``layer_names``, ``path_mask``,
 ``DEFAULT_EMBEDDING_PATTERNS``.
@@ -36,6 +37,8 @@ from optax_spd.methods.freezing import with_frozen
 from optax_spd.methods.ftp import FTPState, ftp
 from optax_spd.methods.l2_sp import L2SPState, l2_sp
 from optax_spd.methods.layer_decay import LayerDecayState, layerwise_lr_decay
+from optax_spd.methods.sparse.state import WithSparseState, sparse_mask
+from optax_spd.methods.sparse.wrapper import with_sparse
 from optax_spd.methods.spd import SPDState, spd
 from optax_spd.methods.temp_balance.power_law import power_law_alpha
 from optax_spd.methods.temp_balance.scales import balance_scales
@@ -67,6 +70,7 @@ __all__ = [
     "TPGMState",
     "TempBalanceState",
     "WithAnchorState",
+    "WithSparseState",
     "adam_ftp",
     "adam_spd",
     "adam_tpgm",
@@ -89,6 +93,7 @@ __all__ = [
     "set_anchor",
     "sgd_freeze_embed",
     "sgd_ftp",
+    "sparse_mask",
     "spd",
     "stacked",
     "temp_balance",
@@ -97,6 +102,7 @@ __all__ = [
     "with_anchor",
     "with_frozen",
     "with_gradient",
+    "with_sparse",
 ]  # fmt: skip
 
 __version__ = "0.1.0"

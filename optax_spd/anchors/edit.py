@@ -57,7 +57,7 @@ def set_anchor(state: PyTree, anchor: PyTree, *, anchor_dtype: DType = None) -> 
       {'kernel': Array([1., 1.], dtype=float32)}
     """
     dtype = None if anchor_dtype is None else checks.check_dtype("anchor_dtype", anchor_dtype)
-    return _map_anchors(lambda node: _replaced(node, anchor, dtype), state)
+    return _map_anchors(lambda node, tree: _replaced(node, tree, dtype), state, anchor, dtype)
 
 
 def _replaced(node: Any, anchor: PyTree, dtype: np.dtype | None) -> PyTree:
@@ -152,7 +152,7 @@ def drop_anchor(state: PyTree) -> PyTree:
       True
     """
 
-    def dropped(node: Any) -> PyTree:
+    def dropped(node: Any, _: None) -> PyTree:
         flat = trees.flatten(node.anchor, is_leaf=policy.is_anchor_leaf)
         if not all(policy.is_anchor_leaf(leaf) for leaf in flat.leaves):
             _check_layers(node, flat)
@@ -193,22 +193,54 @@ def _layer_arrays(anchor: trees.FlatTree) -> list[str]:
     ]
 
 
-def _map_anchors(change: Callable[[Any], PyTree], state: PyTree) -> PyTree:
+def _map_anchors(
+    change: Callable[[Any, PyTree], PyTree],
+    state: PyTree,
+    whole: PyTree = None,
+    dtype: np.dtype | None = None,
+) -> PyTree:
+    """The state with changed anchors.
+
+    Args:
+      change: from a stage's state and the anchor given for its parameters to its new anchor.
+      state: a nested state.
+      whole: the anchor given for all parameters; None if there is none.
+      dtype: to keep a whole anchor in; None for its own.
+    """
     count = 0
 
-    def walk(node: PyTree) -> PyTree:
+    def walk(node: PyTree, given: PyTree) -> PyTree:
         nonlocal count
+        if _narrows_anchor(node):
+            return narrow(node, given)
         if not _holds_anchor(node):
             return node
         count += 1
         others = {
-            field: jax.tree.map(walk, getattr(node, field), is_leaf=_holds_anchor)
-            for field in node._fields
-            if field != "anchor"
+            field: below(getattr(node, field), given) for field in node._fields if field != "anchor"
         }
-        return node._replace(anchor=change(node), **others)
+        return node._replace(anchor=change(node, given), **others)
 
-    new_state = jax.tree.map(walk, state, is_leaf=_holds_anchor)
+    def below(tree: PyTree, given: PyTree) -> PyTree:
+        is_leaf = lambda node: _narrows_anchor(node) or _holds_anchor(node)
+        return jax.tree.map(lambda node: walk(node, given), tree, is_leaf=is_leaf)
+
+    def narrow(node: Any, given: PyTree) -> PyTree:
+        held = jax.tree.leaves(node.inner_state, is_leaf=_holds_anchor)
+        if not any(map(_holds_anchor, held)):
+            return node
+        if given is None:
+            inner_state = below(node.inner_state, None)
+            return node._replace(anchor=optax.EmptyState(), inner_state=inner_state)
+        flat = trees.flatten(node.whole_anchor(given))
+        kept = flat.unflatten(
+            policy.copied(leaf, leaf, dtype, path)
+            for path, leaf in zip(flat.paths, flat.leaves, strict=True)
+        )
+        inner_state = below(node.inner_state, node.narrowed(given))
+        return node._replace(anchor=kept, inner_state=inner_state)
+
+    new_state = below(state, whole)
     if count == 0:
         raise ValueError(
             "The state holds no anchor: its stages use anchor='zero' or 'argument', or it is not "
@@ -217,6 +249,11 @@ def _map_anchors(change: Callable[[Any], PyTree], state: PyTree) -> PyTree:
             "nnx.Optimizer give optimizer.opt_state; nnx.state(optimizer) has lost the structure."
         )
     return new_state
+
+
+def _narrows_anchor(node: Any) -> bool:
+    """Whether ``node`` is the state of a wrapper whose inner stages see parts of the arrays."""
+    return getattr(node, "narrows_anchor", False)
 
 
 def _holds_anchor(node: Any) -> bool:

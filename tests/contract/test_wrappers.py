@@ -204,7 +204,7 @@ INSIDE = pytest.mark.parametrize("wrapper", WRAPPERS)
 
 
 @INSIDE
-@every_method()
+@every_method("parameter-like")
 def test_tree_map_params_finds_what_is_like_the_parameters(name: str, wrapper: str) -> None:
     tx = WRAPPERS[wrapper](name)
     state = jax.eval_shape(tx.init, PRETRAINED)

@@ -1,0 +1,357 @@
+"""SIFT: sparse increment fine-tuning, which trains few entries of each layer.
+
+Song, Li, Wang, Zhang: "Sparse is Enough in Fine-tuning Pre-trained Large Language Models", ICML
+2024, https://arxiv.org/abs/2312.11875. In a layer of n entries, with g₀ the first gradient,
+
+    k   = min(int(fraction n) + 1, n)
+    S   = positions of the k largest |g₀|              fixed from then on
+    θ_S ← θ_S + inner(g_S, θ_S)                         all other entries keep their value
+
+The optimizer ``inner`` sees vectors of k numbers, so its state exists for these alone. Others choose
+by another score: SAFT (Nguyen et al., ECCV 2024) and GaLLoP (Choudhary et al., 2025) by gradient and
+magnitude. That is ``score=``.
+
+Differences from the authors' code:
+
+1. The first gradient chooses the entries and makes the first step. There it chooses and is dropped.
+2. A step is made when its gradient arrives. There it waits in a vector of increments until the next
+   backward pass, so that gradients are those of the step before, and the last step is lost.
+3. All arrays choose at the same step. There the last array of the backward pass lags by one step,
+   and never trains if the loop clears the model's gradients instead of the optimizer's.
+4. Weight decay in ``inner`` decays θ_S. There it decays the vector of increments, which is zero.
+5. Of equal scores the lowest positions are taken. There the order of equal ones is undefined.
+6. A NaN is never chosen. There it counts as the largest.
+7. Each slice of a stacked array is a layer and has its own k entries.
+"""
+
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from optax_spd.anchors import edit, policy
+from optax_spd.layers import checks, plans, trees
+from optax_spd.layers.spec import LayerFn, check_layers
+from optax_spd.layers.types import Mask
+from optax_spd.methods.sparse import selection
+from optax_spd.methods.sparse.state import WithSparseState, layout_of, nested
+
+PyTree = Any
+ScoreFn = Callable[[str, jax.Array, jax.Array], jax.Array]
+Score = Literal["gradient", "magnitude", "random"] | ScoreFn
+
+
+def _random(path: str, _grad: jax.Array, param: jax.Array) -> jax.Array:
+    # One seed for each path: the same entries on every machine and mesh, and in every run.
+    key = jax.random.fold_in(jax.random.key(0), zlib.crc32(path.encode()))
+    return jax.random.uniform(key, param.shape, jnp.float32)
+
+
+SCORES: dict[str, ScoreFn] = {
+    "gradient": lambda path, grad, param: jnp.abs(grad),
+    "magnitude": lambda path, grad, param: jnp.abs(param),
+    "random": _random,
+}
+
+
+def with_sparse(
+    inner: optax.GradientTransformation,
+    fraction: float,
+    *,
+    score: Score = "gradient",
+    layers: LayerFn | None = None,
+    mask: Mask = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Trains few entries of each layer, chosen by the first gradient, with state for these alone.
+
+    In the first update the :math:`k = \min(\lfloor \text{fraction} \cdot n \rfloor + 1, n)` entries
+    of each layer with the largest score are chosen, and stay:
+
+    .. math::
+
+        \theta_S \leftarrow \theta_S + \mathrm{inner}(g_S, \theta_S),
+        \qquad S = \text{top-}k(|g_0|)
+
+    All other entries keep their value. Adam's moments cost 8 · fraction bytes a parameter, the
+    indices 4 · fraction, an anchor (:func:`optax_spd.spd`, :func:`optax_spd.l2_sp`,
+    :func:`optax_spd.ftp` inside) another 4 · fraction. It does not save the gradient: JAX still
+    computes all of it, and the update is an array like the parameter. Wrap the whole optimizer in
+    it, so that the incoming updates are the gradient.
+
+    Args:
+      inner: any transformation, usually a whole optimizer. It sees nested dicts with the paths of
+        the arrays that are trained, each a vector: shape (k,), or (sizes of the stacked axes, k).
+        So its own ``layers=`` has stacked axes first, ``optax_spd.stacked(pattern, axis=0)``,
+        whichever axis they are here; output axes play no role, a vector is one row. Patterns match
+        as ever; a tree like params (``mask=``, labels, ``anchor=``) does not fit.
+      fraction: of the entries, from 0 to 1; at least one a layer is chosen.
+      score: which entries count most,
+
+        - "gradient": |g|, with g the ``grad=`` of the update, else the incoming update;
+        - "magnitude": \|θ\|;
+        - "random": uniform, from a fixed seed and the array's path;
+        - a function from path, gradient and parameter, arrays of one shape, to scores of that shape.
+
+        Of equal scores the entry first in C order is chosen. A NaN is never chosen: if fewer than k
+        scores are numbers, fewer entries are trained.
+      layers: what a layer is, see :func:`optax_spd.stacked`; None for one per array. Each array
+        chooses by itself, in a group (:func:`optax_spd.by_module`) too.
+      mask: True where the method applies; all other arrays keep their value, without any state.
+
+    Returns:
+      A transformation that needs ``params``. It passes extra arguments on to ``inner``, ``grad=``
+      and ``anchor=`` at the chosen entries. Updates keep their structure and dtypes; those of
+      integer and empty arrays are zero, None and MaskedNode stay. An array without an update in the
+      first step is never trained. The state holds ``sparse_indices``
+      (:func:`optax_spd.sparse_mask` shows them), and ``inner``'s state, which is made anew from the
+      chosen values: an anchor inside is what the parameters are in the first update, not what they
+      were at ``init``. :func:`optax_spd.set_anchor` takes a whole tree. Called before the first
+      update, it keeps all of it in the state, until it is called again after that. Everything in
+      the state is whole on each device, and no part of it is parameter-like for
+      ``optax.tree.map_params``. Under ``shard_map`` each device would choose from its own part:
+      use ``jit``.
+
+    Raises:
+      TypeError: ``inner`` is not a transformation; a traced ``fraction``; a complex parameter; a
+        mask that is not bools.
+      ValueError: ``fraction`` outside [0, 1], an unknown ``score``; a layer of more than
+        2,147,483,647 entries (in ``init``); scores of another shape; no params; a state of other
+        parameters, or without its anchor (in ``update``).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import optax
+      >>> import optax_spd
+      >>> params = {"kernel": jnp.ones((4, 5))}
+      >>> tx = optax_spd.with_sparse(optax_spd.adam_spd(0.5), fraction=0.1)
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update({"kernel": jnp.arange(20.0).reshape(4, 5)}, state, params)
+      >>> optax.tree.get(state, "sparse_indices")
+      {'kernel': Array([17, 18, 19], dtype=int32)}
+      >>> updates["kernel"][3].round(2)
+      Array([ 0. ,  0. , -0.5, -0.5, -0.5], dtype=float32)
+
+    References:
+      Song et al., `Sparse is Enough in Fine-tuning Pre-trained Large Language Models
+      <https://arxiv.org/abs/2312.11875>`_, ICML 2024.
+
+    .. seealso:: :func:`optax_spd.with_frozen`, which leaves out whole arrays
+    """
+    if isinstance(inner, optax.MultiSteps):
+        inner = inner.gradient_transformation()
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(
+            f"with_sparse takes a gradient transformation, got {inner!r}. A factory must be "
+            "called: optax.adam(1e-3), not optax.adam."
+        )
+    checks.check_static("fraction", fraction)
+    checks.check_scalar("fraction", fraction, high=1.0)
+    if not callable(score) and score not in SCORES:
+        allowed = ", ".join(map(repr, SCORES))
+        raise ValueError(
+            f"score must be one of {allowed} or a function (path, grad, param) -> scores, "
+            f"got {score!r}."
+        )
+    check_layers(layers)
+    inner = optax.with_extra_args_support(inner)
+    scores = score if callable(score) else SCORES[score]
+
+    def init(params: PyTree) -> WithSparseState:
+        count = jnp.zeros((), jnp.int32)
+        flat, plan, _ = plans.planned(params, layers, mask)
+        if not flat.leaves:
+            # Optax's params placeholder. What the state holds has other shapes than the parameters
+            # and must not get their shardings.
+            return WithSparseState(count, 0, 0, optax.EmptyState(), 0)
+        indices, layouts, values = {}, {}, {}
+        for path, leaf, entry in zip(flat.paths, flat.leaves, plan.arrays, strict=True):
+            if entry is None:
+                continue
+            k = selection.entries_per_layer(path, leaf, entry, fraction)
+            size = selection.layer_size(jnp.shape(leaf), entry.stacked_axes)
+            shape = (*entry.stacked_shape, k)
+            indices[path] = _filled(leaf, shape, jnp.int32, size)
+            values[path] = _filled(leaf, shape, jnp.result_type(leaf), 0)
+            if jnp.ndim(leaf):
+                layouts[path] = layout_of(jnp.shape(leaf), entry)
+        return WithSparseState(
+            count, nested(indices), nested(layouts), optax.EmptyState(), inner.init(nested(values))
+        )
+
+    def update(
+        updates: PyTree, state: WithSparseState, params: PyTree = None, **extra_args: Any
+    ) -> tuple[PyTree, WithSparseState]:
+        trees.require_params(params)
+        held = trees.flatten(state.sparse_indices).by_path
+        untrained = trees.flatten(updates).missing - held.keys()
+        flat, plan, _ = plans.planned(params, layers, mask, updates, untrained)
+        if not flat.leaves:
+            return updates, state
+        arrays = _arrays(flat, plan, held, fraction)
+        theta = {path: jnp.asarray(flat.by_path[path]) for path in arrays}
+        u = _matched(flat, updates, "updates", arrays)
+        present = [path for path in arrays if not trees.is_missing(u[path])]
+        whole = {
+            name: _matched(flat, extra_args[name], name, present)
+            for name in ("grad", "anchor")
+            if extra_args.get(name) is not None
+        }
+        grads = whole.get("grad", u)
+
+        def vectors(leaves: dict[trees.Path, Any], indices: dict[trees.Path, jax.Array]) -> PyTree:
+            read = lambda path, leaf: selection.gathered(
+                policy.on_device(leaf), indices[path], stacked_axes=arrays[path]
+            )
+            return nested({p: x if trees.is_missing(x) else read(p, x) for p, x in leaves.items()})
+
+        def choose() -> tuple[dict[trees.Path, jax.Array], PyTree]:
+            indices, last = dict(held), state.count
+            for path in present:
+                # One array after the other, so that the memory it takes is that of the largest.
+                g, x, _ = jax.lax.optimization_barrier((grads[path], theta[path], last))
+                last = indices[path] = selection.largest_entries(
+                    _checked_scores(scores, path, g, x),
+                    count=held[path].shape[-1],
+                    stacked_axes=arrays[path],
+                )
+            inner_state = _initial(inner, state.inner_state, vectors(theta, indices))
+            if not isinstance(state.anchor, optax.EmptyState):
+                anchor = trees.flatten(state.anchor).by_path
+                inner_state = edit.set_anchor(inner_state, vectors(anchor, indices))
+            return indices, inner_state
+
+        indices, inner_state = jax.lax.cond(
+            state.count == 0, choose, lambda: (held, state.inner_state)
+        )
+        extra_args |= {name: vectors(leaves, indices) for name, leaves in whole.items()}
+        steps, inner_state = inner.update(
+            vectors(u, indices), inner_state, vectors(theta, indices), **extra_args
+        )
+        by_path = trees.flatten(steps).by_path
+
+        def dense(path: trees.Path, leaf: Any) -> Any:
+            if trees.is_missing(leaf) or jnp.result_type(leaf) == jax.dtypes.float0:
+                return leaf
+            zeros = selection.zeros_like(leaf, leaves.get(path))
+            if path not in present:
+                return zeros
+            step = by_path[path].astype(zeros.dtype)
+            return selection.scattered(step, indices[path], zeros, stacked_axes=arrays[path])
+
+        leaves, incoming = flat.by_path, trees.flatten(updates)
+        new_updates = incoming.unflatten(map(dense, incoming.paths, incoming.leaves))
+        return new_updates, WithSparseState(
+            optax.safe_increment(state.count),
+            nested(indices),
+            state.sparse_layout,
+            state.anchor,
+            inner_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _filled(like: Any, shape: tuple[int, ...], dtype: Any, value: int) -> Any:
+    """A constant array that is whole on each device of the parameter ``like``."""
+    # A tracer's sharding is not known.
+    sharding = None if isinstance(like, jax.core.Tracer) else getattr(like, "sharding", None)
+    is_named = isinstance(sharding, NamedSharding)
+    whole = NamedSharding(sharding.mesh, PartitionSpec()) if is_named else None
+    if isinstance(like, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+    array = jnp.full(shape, value, dtype)
+    return array if whole is None else jax.device_put(array, whole)
+
+
+def _arrays(
+    flat: trees.FlatTree,
+    plan: plans.LayerPlan,
+    held: dict[trees.Path, Any],
+    fraction: float,
+) -> dict[trees.Path, tuple[int, ...]]:
+    """The stacked axes of each trained array, in the canonical order.
+
+    Raises:
+      ValueError: the state's indices are those of other arrays.
+    """
+    found = {
+        path: (leaf, entry)
+        for path, leaf, entry in zip(flat.paths, flat.leaves, plan.arrays, strict=True)
+        if entry is not None
+    }
+    for path in sorted(found.keys() | held.keys()):
+        expected = None
+        if path in found:
+            leaf, entry = found[path]
+            k = selection.entries_per_layer(path, leaf, entry, fraction)
+            expected = (*entry.stacked_shape, k)
+        shape = jnp.shape(held[path]) if path in held else None
+        if shape != expected:
+            raise ValueError(
+                f"The state's sparse_indices have shape {shape} at {trees.shown(path)}, where the "
+                f"parameters need {expected} (None: nothing is trained there). Give init and "
+                "update the same parameters, fraction=, layers= and mask=. Commonly the state was "
+                "restored for another model."
+            )
+    return {path: entry.stacked_axes for path, (_, entry) in sorted(found.items())}
+
+
+def _matched(
+    flat: trees.FlatTree, tree: PyTree, what: str, wanted: Iterable[trees.Path]
+) -> dict[trees.Path, Any]:
+    """The leaves of a whole tree at some paths, arrays or missing."""
+    wanted = set(wanted)
+    masked = flat.only(path in wanted for path in flat.paths)
+    leaves = dict(zip(flat.paths, trees.align(masked, tree, what), strict=True))
+    result = {}
+    for path in sorted(wanted):
+        leaf = result[path] = leaves[path]
+        if not trees.is_missing(leaf):
+            result[path] = trees.as_real(leaf, jnp.result_type(leaf), what, path)
+        elif what != "updates":
+            raise ValueError(
+                f"{what} is {leaf!r} at {trees.shown(path)}, where the update is an array. Pass "
+                f"the whole {what}."
+            )
+    return result
+
+
+def _checked_scores(
+    scores: ScoreFn, path: trees.Path, grad: jax.Array, param: jax.Array
+) -> jax.Array:
+    """The scores of an array, in at least float32."""
+    name = trees.path_name(path)
+    found = jnp.asarray(scores(name, grad, param))
+    if found.shape != param.shape or not jnp.issubdtype(found.dtype, jnp.floating):
+        raise ValueError(
+            f"score must give one real number for each entry: for {name!r} of shape {param.shape} "
+            f"it gave {found.dtype}{list(found.shape)}."
+        )
+    return found.astype(plans.compute_dtype(found))
+
+
+def _initial(
+    inner: optax.GradientTransformation, held: PyTree, values: PyTree
+) -> PyTree:
+    """The inner state, with all that ``init`` makes of the parameters' values made of these.
+
+    ``init`` got zeros. What it makes of values is where it makes something else of zeros; the rest
+    keeps what it holds: hyperparameters that were changed since, counts that were set.
+    """
+    of_values, of_zeros = inner.init(values), inner.init(jax.tree.map(jnp.zeros_like, values))
+    if jax.tree.structure(of_values) != jax.tree.structure(held):
+        raise ValueError(
+            "The inner state of with_sparse has another structure than init gives it. Either the "
+            "anchor was dropped; call set_anchor(state, pretrained_params) before the next update. "
+            "Or the state was restored for another optimizer."
+        )
+    return jax.tree.map(
+        lambda old, new, zero: jnp.where(new == zero, old, new.astype(old.dtype)),
+        held,
+        of_values,
+        of_zeros,
+    )

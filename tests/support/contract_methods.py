@@ -148,6 +148,7 @@ NEEDS_LAYERS = {"no layers": "a depth that matches no layer is an error"}
 SHAPED = {
     "symbolic shapes": "how many entries are chosen follows from the shapes",
     "parameter-like": "its inner state holds vectors, and is one non-parameter",
+    "split anchor": "its anchor holds the chosen entries only, whole on each device",
 }
 LEARNED = {
     "isolation": "all radii are learned from one validation loss, which is NaN then",

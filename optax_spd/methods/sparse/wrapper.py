@@ -349,9 +349,10 @@ def _initial(
             "anchor was dropped; call set_anchor(state, pretrained_params) before the next update. "
             "Or the state was restored for another optimizer."
         )
-    return jax.tree.map(
-        lambda old, new, zero: jnp.where(new == zero, old, new.astype(old.dtype)),
-        held,
-        of_values,
-        of_zeros,
-    )
+
+    def merged(old: Any, new: jax.Array, zero: jax.Array) -> Any:
+        if jnp.shape(old) != new.shape:
+            return old  # the inner stage tells what does not fit
+        return jnp.where(new == zero, old, new.astype(old.dtype))
+
+    return jax.tree.map(merged, held, of_values, of_zeros)

@@ -5,13 +5,15 @@ along any sharding: each device looks at its own part, and only counts, the bits
 the k chosen numbers travel. A sort, ``top_k`` or a flattening reshape would gather the array.
 """
 
+import collections
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from optax_spd.layers import trees
@@ -54,48 +56,59 @@ def _within(shape: tuple[int, ...], stacked_axes: tuple[int, ...]) -> tuple[int,
     return tuple(axis for axis in range(len(shape)) if axis not in stacked_axes)
 
 
-# Jitted, so that arrays of one shape share a trace.
-@functools.partial(jax.jit, static_argnames=("count", "stacked_axes"))
-def largest_entries(score: jax.Array, *, count: int, stacked_axes: tuple[int, ...]) -> jax.Array:
-    """The flat positions of each layer's entries with the largest scores, in ascending order.
+class Choice(NamedTuple):
+    """Which entries of an array score high enough, as bits in words of 32 entries.
 
-    Of equal scores those at the lowest positions are chosen. A NaN is never chosen.
+    The words are 1/32 of a float32 array. Every device has them whole.
+
+    Attributes:
+      above: per layer the entries above the k-th score, shape (layers, words).
+      level: the entries at that score, of which the first are chosen too.
+      count: k.
+      size: the number of entries of a layer.
+    """
+
+    above: jax.Array
+    level: jax.Array
+    count: int  # type: ignore[assignment]  # shadows tuple.count
+    size: int
+
+
+def choose(score: jax.Array, count: int, stacked_axes: tuple[int, ...]) -> Choice:
+    """Finds the entries of each layer with the largest scores. A NaN is never chosen.
 
     Args:
       score: floating, like the array.
       count: k, how many to choose in each layer.
       stacked_axes: the axes that count layers.
-
-    Returns:
-      int32, shape (sizes of the stacked axes, k): positions in C order in the layer without its
-      stacked axes. If fewer than k scores are numbers, the rest holds the layer's size.
     """
+    above, level = _chosen(score, count=count, stacked_axes=stacked_axes)
+    return Choice(above, level, count, layer_size(score.shape, stacked_axes))
+
+
+# Jitted, so that arrays of one shape share a trace.
+@functools.partial(jax.jit, static_argnames=("count", "stacked_axes"))
+def _chosen(score: jax.Array, *, count: int, stacked_axes: tuple[int, ...]) -> jax.Array:
+    """The words above and at the k-th score, shape (2, layers, words)."""
     if len(stacked_axes) == score.ndim:  # layers of rank 0
         score = jnp.expand_dims(score, -1)
-    choose = functools.partial(_positions, count=count, stacked_axes=stacked_axes)
-    return _partitioned(choose, score)(score)
+    shape, within = score.shape, _within(score.shape, stacked_axes)
+    layers = math.prod(shape[axis] for axis in stacked_axes)
+    words = -(-layer_size(shape, stacked_axes) // WORD)
 
+    def pack(score: jax.Array) -> jax.Array:
+        key = _ordered_bits(score)
+        threshold = jnp.expand_dims(_kth_largest(key, count, within), within)
+        flat, layer = _flat_index(shape, within), _flat_index(shape, stacked_axes)
+        row = jnp.where(key == threshold, layers + layer, layer)
+        bit = jnp.left_shift(jnp.uint32(1), (flat % WORD).astype(jnp.uint32))
+        bit = jnp.where((key >= threshold) & (key > 0), bit, jnp.zeros_like(bit))
+        packed = jnp.zeros(2 * layers * words, jnp.uint32)
+        # Each bit is added once.
+        packed = packed.at[words * row + flat // WORD].add(bit, mode="promise_in_bounds")
+        return packed.reshape(2, layers, words)
 
-def _positions(score: jax.Array, *, count: int, stacked_axes: tuple[int, ...]) -> jax.Array:
-    within, size = _within(score.shape, stacked_axes), layer_size(score.shape, stacked_axes)
-    total = lambda mask: jnp.sum(mask, axis=within, dtype=jnp.int32)
-    spread = lambda values: jnp.expand_dims(values, within)
-
-    key = _ordered_bits(score)
-    usable = key > 0
-    # The largest threshold that k entries reach, and of the entries at it the first few.
-    threshold = _largest(lambda value: total(key >= spread(value)), count, total(usable), key.dtype)
-    above, level = key > spread(threshold), usable & (key == spread(threshold))
-    flat = _flat_index(score.shape, within)
-    from_end = (size - 1 - flat).astype(jnp.uint32)
-    last = _largest(
-        lambda value: total(level & (from_end >= spread(value))),
-        count - total(above),
-        total(usable),
-        from_end.dtype,
-    )
-    chosen = above | (level & (from_end >= spread(last)))
-    return _compacted(chosen, flat, count, stacked_axes)
+    return _partitioned(pack, score)(score)
 
 
 def _ordered_bits(score: jax.Array) -> jax.Array:
@@ -108,25 +121,18 @@ def _ordered_bits(score: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(score), jnp.zeros_like(ordered), ordered)
 
 
-def _largest(
-    reaching: Callable[[jax.Array], jax.Array], count: Any, like: jax.Array, dtype: Any
-) -> jax.Array:
-    """Per layer the largest number that at least ``count`` entries reach; 0 if there is none.
-
-    Args:
-      reaching: from one number per layer to how many of its entries reach it.
-      count: a number, or one per layer.
-      like: one integer per layer.
-      dtype: an unsigned integer's, of the result.
-    """
-    bits = jnp.iinfo(dtype).bits
+def _kth_largest(key: jax.Array, count: int, axes: tuple[int, ...]) -> jax.Array:
+    """The ``count``-th largest number along the axes; 0 if fewer are above 0."""
+    bits = jnp.iinfo(key.dtype).bits
+    reaching = lambda least: jnp.sum(key >= jnp.expand_dims(least, axes), axes, jnp.int32)
 
     def bisect(step: jax.Array, found: jax.Array) -> jax.Array:
-        bit = jnp.asarray(bits - 1 - step, dtype)
+        bit = jnp.asarray(bits - 1 - step, key.dtype)
         tried = found | jnp.left_shift(jnp.ones_like(found), bit)
         return jnp.where(reaching(tried) >= count, tried, found)
 
-    return jax.lax.fori_loop(0, bits, bisect, (like * 0).astype(dtype))
+    nothing = jnp.zeros([n for axis, n in enumerate(key.shape) if axis not in axes], key.dtype)
+    return jax.lax.fori_loop(0, bits, bisect, nothing)
 
 
 def _flat_index(shape: tuple[int, ...], axes: tuple[int, ...]) -> jax.Array:
@@ -138,34 +144,49 @@ def _flat_index(shape: tuple[int, ...], axes: tuple[int, ...]) -> jax.Array:
     return flat
 
 
-def _compacted(
-    chosen: jax.Array, flat: jax.Array, count: int, stacked_axes: tuple[int, ...]
-) -> jax.Array:
-    """The flat positions of the chosen entries, ``count`` in each layer.
+def positions(choices: dict[trees.Path, Choice]) -> dict[trees.Path, jax.Array]:
+    """The flat positions of the chosen entries of each layer, in ascending order.
 
-    The bits of the choice are packed into words, which is 1/32 of a float32 array, and these every
-    device has whole.
+    Of equal scores those at the lowest positions are chosen.
+
+    Returns:
+      Per array int32, shape (layers, k): positions in C order in the layer without its stacked
+      axes. If fewer than k scores are numbers, the rest holds the layer's size.
     """
-    shape, size = chosen.shape, layer_size(chosen.shape, stacked_axes)
-    stacked_shape = tuple(shape[axis] for axis in stacked_axes)
-    words = -(-size // WORD)
-    bit = jnp.left_shift(jnp.uint32(1), (flat % WORD).astype(jnp.uint32))
-    bit = jnp.where(chosen, bit, jnp.zeros_like(bit))
-    word = words * _flat_index(shape, stacked_axes) + flat // WORD
-    packed = jnp.zeros(math.prod(stacked_shape) * words, jnp.uint32)
-    packed = packed.at[word].add(bit, mode="promise_in_bounds")
-    unpack = functools.partial(_set_bits, count=count, size=size)
-    positions = jax.vmap(unpack)(packed.reshape(-1, words))
-    return positions.reshape(*stacked_shape, count)
+    # Layers of one size one after the other, in one program.
+    groups: dict[tuple[int, int], list[trees.Path]] = collections.defaultdict(list)
+    for path, choice in choices.items():
+        groups[choice.count, choice.size].append(path)
+    found = {}
+    for (count, size), paths in groups.items():
+        above = jnp.concatenate([choices[path].above for path in paths])
+        level = jnp.concatenate([choices[path].level for path in paths])
+        unpack = functools.partial(_positions, count=count, size=size)
+        rows = jax.lax.map(lambda words: unpack(*words), (above, level))
+        ends = np.cumsum([choices[path].above.shape[0] for path in paths])
+        found |= dict(zip(paths, jnp.split(rows, ends[:-1]), strict=True))
+    return found
 
 
-def _set_bits(packed: jax.Array, *, count: int, size: int) -> jax.Array:
-    """The positions of the first ``count`` bits that are set; ``size`` where there are fewer."""
+def _positions(above: jax.Array, level: jax.Array, *, count: int, size: int) -> jax.Array:
+    """The first ``count`` positions of a layer, ``size`` where there are fewer."""
+    missing = count - jnp.sum(jax.lax.population_count(above).astype(jnp.int32))
+    last = _set_bits(level, jnp.expand_dims(missing - 1, 0), size)
+    begins = WORD * jax.lax.iota(jnp.int32, above.size)
+    upto = jnp.clip(last + 1 - begins, 0, WORD).astype(jnp.uint32)
+    every = jnp.uint32(2**WORD - 1)
+    # A shift by 32 is not defined.
+    first = jnp.where(upto == 0, jnp.uint32(0), jnp.right_shift(every, WORD - jnp.maximum(upto, 1)))
+    return _set_bits(above | (level & first), jax.lax.iota(jnp.int32, count), size)
+
+
+def _set_bits(packed: jax.Array, numbers: jax.Array, size: int) -> jax.Array:
+    """The positions of the bits with these numbers among those set; ``size`` if there is none."""
     ends = jnp.cumsum(jax.lax.population_count(packed).astype(jnp.int32))
-    number = jnp.arange(count, dtype=jnp.int32)
-    word = jnp.searchsorted(ends, number, side="right").astype(jnp.int32)
-    before = jnp.where(word > 0, ends.at[jnp.maximum(word - 1, 0)].get(mode="clip"), 0)
-    bits, left = packed.at[word].get(mode="fill", fill_value=0), number - before
+    word = jnp.searchsorted(ends, numbers, side="right").astype(jnp.int32)
+    bits = packed.at[word].get(mode="fill", fill_value=0)
+    count = jax.lax.population_count(bits).astype(jnp.int32)
+    left = numbers - (ends.at[word].get(mode="clip") - count)
     offset = jnp.zeros_like(word)
     for half in (16, 8, 4, 2, 1):
         lower = jnp.right_shift(bits, offset.astype(jnp.uint32)) & jnp.uint32((1 << half) - 1)
@@ -173,7 +194,7 @@ def _set_bits(packed: jax.Array, *, count: int, size: int) -> jax.Array:
         is_above = left >= below
         left = jnp.where(is_above, left - below, left)
         offset = jnp.where(is_above, offset + half, offset)
-    return jnp.where(number < ends[-1], WORD * word + offset, size)
+    return jnp.where(numbers < ends[-1], WORD * word + offset, size)
 
 
 @functools.partial(jax.jit, static_argnames="stacked_axes")

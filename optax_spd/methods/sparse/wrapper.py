@@ -209,15 +209,16 @@ def with_sparse(
             return nested({p: x if trees.is_missing(x) else read(p, x) for p, x in leaves.items()})
 
         def choose() -> tuple[dict[trees.Path, jax.Array], PyTree]:
-            indices, last = dict(held), state.count
+            choices: dict[trees.Path, selection.Choice] = {}
+            last = state.count
             for path in present:
-                # One array after the other, so that the memory it takes is that of the largest.
+                # One array after the other, so that this takes the memory of the largest alone.
                 g, x, _ = jax.lax.optimization_barrier((grads[path], theta[path], last))
-                last = indices[path] = selection.largest_entries(
-                    _checked_scores(scores, path, g, x),
-                    count=held[path].shape[-1],
-                    stacked_axes=arrays[path],
-                )
+                found = _checked_scores(scores, path, g, x)
+                choices[path] = selection.choose(found, held[path].shape[-1], arrays[path])
+                last = choices[path].above
+            positions = selection.positions(choices)
+            indices = held | {p: x.reshape(held[p].shape) for p, x in positions.items()}
             inner_state = _initial(inner, state.inner_state, vectors(theta, indices))
             if not isinstance(state.anchor, optax.EmptyState):
                 anchor = trees.flatten(state.anchor).by_path

@@ -239,7 +239,8 @@ def _coordinates(
     }
     first, *others = _within(shape, stacked_axes)
     for axis in reversed(others):
-        indices, coordinates[axis] = jnp.divmod(indices, jnp.int32(shape[axis]))
+        size = jnp.full_like(indices, shape[axis])
+        coordinates[axis], indices = jax.lax.rem(indices, size), jax.lax.div(indices, size)
     coordinates[first] = indices
     return tuple(coordinates[axis] for axis in range(len(shape)))
 

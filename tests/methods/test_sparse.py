@@ -263,3 +263,255 @@ def test_with_fewer_numbers_than_k_the_rest_trains_nothing() -> None:
         np.testing.assert_array_equal(updates["w"] != 0, [False, True, False, True, False])
     np.testing.assert_array_equal(state.sparse_indices["w"], [1, 3, 5, 5])
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state))
+
+
+# What the inner optimizer sees -------------------------------------------------------------------
+
+
+def stepped(tx: Any, params: Any, state: Any, steps: int = 3, **extra: Any) -> Any:
+    """Parameters and state after some steps on gradients that turn round."""
+    update = jax.jit(functools.partial(tx.update, **extra))
+    for step in range(steps):
+        grads = jax.tree.map(lambda g, step=step: g * (1.0 - 0.9 * step), GRADS)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return jax.device_get((params, state))
+
+
+def test_the_chosen_entries_train_as_if_they_were_all() -> None:
+    """With state, clipping norm, decay and SPD's layers of their own."""
+    stack = optax_spd.stacked("kernel|scales", axis=0)
+    inner = optax_spd.chain(
+        optax_spd.l2_sp(0.1), optax.clip_by_global_norm(1.0), optax.adam(0.3),
+        optax_spd.spd(1.0, layers=stack), optax_spd.ftp(layers=stack, radius_learning_rate=0.1),
+    )  # fmt: skip
+    tx = optax_spd.with_sparse(inner, 0.3, layers=LAYERS)
+    found, state = stepped(tx, PARAMS, tx.init(PARAMS))
+    positions = top(GRADS["blocks"]["kernel"], 0.3, -1)
+    values = {
+        "blocks": {"kernel": np.moveaxis(PARAMS["blocks"]["kernel"], -1, 0).reshape(7, 15)},
+        "scale": PARAMS["scale"].reshape(1),
+        "scales": PARAMS["scales"].reshape(3, 1),
+    }
+    read = lambda x: np.take_along_axis(x, positions, axis=1)
+    values["blocks"]["kernel"] = read(values["blocks"]["kernel"])
+    inner_state, update = inner.init(values), jax.jit(inner.update)
+    for step in range(3):
+        grads = {
+            "blocks": {"kernel": np.moveaxis(GRADS["blocks"]["kernel"], -1, 0).reshape(7, 15)},
+            "scale": GRADS["scale"].reshape(1),
+            "scales": GRADS["scales"].reshape(3, 1),
+        }
+        grads["blocks"]["kernel"] = read(grads["blocks"]["kernel"])
+        grads = jax.tree.map(lambda g, step=step: g * (1.0 - 0.9 * step), grads)
+        updates, inner_state = update(grads, inner_state, values)
+        values = optax.apply_updates(values, updates)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+    jax.tree.map(close, state.inner_state, jax.device_get(inner_state))
+    kernel = np.moveaxis(PARAMS["blocks"]["kernel"], -1, 0).reshape(7, 15)
+    np.put_along_axis(kernel, positions, values["blocks"]["kernel"], axis=1)
+    close(np.moveaxis(found["blocks"]["kernel"], -1, 0).reshape(7, 15), kernel)
+    close(found["scales"], values["scales"][:, 0])
+    assert np.any(optax.tree.get(state, "spd_ratio") > 0)
+
+
+def test_everything_else_keeps_its_value_and_has_no_state() -> None:
+    params = PARAMS | {"head": np.ones(4, np.float32), "steps": jnp.arange(3), "none": None}
+    grads = GRADS | {"head": np.ones(4, np.float32), "steps": jnp.arange(3), "none": None}
+    tx = optax_spd.with_sparse(
+        optax.adam(0.1), 0.3, layers=LAYERS, mask=optax_spd.path_mask("blocks|scale")
+    )
+    updates, state = tx.update(grads, tx.init(params), params)
+    assert not updates["head"].any()
+    assert not updates["steps"].any()
+    assert updates["steps"].dtype == jnp.int32
+    assert updates["none"] is None
+    assert set(state.sparse_indices) == set(state.inner_state[0].mu) == set(PARAMS)
+
+
+def test_an_array_without_an_update_in_the_first_step_is_never_trained() -> None:
+    tx = optax_spd.with_sparse(optax.sgd(0.1), 0.3, layers=LAYERS)
+    updates, state = first_step(tx, grads=GRADS | {"blocks": {"kernel": None}})
+    assert updates["blocks"]["kernel"] is None
+    updates, state = tx.update(GRADS, state, PARAMS)
+    assert not updates["blocks"]["kernel"].any()
+    assert updates["scales"].all()
+
+
+def test_what_was_set_in_the_inner_state_before_the_choice_stays() -> None:
+    inner = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)
+    tx = optax_spd.with_sparse(inner, 0.3, layers=LAYERS)
+    state = optax.tree.set(tx.init(PARAMS), learning_rate=jnp.float32(0.25))
+    updates, _ = jax.jit(tx.update)(GRADS, state, PARAMS)
+    np.testing.assert_allclose(updates["scale"], -0.25 * GRADS["scale"])
+
+
+def test_a_validation_loss_inside_is_one_of_all_parameters() -> None:
+    tx = optax_spd.with_sparse(
+        optax_spd.adam_tpgm(0.1, norm="l2", radius_optimizer=optax.sgd(0.1)), 0.3, layers=LAYERS
+    )
+    seen = []
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        seen.append(jax.tree.map(jnp.shape, params))
+        return sum(jnp.sum((x - batch) ** 2) for x in jax.tree.leaves(params))
+
+    extra = {"validation_fn": loss, "validation_batches": jnp.array([-9.0, -8.0])}
+    _, state = stepped(tx, PARAMS, tx.init(PARAMS), **extra)
+    assert seen
+    assert all(shapes == jax.tree.map(np.shape, PARAMS) for shapes in seen)
+    radii = optax.tree.get(state, "tpgm_radii")
+    assert len(np.unique(radii)) > 1
+
+
+def test_gradients_accumulated_inside_are_vectors_too() -> None:
+    steps = optax.MultiSteps(optax.sgd(1.0), 2)
+    tx = optax_spd.with_sparse(steps, 0.3, layers=LAYERS)
+    state = tx.init(PARAMS)
+    assert optax.tree.get(state, "acc_grads")["blocks"]["kernel"].shape == (7, 5)
+    updates, state = jax.jit(tx.update)(GRADS, state, PARAMS)
+    assert not any(u.any() for u in jax.tree.leaves(updates))
+    updates, _ = jax.jit(tx.update)(GRADS, state, PARAMS)
+    np.testing.assert_allclose(updates["scale"], -GRADS["scale"])
+
+
+# Anchors -----------------------------------------------------------------------------------------
+
+OTHER = jax.tree.map(lambda x: x + 10, PARAMS)
+SPD_INSIDE = optax_spd.with_sparse(
+    optax_spd.adam_spd(0.3, layers=optax_spd.stacked("kernel|scales")), 0.3, layers=LAYERS
+)
+
+
+def at_entries(tree: Any) -> np.ndarray:
+    """The kernel of a whole tree at the chosen entries."""
+    kernel = np.moveaxis(tree["blocks"]["kernel"], -1, 0).reshape(7, 15)
+    return np.take_along_axis(kernel, top(GRADS["blocks"]["kernel"], 0.3, -1), axis=1)
+
+
+def anchor_of(state: Any) -> Any:
+    return optax.tree.get(state.inner_state, "anchor")
+
+
+def test_the_anchor_is_what_the_parameters_are_when_the_entries_are_chosen() -> None:
+    state = SPD_INSIDE.init(OTHER)
+    _, state = jax.jit(SPD_INSIDE.update)(GRADS, state, PARAMS)
+    np.testing.assert_array_equal(anchor_of(state)["blocks"]["kernel"], at_entries(PARAMS))
+
+
+L2_SP_INSIDE = optax_spd.with_sparse(
+    optax_spd.adamw_l2_sp(0.3, weight_decay=0.1), 0.3, layers=LAYERS
+)
+L2_SP_FROM_OUTSIDE = optax_spd.with_anchor(
+    optax_spd.with_sparse(
+        optax_spd.adamw_l2_sp(0.3, weight_decay=0.1, anchor="argument"), 0.3, layers=LAYERS
+    ),
+    anchor=OTHER,
+)
+
+
+def test_set_anchor_takes_the_whole_tree_before_the_choice() -> None:
+    state = optax_spd.set_anchor(L2_SP_INSIDE.init(PARAMS), OTHER)
+    found, state = stepped(L2_SP_INSIDE, PARAMS, state)
+    np.testing.assert_array_equal(anchor_of(state)["blocks"]["kernel"], at_entries(OTHER))
+    expected, _ = stepped(L2_SP_FROM_OUTSIDE, PARAMS, L2_SP_FROM_OUTSIDE.init(PARAMS))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
+    near, _ = stepped(L2_SP_INSIDE, PARAMS, L2_SP_INSIDE.init(PARAMS))
+    assert np.abs(found["scale"] - near["scale"]) > 1e-2
+    # It is kept whole, in buffers of its own, until the anchor is set again.
+    np.testing.assert_array_equal(state.anchor["scales"], OTHER["scales"])
+    state = optax_spd.set_anchor(state, PARAMS)
+    assert state.anchor == optax.EmptyState()
+    np.testing.assert_array_equal(anchor_of(state)["blocks"]["kernel"], at_entries(PARAMS))
+
+
+def test_set_anchor_takes_the_whole_tree_after_the_choice() -> None:
+    first, state = stepped(L2_SP_INSIDE, PARAMS, L2_SP_INSIDE.init(PARAMS), steps=1)
+    state = optax_spd.set_anchor(state, OTHER)
+    assert state.anchor == optax.EmptyState()
+    np.testing.assert_array_equal(anchor_of(state)["blocks"]["kernel"], at_entries(OTHER))
+    updates, _ = L2_SP_INSIDE.update(GRADS, state, first)
+    assert updates["scale"] > 0  # toward the anchor, against the gradient
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_dropped_anchor_is_missed_until_it_is_set_again(steps: int) -> None:
+    params, state = stepped(SPD_INSIDE, PARAMS, SPD_INSIDE.init(PARAMS), steps)
+    dropped = optax_spd.drop_anchor(state)
+    saved = sum(x.nbytes for x in jax.tree.leaves((state,))) - sum(
+        x.nbytes for x in jax.tree.leaves(dropped)
+    )
+    assert saved == 4 * (7 * 5 + 1 + 3)
+    with pytest.raises(ValueError, match="the anchor was dropped; call set_anchor"):
+        SPD_INSIDE.update(GRADS, dropped, params)
+    mended = optax_spd.set_anchor(dropped, PARAMS)
+    assert_same_bits(
+        stepped(SPD_INSIDE, params, mended, 2)[0], stepped(SPD_INSIDE, params, state, 2)[0]
+    )
+
+
+def test_a_whole_anchor_that_does_not_match_is_refused() -> None:
+    state = SPD_INSIDE.init(PARAMS)
+    turned = PARAMS | {"blocks": {"kernel": PARAMS["blocks"]["kernel"].T}}
+    with pytest.raises(ValueError, match=r"'blocks/kernel'.*shape \(7, 3, 5\).*shape \(5, 3, 7\)"):
+        optax_spd.set_anchor(state, turned)
+    with pytest.raises(ValueError, match="anchor has no array at 'scales'.*nearest.*'scale'"):
+        optax_spd.set_anchor(state, {k: PARAMS[k] for k in ("blocks", "scale")})
+    plain = optax_spd.with_sparse(optax.adam(0.1), 0.3)
+    with pytest.raises(ValueError, match="The state holds no anchor"):
+        optax_spd.set_anchor(plain.init(PARAMS), PARAMS)
+
+
+# Memory and wrong input --------------------------------------------------------------------------
+
+
+def test_state_takes_memory_for_the_chosen_entries_only() -> None:
+    """At most 0.65 bytes a parameter at 5 %, and an anchor inside adds 4 · 5 %."""
+    params = {f"w{i}": jax.ShapeDtypeStruct((512, 512), jnp.float32) for i in range(3)}
+    size = 3 * 512 * 512
+    chosen = 3 * (int(0.05 * 512 * 512) + 1)
+
+    def state_bytes(inner: Any) -> int:
+        state = optax_spd.with_sparse(inner, 0.05).init(params)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+    adam = state_bytes(optax.adam(0.1))
+    assert adam <= 0.65 * size
+    for stage in (optax_spd.spd(), optax_spd.l2_sp(0.1)):
+        added = state_bytes(optax.chain(optax.adam(0.1), stage)) - adam
+        assert 4 * chosen <= added <= 4 * chosen + 64
+    ftp = state_bytes(optax.chain(optax.adam(0.1), optax_spd.ftp())) - adam
+    assert 8 * chosen <= ftp <= 8 * chosen + 128  # an anchor and the last deviation
+    assert state_bytes(optax_spd.adam_spd(0.1)) <= 0.85 * size
+
+
+def test_a_layer_too_large_for_int32_is_refused() -> None:
+    shape = lambda *sizes: {"w": jax.ShapeDtypeStruct(sizes, jnp.float32)}
+    tx = optax_spd.with_sparse(optax.identity(), 0.0)
+    assert tx.init(shape(2**31 - 1)).sparse_indices["w"].shape == (1,)
+    with pytest.raises(ValueError, match=r"'w' of shape \(65536, 32768\) has 2,147,483,648 .*int32"):
+        tx.init(shape(2**16, 2**15))
+    stacked = optax_spd.with_sparse(optax.identity(), 0.0, layers=optax_spd.stacked("w"))
+    assert stacked.init(shape(2**16, 2**15)).sparse_indices["w"].shape == (2**16, 1)
+
+
+def test_wrong_arguments_are_refused() -> None:
+    with pytest.raises(TypeError, match="optax.adam"):
+        optax_spd.with_sparse(optax.adam, 0.1)
+    for fraction in (-0.1, 1.1, np.nan):
+        with pytest.raises(ValueError, match="fraction must be finite and between 0 and 1"):
+            optax_spd.with_sparse(optax.sgd(0.1), fraction)
+    with pytest.raises(TypeError, match="fraction shapes the program"):
+        jax.eval_shape(lambda x: optax_spd.with_sparse(optax.sgd(0.1), x).init(PARAMS), 0.1)
+    with pytest.raises(ValueError, match="score must be one of 'gradient', .* got 'weight'"):
+        optax_spd.with_sparse(optax.sgd(0.1), 0.1, score="weight")
+    tx = optax_spd.with_sparse(optax.sgd(0.1), 0.1, score=lambda path, g, p: g.sum())
+    with pytest.raises(ValueError, match=r"score must give .* for 'blocks/kernel' .* float32\[\]"):
+        first_step(tx)
+    other = optax_spd.with_sparse(optax.sgd(0.1), 0.2)
+    with pytest.raises(ValueError, match=r"shape \(85,\) at 'blocks/kernel', .* need \(22,\)"):
+        other.update(GRADS, optax_spd.with_sparse(optax.sgd(0.1), 0.2).init(PARAMS)._replace(
+            sparse_indices=optax_spd.with_sparse(optax.sgd(0.1), 0.8).init(PARAMS).sparse_indices
+        ), PARAMS)  # fmt: skip
+    with pytest.raises(ValueError, match="no choice of entries"):
+        optax_spd.sparse_mask(optax.sgd(0.1).init(PARAMS), PARAMS)

@@ -103,8 +103,9 @@ def with_sparse(
       mask: True where the method applies; all other arrays keep their value, without any state.
 
     Returns:
-      A transformation that needs ``params``. It passes extra arguments on to ``inner``, ``grad=``
-      and ``anchor=`` at the chosen entries. Updates keep their structure and dtypes; those of
+      A transformation that needs ``params``. It passes extra arguments on to ``inner``: ``grad=``
+      and ``anchor=`` at the chosen entries, and ``validation_fn=`` and ``value_fn=`` as functions of
+      them. Updates keep their structure and dtypes; those of
       integer and empty arrays are zero, None and MaskedNode stay. An array without an update in the
       first step is never trained. The state holds ``sparse_indices``
       (:func:`optax_spd.sparse_mask` shows them), and ``inner``'s state, which is made anew from the
@@ -228,7 +229,24 @@ def with_sparse(
         indices, inner_state = jax.lax.cond(
             state.count == 0, choose, lambda: (held, state.inner_state)
         )
+
+        def with_entries(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(values: PyTree, *args: Any, **options: Any) -> Any:
+                found = trees.flatten(values).by_path
+                changed = {
+                    path: selection.scattered(
+                        found[path], indices[path], theta[path], stacked_axes=arrays[path]
+                    )
+                    for path in present
+                }
+                return function(trees.replace_leaves(params, changed), *args, **options)
+
+            return call
+
         extra_args |= {name: vectors(leaves, indices) for name, leaves in whole.items()}
+        for name in ("validation_fn", "value_fn"):
+            if callable(extra_args.get(name)):
+                extra_args[name] = with_entries(extra_args[name])
         steps, inner_state = inner.update(
             vectors(u, indices), inner_state, vectors(theta, indices), **extra_args
         )

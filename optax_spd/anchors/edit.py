@@ -222,8 +222,7 @@ def _map_anchors(
         return node._replace(anchor=change(node, given), **others)
 
     def below(tree: PyTree, given: PyTree) -> PyTree:
-        is_leaf = lambda node: _narrows_anchor(node) or _holds_anchor(node)
-        return jax.tree.map(lambda node: walk(node, given), tree, is_leaf=is_leaf)
+        return jax.tree.map(lambda node: walk(node, given), tree, is_leaf=_has_anchors)
 
     def narrow(node: Any, given: PyTree) -> PyTree:
         held = jax.tree.leaves(node.inner_state, is_leaf=_holds_anchor)
@@ -249,6 +248,10 @@ def _map_anchors(
             "nnx.Optimizer give optimizer.opt_state; nnx.state(optimizer) has lost the structure."
         )
     return new_state
+
+
+def _has_anchors(node: Any) -> bool:
+    return _narrows_anchor(node) or _holds_anchor(node)
 
 
 def _narrows_anchor(node: Any) -> bool:

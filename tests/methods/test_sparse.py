@@ -455,7 +455,7 @@ def test_a_whole_anchor_that_does_not_match_is_refused() -> None:
     turned = PARAMS | {"blocks": {"kernel": PARAMS["blocks"]["kernel"].T}}
     with pytest.raises(ValueError, match=r"'blocks/kernel'.*shape \(7, 3, 5\).*shape \(5, 3, 7\)"):
         optax_spd.set_anchor(state, turned)
-    with pytest.raises(ValueError, match="anchor has no array at 'scales'.*nearest.*'scale'"):
+    with pytest.raises(ValueError, match=r"anchor has no array at 'scales'.*nearest.*'scale'"):
         optax_spd.set_anchor(state, {k: PARAMS[k] for k in ("blocks", "scale")})
     plain = optax_spd.with_sparse(optax.adam(0.1), 0.3)
     with pytest.raises(ValueError, match="The state holds no anchor"):
@@ -489,21 +489,23 @@ def test_a_layer_too_large_for_int32_is_refused() -> None:
     shape = lambda *sizes: {"w": jax.ShapeDtypeStruct(sizes, jnp.float32)}
     tx = optax_spd.with_sparse(optax.identity(), 0.0)
     assert tx.init(shape(2**31 - 1)).sparse_indices["w"].shape == (1,)
-    with pytest.raises(ValueError, match=r"'w' of shape \(65536, 32768\) has 2,147,483,648 .*int32"):
+    with pytest.raises(
+        ValueError, match=r"'w' of shape \(65536, 32768\) has 2,147,483,648 .*int32"
+    ):
         tx.init(shape(2**16, 2**15))
     stacked = optax_spd.with_sparse(optax.identity(), 0.0, layers=optax_spd.stacked("w"))
     assert stacked.init(shape(2**16, 2**15)).sparse_indices["w"].shape == (2**16, 1)
 
 
 def test_wrong_arguments_are_refused() -> None:
-    with pytest.raises(TypeError, match="optax.adam"):
+    with pytest.raises(TypeError, match=r"called: optax\.adam"):
         optax_spd.with_sparse(optax.adam, 0.1)
     for fraction in (-0.1, 1.1, np.nan):
         with pytest.raises(ValueError, match="fraction must be finite and between 0 and 1"):
             optax_spd.with_sparse(optax.sgd(0.1), fraction)
     with pytest.raises(TypeError, match="fraction shapes the program"):
         jax.eval_shape(lambda x: optax_spd.with_sparse(optax.sgd(0.1), x).init(PARAMS), 0.1)
-    with pytest.raises(ValueError, match="score must be one of 'gradient', .* got 'weight'"):
+    with pytest.raises(ValueError, match=r"score must be one of 'gradient', .* got 'weight'"):
         optax_spd.with_sparse(optax.sgd(0.1), 0.1, score="weight")
     tx = optax_spd.with_sparse(optax.sgd(0.1), 0.1, score=lambda path, g, p: g.sum())
     with pytest.raises(ValueError, match=r"score must give .* for 'blocks/kernel' .* float32\[\]"):

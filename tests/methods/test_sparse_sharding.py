@@ -13,7 +13,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import optax_spd
 
-BOTH = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
+BOTH = pytest.mark.parametrize(
+    "axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name
+)
 SHAPES = {"odd": (40, 72), "split": (64, 96), "stack": (32, 4, 48), "stacks": (8, 32, 24)}
 SPECS = {"odd": P(None, "x"), "split": P("x", "y"), "stack": P("x", None, "y"), "stacks": P("x")}
 LAYERS = optax_spd.stacked("stack$", axis=1, layers=optax_spd.stacked("stacks", axis=0))
@@ -90,10 +92,8 @@ def test_the_state_of_sharded_shapes_is_whole_on_each_device() -> None:
         for name, spec in SPECS.items()
     }
     state = optimizer().init(shapes)
-    assert all(
-        x.sharding.is_fully_replicated for x in jax.tree.leaves(state.sparse_indices)
-    )
-    # As a trainer makes the shardings of a state: with_sparse is no tree of the parameters' shapes.
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state.sparse_indices))
+    # As a trainer makes the shardings of a state.
     specs = optax.tree.map_params(
         optimizer(), lambda _, spec: spec, state, SPECS, transform_non_params=lambda _: P()
     )

@@ -124,15 +124,16 @@ def _ordered_bits(score: jax.Array) -> jax.Array:
 def _kth_largest(key: jax.Array, count: int, axes: tuple[int, ...]) -> jax.Array:
     """The ``count``-th largest number along the axes; 0 if fewer are above 0."""
     bits = jnp.iinfo(key.dtype).bits
-    reaching = lambda least: jnp.sum(key >= jnp.expand_dims(least, axes), axes, jnp.int32)
 
     def bisect(step: jax.Array, found: jax.Array) -> jax.Array:
         bit = jnp.asarray(bits - 1 - step, key.dtype)
         tried = found | jnp.left_shift(jnp.ones_like(found), bit)
-        return jnp.where(reaching(tried) >= count, tried, found)
+        reaching = jnp.sum(key >= jnp.expand_dims(tried, axes), axes, jnp.int32)
+        return jnp.where(reaching >= count, tried, found)
 
     nothing = jnp.zeros([n for axis, n in enumerate(key.shape) if axis not in axes], key.dtype)
-    return jax.lax.fori_loop(0, bits, bisect, nothing)
+    kth: jax.Array = jax.lax.fori_loop(0, bits, bisect, nothing)
+    return kth
 
 
 def _flat_index(shape: tuple[int, ...], axes: tuple[int, ...]) -> jax.Array:
@@ -157,19 +158,19 @@ def positions(choices: dict[trees.Path, Choice]) -> dict[trees.Path, jax.Array]:
     groups: dict[tuple[int, int], list[trees.Path]] = collections.defaultdict(list)
     for path, choice in choices.items():
         groups[choice.count, choice.size].append(path)
-    found = {}
+    found: dict[trees.Path, jax.Array] = {}
     for (count, size), paths in groups.items():
         above = jnp.concatenate([choices[path].above for path in paths])
         level = jnp.concatenate([choices[path].level for path in paths])
-        unpack = functools.partial(_positions, count=count, size=size)
-        rows = jax.lax.map(lambda words: unpack(*words), (above, level))
+        rows = jax.lax.map(functools.partial(_positions, count=count, size=size), (above, level))
         ends = np.cumsum([choices[path].above.shape[0] for path in paths])
         found |= dict(zip(paths, jnp.split(rows, ends[:-1]), strict=True))
     return found
 
 
-def _positions(above: jax.Array, level: jax.Array, *, count: int, size: int) -> jax.Array:
+def _positions(words: tuple[jax.Array, jax.Array], *, count: int, size: int) -> jax.Array:
     """The first ``count`` positions of a layer, ``size`` where there are fewer."""
+    above, level = words
     missing = count - jnp.sum(jax.lax.population_count(above).astype(jnp.int32))
     last = _set_bits(level, jnp.expand_dims(missing - 1, 0), size)
     begins = WORD * jax.lax.iota(jnp.int32, above.size)
@@ -217,15 +218,16 @@ def scattered(
 
     def scatter(values: jax.Array, indices: jax.Array, into: jax.Array) -> jax.Array:
         at = _coordinates(into.shape, indices, stacked_axes)
-        return into.at[at].set(values, mode="drop")
+        changed: jax.Array = into.at[at].set(values, mode="drop")
+        return changed
 
     shape = into.shape
     into = jnp.expand_dims(into, -1) if len(stacked_axes) == into.ndim else into
     return _partitioned(scatter, into, keep=True)(values, indices, into).reshape(shape)
 
 
-def zeros_like(array: jax.Array, like: jax.Array) -> jax.Array:
-    """Zeros of the array's shape and dtype, sharded as ``like``."""
+def zeros_like(array: Any, like: Any) -> Any:
+    """Zeros of the array's shape and dtype, sharded as the parameter ``like``."""
     return placement.with_sharding_of(jnp.zeros_like(array), like)
 
 

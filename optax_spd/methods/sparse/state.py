@@ -1,6 +1,5 @@
 """The state of ``with_sparse``: which entries were chosen, and whole trees read at them."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -69,7 +68,7 @@ def matched(state: WithSparseState, tree: PyTree, what: str) -> list[Matched]:
     result = []
     for path, indices in trees.flatten(state.sparse_indices).by_path.items():
         shape, stacked_axes = _from_layout(layouts.get(path))
-        leaf = found.get(path)
+        leaf: Any = found.get(path)
         if not trees.is_array(leaf):
             raise ValueError(
                 f"{what} has no array at {trees.shown(path)}, where with_sparse trains. The "
@@ -126,7 +125,7 @@ def sparse_mask(state: PyTree, params: PyTree) -> PyTree:
       before the first update. None and MaskedNode stay.
 
     Raises:
-      ValueError: nothing in ``state`` is the state of ``with_sparse``, or it is of other parameters.
+      ValueError: nothing in ``state`` is of ``with_sparse``, or it is of other parameters.
 
     Example:
       >>> import jax.numpy as jnp
@@ -141,13 +140,13 @@ def sparse_mask(state: PyTree, params: PyTree) -> PyTree:
              [0, 0, 1]], dtype=int32)
     """
     flat = trees.flatten(params)
-    is_sparse = lambda node: isinstance(node, WithSparseState)
-    found = [x for x in jax.tree.leaves(state, is_leaf=is_sparse) if is_sparse(x)]
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, WithSparseState))
+    found = [node for node in nodes if isinstance(node, WithSparseState)]
     if not found:
         raise ValueError(
-            "The state holds no choice of entries: it is not the state of with_sparse. A checkpoint "
-            "restored without the structure of tx.init(params) is plain dicts: restore it into "
-            "that structure."
+            "The state holds no choice of entries: it is not the state of with_sparse. A "
+            "checkpoint restored without the structure of tx.init(params) is plain dicts: restore "
+            "it into that structure."
         )
     masks = flat.unflatten(
         leaf if trees.is_missing(leaf) else jnp.zeros(jnp.shape(leaf), bool) for leaf in flat.leaves

@@ -7,9 +7,8 @@ Song, Li, Wang, Zhang: "Sparse is Enough in Fine-tuning Pre-trained Large Langua
     S   = positions of the k largest |g₀|              fixed from then on
     θ_S ← θ_S + inner(g_S, θ_S)                         all other entries keep their value
 
-The optimizer ``inner`` sees vectors of k numbers, so its state exists for these alone. Others choose
-by another score: SAFT (Nguyen et al., ECCV 2024) and GaLLoP (Choudhary et al., 2025) by gradient and
-magnitude. That is ``score=``.
+The optimizer ``inner`` sees vectors of k numbers, so its state exists for these alone. SAFT and
+GaLLoP, which are other sparse methods, choose by other scores. That is ``score=``.
 
 Differences from the authors' code:
 
@@ -25,7 +24,7 @@ Differences from the authors' code:
 """
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -33,12 +32,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from optax_spd.anchors import edit, policy
+from optax_spd.anchors import edit
 from optax_spd.layers import checks, plans, trees
 from optax_spd.layers.spec import LayerFn, check_layers
 from optax_spd.layers.types import Mask
 from optax_spd.methods.sparse import selection
 from optax_spd.methods.sparse.state import WithSparseState, layout_of, nested
+from optax_spd.methods.sparse.view import Leaves, SparseView, view_of
 
 PyTree = Any
 ScoreFn = Callable[[str, jax.Array, jax.Array], jax.Array]
@@ -52,8 +52,8 @@ def _random(path: str, _grad: jax.Array, param: jax.Array) -> jax.Array:
 
 
 SCORES: dict[str, ScoreFn] = {
-    "gradient": lambda path, grad, param: jnp.abs(grad),
-    "magnitude": lambda path, grad, param: jnp.abs(param),
+    "gradient": lambda _, grad, _param: jnp.abs(grad),
+    "magnitude": lambda _, _grad, param: jnp.abs(param),
     "random": _random,
 }
 
@@ -94,7 +94,7 @@ def with_sparse(
         - "gradient": |g|, with g the ``grad=`` of the update, else the incoming update;
         - "magnitude": \|θ\|;
         - "random": uniform, from a fixed seed and the array's path;
-        - a function from path, gradient and parameter, arrays of one shape, to scores of that shape.
+        - a function (path, grad, param) -> scores, three arrays of one shape.
 
         Of equal scores the entry first in C order is chosen. A NaN is never chosen: if fewer than k
         scores are numbers, fewer entries are trained.
@@ -104,10 +104,10 @@ def with_sparse(
 
     Returns:
       A transformation that needs ``params``. It passes extra arguments on to ``inner``: ``grad=``
-      and ``anchor=`` at the chosen entries, and ``validation_fn=`` and ``value_fn=`` as functions of
-      them. Updates keep their structure and dtypes; those of
-      integer and empty arrays are zero, None and MaskedNode stay. An array without an update in the
-      first step is never trained. The state holds ``sparse_indices``
+      and ``anchor=`` at the chosen entries, ``validation_fn=`` and ``value_fn=`` as functions of
+      them. Updates keep their structure and dtypes; those of integer and empty arrays are zero,
+      None and MaskedNode stay. An array without an update in the first step is never trained. The
+      state holds ``sparse_indices``
       (:func:`optax_spd.sparse_mask` shows them), and ``inner``'s state, which is made anew from the
       chosen values: an anchor inside is what the parameters are in the first update, not what they
       were at ``init``. :func:`optax_spd.set_anchor` takes a whole tree. Called before the first
@@ -162,113 +162,64 @@ def with_sparse(
     scores = score if callable(score) else SCORES[score]
 
     def init(params: PyTree) -> WithSparseState:
-        count = jnp.zeros((), jnp.int32)
+        count, no_anchor = jnp.zeros((), jnp.int32), optax.EmptyState()
         flat, plan, _ = plans.planned(params, layers, mask)
         if not flat.leaves:
             # Optax's params placeholder. What the state holds has other shapes than the parameters
             # and must not get their shardings.
-            return WithSparseState(count, 0, 0, optax.EmptyState(), 0)
+            return WithSparseState(count, 0, 0, no_anchor, 0)
         indices, layouts, values = {}, {}, {}
         for path, leaf, entry in zip(flat.paths, flat.leaves, plan.arrays, strict=True):
             if entry is None:
                 continue
             k = selection.entries_per_layer(path, leaf, entry, fraction)
             size = selection.layer_size(jnp.shape(leaf), entry.stacked_axes)
-            shape = (*entry.stacked_shape, k)
-            indices[path] = _filled(leaf, shape, jnp.int32, size)
-            values[path] = _filled(leaf, shape, jnp.result_type(leaf), 0)
+            indices[path] = _filled(leaf, (*entry.stacked_shape, k), jnp.int32, size)
+            values[path] = _filled(leaf, (*entry.stacked_shape, k), jnp.result_type(leaf), 0)
             if jnp.ndim(leaf):
                 layouts[path] = layout_of(jnp.shape(leaf), entry)
-        return WithSparseState(
-            count, nested(indices), nested(layouts), optax.EmptyState(), inner.init(nested(values))
-        )
+        inner_state = inner.init(nested(values))
+        return WithSparseState(count, nested(indices), nested(layouts), no_anchor, inner_state)
 
     def update(
         updates: PyTree, state: WithSparseState, params: PyTree = None, **extra_args: Any
     ) -> tuple[PyTree, WithSparseState]:
-        trees.require_params(params)
         held = trees.flatten(state.sparse_indices).by_path
-        untrained = trees.flatten(updates).missing - held.keys()
-        flat, plan, _ = plans.planned(params, layers, mask, updates, untrained)
-        if not flat.leaves:
+        if not jax.tree.leaves(params) and params is not None:
             return updates, state
-        arrays = _arrays(flat, plan, held, fraction)
-        theta = {path: jnp.asarray(flat.by_path[path]) for path in arrays}
-        u = _matched(flat, updates, "updates", arrays)
-        present = [path for path in arrays if not trees.is_missing(u[path])]
+        view = view_of(updates, params, held, fraction=fraction, layers=layers, mask=mask)
         whole = {
-            name: _matched(flat, extra_args[name], name, present)
+            name: view.whole(extra_args[name], name)
             for name in ("grad", "anchor")
             if extra_args.get(name) is not None
         }
-        grads = whole.get("grad", u)
-
-        def vectors(leaves: dict[trees.Path, Any], indices: dict[trees.Path, jax.Array]) -> PyTree:
-            read = lambda path, leaf: selection.gathered(
-                policy.on_device(leaf), indices[path], stacked_axes=arrays[path]
-            )
-            return nested({p: x if trees.is_missing(x) else read(p, x) for p, x in leaves.items()})
 
         def choose() -> tuple[dict[trees.Path, jax.Array], PyTree]:
-            choices: dict[trees.Path, selection.Choice] = {}
-            last = state.count
-            for path in present:
-                # One array after the other, so that this takes the memory of the largest alone.
-                g, x, _ = jax.lax.optimization_barrier((grads[path], theta[path], last))
-                found = _checked_scores(scores, path, g, x)
-                choices[path] = selection.choose(found, held[path].shape[-1], arrays[path])
-                last = choices[path].above
-            positions = selection.positions(choices)
-            indices = held | {p: x.reshape(held[p].shape) for p, x in positions.items()}
-            inner_state = _initial(inner, state.inner_state, vectors(theta, indices))
+            indices = held | _chosen(view, whole.get("grad", view.updates), held, scores)
+            inner_state = _initial(inner, state.inner_state, view.vectors(view.theta, indices))
             if not isinstance(state.anchor, optax.EmptyState):
                 anchor = trees.flatten(state.anchor).by_path
-                inner_state = edit.set_anchor(inner_state, vectors(anchor, indices))
+                inner_state = edit.set_anchor(inner_state, view.vectors(anchor, indices))
             return indices, inner_state
 
         indices, inner_state = jax.lax.cond(
             state.count == 0, choose, lambda: (held, state.inner_state)
         )
-
-        def with_entries(function: Callable[..., Any]) -> Callable[..., Any]:
-            def call(values: PyTree, *args: Any, **options: Any) -> Any:
-                found = trees.flatten(values).by_path
-                changed = {
-                    path: selection.scattered(
-                        found[path], indices[path], theta[path], stacked_axes=arrays[path]
-                    )
-                    for path in present
-                }
-                return function(trees.replace_leaves(params, changed), *args, **options)
-
-            return call
-
-        extra_args |= {name: vectors(leaves, indices) for name, leaves in whole.items()}
-        for name in ("validation_fn", "value_fn"):
-            if callable(extra_args.get(name)):
-                extra_args[name] = with_entries(extra_args[name])
+        extra_args |= {name: view.vectors(leaves, indices) for name, leaves in whole.items()}
+        extra_args |= {
+            name: view.of_entries(extra_args[name], params, indices)
+            for name in ("validation_fn", "value_fn")
+            if callable(extra_args.get(name))
+        }
         steps, inner_state = inner.update(
-            vectors(u, indices), inner_state, vectors(theta, indices), **extra_args
-        )
-        by_path = trees.flatten(steps).by_path
-
-        def dense(path: trees.Path, leaf: Any) -> Any:
-            if trees.is_missing(leaf) or jnp.result_type(leaf) == jax.dtypes.float0:
-                return leaf
-            zeros = selection.zeros_like(leaf, leaves.get(path))
-            if path not in present:
-                return zeros
-            step = by_path[path].astype(zeros.dtype)
-            return selection.scattered(step, indices[path], zeros, stacked_axes=arrays[path])
-
-        leaves, incoming = flat.by_path, trees.flatten(updates)
-        new_updates = incoming.unflatten(map(dense, incoming.paths, incoming.leaves))
-        return new_updates, WithSparseState(
-            optax.safe_increment(state.count),
-            nested(indices),
-            state.sparse_layout,
-            state.anchor,
+            view.vectors(view.updates, indices),
             inner_state,
+            view.vectors(view.theta, indices),
+            **extra_args,
+        )
+        count = optax.safe_increment(state.count)
+        return view.rebuild(updates, steps, indices), WithSparseState(
+            count, nested(indices), state.sparse_layout, state.anchor, inner_state
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -278,65 +229,29 @@ def _filled(like: Any, shape: tuple[int, ...], dtype: Any, value: int) -> Any:
     """A constant array that is whole on each device of the parameter ``like``."""
     # A tracer's sharding is not known.
     sharding = None if isinstance(like, jax.core.Tracer) else getattr(like, "sharding", None)
-    is_named = isinstance(sharding, NamedSharding)
-    whole = NamedSharding(sharding.mesh, PartitionSpec()) if is_named else None
+    whole = None
+    if isinstance(sharding, NamedSharding):
+        whole = NamedSharding(sharding.mesh, PartitionSpec())
     if isinstance(like, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
     array = jnp.full(shape, value, dtype)
     return array if whole is None else jax.device_put(array, whole)
 
 
-def _arrays(
-    flat: trees.FlatTree,
-    plan: plans.LayerPlan,
-    held: dict[trees.Path, Any],
-    fraction: float,
-) -> dict[trees.Path, tuple[int, ...]]:
-    """The stacked axes of each trained array, in the canonical order.
-
-    Raises:
-      ValueError: the state's indices are those of other arrays.
-    """
-    found = {
-        path: (leaf, entry)
-        for path, leaf, entry in zip(flat.paths, flat.leaves, plan.arrays, strict=True)
-        if entry is not None
-    }
-    for path in sorted(found.keys() | held.keys()):
-        expected = None
-        if path in found:
-            leaf, entry = found[path]
-            k = selection.entries_per_layer(path, leaf, entry, fraction)
-            expected = (*entry.stacked_shape, k)
-        shape = jnp.shape(held[path]) if path in held else None
-        if shape != expected:
-            raise ValueError(
-                f"The state's sparse_indices have shape {shape} at {trees.shown(path)}, where the "
-                f"parameters need {expected} (None: nothing is trained there). Give init and "
-                "update the same parameters, fraction=, layers= and mask=. Commonly the state was "
-                "restored for another model."
-            )
-    return {path: entry.stacked_axes for path, (_, entry) in sorted(found.items())}
-
-
-def _matched(
-    flat: trees.FlatTree, tree: PyTree, what: str, wanted: Iterable[trees.Path]
-) -> dict[trees.Path, Any]:
-    """The leaves of a whole tree at some paths, arrays or missing."""
-    wanted = set(wanted)
-    masked = flat.only(path in wanted for path in flat.paths)
-    leaves = dict(zip(flat.paths, trees.align(masked, tree, what), strict=True))
-    result = {}
-    for path in sorted(wanted):
-        leaf = result[path] = leaves[path]
-        if not trees.is_missing(leaf):
-            result[path] = trees.as_real(leaf, jnp.result_type(leaf), what, path)
-        elif what != "updates":
-            raise ValueError(
-                f"{what} is {leaf!r} at {trees.shown(path)}, where the update is an array. Pass "
-                f"the whole {what}."
-            )
-    return result
+def _chosen(
+    view: SparseView, grads: Leaves, held: Leaves, scores: ScoreFn
+) -> dict[trees.Path, jax.Array]:
+    """The indices of the entries with the largest scores, where there are updates."""
+    choices: dict[trees.Path, selection.Choice] = {}
+    last = jnp.zeros(())
+    for path in view.present:
+        # One array after the other, so that this takes the memory of the largest alone.
+        grad, param, _ = jax.lax.optimization_barrier((grads[path], view.theta[path], last))
+        found = _checked_scores(scores, path, grad, param)
+        choices[path] = selection.choose(found, held[path].shape[-1], view.stacked_axes[path])
+        last = choices[path].above
+    positions = selection.positions(choices)
+    return {path: found.reshape(held[path].shape) for path, found in positions.items()}
 
 
 def _checked_scores(
@@ -353,16 +268,15 @@ def _checked_scores(
     return found.astype(plans.compute_dtype(found))
 
 
-def _initial(
-    inner: optax.GradientTransformation, held: PyTree, values: PyTree
-) -> PyTree:
+def _initial(inner: optax.GradientTransformation, held: PyTree, values: PyTree) -> PyTree:
     """The inner state, with all that ``init`` makes of the parameters' values made of these.
 
     ``init`` got zeros. What it makes of values is where it makes something else of zeros; the rest
     keeps what it holds: hyperparameters that were changed since, counts that were set.
     """
     of_values, of_zeros = inner.init(values), inner.init(jax.tree.map(jnp.zeros_like, values))
-    if jax.tree.structure(of_values) != jax.tree.structure(held):
+    structures = {jax.tree.structure(tree) for tree in (held, of_values)}
+    if len(structures) > 1:
         raise ValueError(
             "The inner state of with_sparse has another structure than init gives it. Either the "
             "anchor was dropped; call set_anchor(state, pretrained_params) before the next update. "

@@ -121,6 +121,8 @@ def test_memory_counts_the_bytes_of_training(run: Run, monkeypatch: pytest.Monke
         "sgd_freeze_embed, no momentum": 8,
         "with_frozen(adamw, embedding)": 16 - 8 * frozen,
         "adam_spd, bfloat16 anchor": 18,
+        "with_sparse(adam, 0.05)": 8.6,
+        "with_sparse(adam_spd, 0.05)": 8.8,
     }
     for name, found in counted.items():
         step, on_host = found["step"], 4 if name == memory.HOST else 0

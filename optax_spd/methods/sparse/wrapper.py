@@ -243,13 +243,16 @@ def _chosen(
 ) -> dict[trees.Path, jax.Array]:
     """The indices of the entries with the largest scores, where there are updates."""
     choices: dict[trees.Path, selection.Choice] = {}
-    last = jnp.zeros(())
+    never = None
     for path in view.present:
-        # One array after the other, so that this takes the memory of the largest alone.
-        grad, param, _ = jax.lax.optimization_barrier((grads[path], view.theta[path], last))
+        grad, param = grads[path], view.theta[path]
+        if never is not None:
+            # One array after the other, so that this takes the memory of the largest alone. XLA
+            # cannot know that this is False, and XLA:CPU removes barriers before it schedules.
+            grad, param = (jax.lax.select(never, jnp.zeros_like(x), x) for x in (grad, param))
         found = _checked_scores(scores, path, grad, param)
         choices[path] = selection.choose(found, held[path].shape[-1], view.stacked_axes[path])
-        last = choices[path].above
+        never = jax.lax.population_count(choices[path].above[0, 0]) > selection.WORD
     positions = selection.positions(choices)
     return {path: found.reshape(held[path].shape) for path, found in positions.items()}
 

@@ -29,9 +29,10 @@ def set_anchor(state: PyTree, anchor: PyTree, *, anchor_dtype: DType = None) -> 
       state: the state of a whole optimizer, through any ``chain``, ``masked``, ``partition``,
         ``MultiSteps``, ``inject_hyperparams``, ``apply_if_finite``, or an ``nnx.Optimizer``'s
         ``opt_state``.
-      anchor: the full parameter tree, regardless of masks in the optimizer. Leaves are matched by
-        path; containers (dict, FrozenDict, nnx.State) and boxes may differ from the state's. A
-        checkpoint without the anchor leaves None, ``...`` or ``{}`` in place of arrays (Orbax,
+      anchor: the full parameter tree, regardless of masks in the optimizer and of
+        :func:`optax_spd.with_sparse`, which takes its entries of it. Leaves are matched by path;
+        containers (dict, FrozenDict, nnx.State) and boxes may differ from the state's. A checkpoint
+        without the anchor leaves None, ``...`` or ``{}`` in place of arrays (Orbax,
         flax.serialization), and an array given here fills it. Where ``init`` got None, as for what
         is no array in an Equinox model, the tree may have anything.
       anchor_dtype: the dtype to store floating leaves in; None for the replaced leaf's, or for

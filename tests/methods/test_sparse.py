@@ -315,6 +315,30 @@ def test_the_chosen_entries_train_as_if_they_were_all() -> None:
     assert np.any(optax.tree.get(state, "spd_ratio") > 0)
 
 
+FROM_VALUES = {
+    "prodigy": optax.contrib.prodigy(1.0),
+    "schedule-free": optax.contrib.schedule_free_adamw(0.1),
+    "random keys": optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(3)), optax.sgd(0.1)),
+}
+
+
+@pytest.mark.parametrize("inner", FROM_VALUES.values(), ids=FROM_VALUES)
+def test_a_state_made_of_parameters_is_made_of_the_chosen_ones(inner: Any) -> None:
+    draw = np.random.default_rng(0)
+    grads, params = ({"w": draw.normal(size=20).astype(np.float32)} for _ in range(2))
+    chosen = expected_entries(abs(grads["w"]), 5)
+    tx = optax_spd.with_sparse(inner, 0.2)
+    # What init got is not what trains.
+    state, vector = tx.init({"w": np.ones(20, np.float32)}), {"w": params["w"][chosen]}
+    inner_state, update = inner.init(vector), jax.jit(inner.update)
+    step = jax.jit(tx.update)
+    for _ in range(3):
+        updates, state = step(grads, state, params)
+        expected, inner_state = update({"w": grads["w"][chosen]}, inner_state, vector)
+        np.testing.assert_allclose(updates["w"][chosen], expected["w"], rtol=1e-5)
+        params, vector = optax.apply_updates(params, updates), optax.apply_updates(vector, expected)
+
+
 def test_everything_else_keeps_its_value_and_has_no_state() -> None:
     params = PARAMS | {"head": np.ones(4, np.float32), "steps": jnp.arange(3), "none": None}
     grads = GRADS | {"head": np.ones(4, np.float32), "steps": jnp.arange(3), "none": None}

@@ -37,8 +37,8 @@ def entries_per_layer(path: trees.Path, array: Any, entry: ArrayLayers, fraction
             "are chosen follows from it. Export with concrete shapes."
         )
     size = layer_size(shape, entry.stacked_axes)
-    # The second bound is that of int32 for the number of words.
-    if size > LARGEST_LAYER or math.prod(shape) > WORD * LARGEST_LAYER:
+    # Words are counted in int32 too.
+    if max(size, 2 * entry.count * _words(size)) > LARGEST_LAYER:
         raise ValueError(
             f"The parameter {trees.shown(path)} of shape {shape} has {size:,} entries in a layer, "
             f"but indices are int32 and reach {LARGEST_LAYER:,}. If the array stacks layers, "
@@ -50,6 +50,10 @@ def entries_per_layer(path: trees.Path, array: Any, entry: ArrayLayers, fraction
 def layer_size(shape: tuple[int, ...], stacked_axes: tuple[int, ...]) -> int:
     """The number of entries of each layer of an array."""
     return math.prod(shape[axis] for axis in _within(shape, stacked_axes))
+
+
+def _words(size: int) -> int:
+    return -(-size // WORD)
 
 
 def _within(shape: tuple[int, ...], stacked_axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -94,7 +98,7 @@ def _chosen(score: jax.Array, *, count: int, stacked_axes: tuple[int, ...]) -> j
         score = jnp.expand_dims(score, -1)
     shape, within = score.shape, _within(score.shape, stacked_axes)
     layers = math.prod(shape[axis] for axis in stacked_axes)
-    words = -(-layer_size(shape, stacked_axes) // WORD)
+    words = _words(layer_size(shape, stacked_axes))
 
     def pack(score: jax.Array) -> jax.Array:
         key = _ordered_bits(score)

@@ -286,9 +286,11 @@ def _initial(inner: optax.GradientTransformation, held: PyTree, values: PyTree) 
             "Or the state was restored for another optimizer."
         )
 
-    def merged(old: Any, new: jax.Array, zero: jax.Array) -> Any:
-        if jnp.shape(old) != new.shape:
+    def merged(old: Any, new: Any, zero: Any) -> Any:
+        if jnp.shape(old) != jnp.shape(new):
             return old  # the inner stage tells what does not fit
-        return jnp.where(new == zero, old, new.astype(old.dtype))
+        if jnp.result_type(new) != jnp.result_type(old):  # a random key cannot be cast
+            new = jnp.asarray(new, jnp.result_type(old))
+        return jnp.where(new == zero, old, new)
 
     return jax.tree.map(merged, held, of_values, of_zeros)

@@ -41,6 +41,10 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "with_frozen(adamw, embedding)": lambda: optax_spd.with_frozen(
         optax.adamw(LEARNING_RATE), EMBEDDING
     ),
+    "with_sparse(adam, 0.05)": lambda: optax_spd.with_sparse(optax.adam(LEARNING_RATE), 0.05),
+    "with_sparse(adam_spd, 0.05)": lambda: optax_spd.with_sparse(
+        optax_spd.adam_spd(LEARNING_RATE), 0.05
+    ),
     "adam + temp_balance": lambda: optax.chain(optax.adam(LEARNING_RATE), optax_spd.temp_balance()),
     "adamw + layerwise_lr_decay": lambda: optax.chain(
         optax.adamw(LEARNING_RATE), optax_spd.layerwise_lr_decay(0.75, r"block_(\d+)")

@@ -11,13 +11,14 @@ Stages: ``spd``, ``tpgm``, ``ftp``, ``l2_sp``, ``temp_balance``, ``layerwise_lr_
 ``layerwise``, ``Decision``.
 
 Wrappers: ``chain`` and ``with_gradient`` pass the raw gradient to the stages, ``with_anchor``
-shares one anchor, ``with_frozen`` freezes parameters.
+shares one anchor, ``with_frozen`` freezes parameters, ``with_sparse`` trains few entries of each
+layer (``sparse_mask`` shows which).
 
 After training: ``project``, ``fit_radii``, ``wise_ft``, ``lines_alpha``.
 
 States: ``set_anchor``, ``drop_anchor``, ``check_state``; the classes ``SPDState``, ``TPGMState``,
 ``FTPState``, ``L2SPState``, ``PathProxState``, ``TempBalanceState``, ``LayerDecayState``,
-``AutoRGNState``, ``WithAnchorState``, ``LayerwiseState``.
+``AutoRGNState``, ``WithAnchorState``, ``WithSparseState``, ``LayerwiseState``.
 
 Layers: ``LayerSpec``, ``stacked``, ``outputs``, ``by_module``, ``layer_names``, ``path_mask``,
 ``DEFAULT_EMBEDDING_PATTERNS``.
@@ -43,6 +44,8 @@ from optax_spd.methods.l2_sp import L2SPState, l2_sp
 from optax_spd.methods.layer_decay import LayerDecayState, layerwise_lr_decay
 from optax_spd.methods.path_prox import PathProxState, path_prox
 from optax_spd.methods.relative_clip import clip_by_relative_norm
+from optax_spd.methods.sparse.state import WithSparseState, sparse_mask
+from optax_spd.methods.sparse.wrapper import with_sparse
 from optax_spd.methods.spd import SPDState, spd
 from optax_spd.methods.temp_balance.power_law import power_law_alpha
 from optax_spd.methods.temp_balance.scales import balance_scales
@@ -83,6 +86,7 @@ __all__ = [
     "TPGMState",
     "TempBalanceState",
     "WithAnchorState",
+    "WithSparseState",
     "adam_ftp",
     "adam_spd",
     "adam_tpgm",
@@ -114,6 +118,7 @@ __all__ = [
     "sgd_freeze_embed",
     "sgd_ftp",
     "sgdp",
+    "sparse_mask",
     "spd",
     "stacked",
     "temp_balance",
@@ -122,6 +127,7 @@ __all__ = [
     "with_anchor",
     "with_frozen",
     "with_gradient",
+    "with_sparse",
 ]  # fmt: skip
 
 __version__ = "0.1.0"

@@ -29,9 +29,10 @@ def set_anchor(state: PyTree, anchor: PyTree, *, anchor_dtype: DType = None) -> 
       state: the state of a whole optimizer, through any ``chain``, ``masked``, ``partition``,
         ``MultiSteps``, ``inject_hyperparams``, ``apply_if_finite``, or an ``nnx.Optimizer``'s
         ``opt_state``.
-      anchor: the full parameter tree, regardless of masks in the optimizer. Leaves are matched by
-        path; containers (dict, FrozenDict, nnx.State) and boxes may differ from the state's. A
-        checkpoint without the anchor leaves None, ``...`` or ``{}`` in place of arrays (Orbax,
+      anchor: the full parameter tree, regardless of masks in the optimizer and of
+        :func:`optax_spd.with_sparse`, which takes its entries of it. Leaves are matched by path;
+        containers (dict, FrozenDict, nnx.State) and boxes may differ from the state's. A checkpoint
+        without the anchor leaves None, ``...`` or ``{}`` in place of arrays (Orbax,
         flax.serialization), and an array given here fills it. Where ``init`` got None, as for what
         is no array in an Equinox model, the tree may have anything.
       anchor_dtype: the dtype to store floating leaves in; None for the replaced leaf's, or for
@@ -57,7 +58,7 @@ def set_anchor(state: PyTree, anchor: PyTree, *, anchor_dtype: DType = None) -> 
       {'kernel': Array([1., 1.], dtype=float32)}
     """
     dtype = None if anchor_dtype is None else checks.check_dtype("anchor_dtype", anchor_dtype)
-    return _map_anchors(lambda node: _replaced(node, anchor, dtype), state)
+    return _map_anchors(lambda node, tree: _replaced(node, tree, dtype), state, anchor, dtype)
 
 
 def _replaced(node: Any, anchor: PyTree, dtype: np.dtype | None) -> PyTree:
@@ -152,7 +153,7 @@ def drop_anchor(state: PyTree) -> PyTree:
       True
     """
 
-    def dropped(node: Any) -> PyTree:
+    def dropped(node: Any, _: None) -> PyTree:
         flat = trees.flatten(node.anchor, is_leaf=policy.is_anchor_leaf)
         if not all(policy.is_anchor_leaf(leaf) for leaf in flat.leaves):
             _check_layers(node, flat)
@@ -193,22 +194,53 @@ def _layer_arrays(anchor: trees.FlatTree) -> list[str]:
     ]
 
 
-def _map_anchors(change: Callable[[Any], PyTree], state: PyTree) -> PyTree:
+def _map_anchors(
+    change: Callable[[Any, PyTree], PyTree],
+    state: PyTree,
+    whole: PyTree = None,
+    dtype: np.dtype | None = None,
+) -> PyTree:
+    """The state with changed anchors.
+
+    Args:
+      change: from a stage's state and the anchor given for its parameters to its new anchor.
+      state: a nested state.
+      whole: the anchor given for all parameters; None if there is none.
+      dtype: to keep a whole anchor in; None for its own.
+    """
     count = 0
 
-    def walk(node: PyTree) -> PyTree:
+    def walk(node: PyTree, given: PyTree) -> PyTree:
         nonlocal count
+        if _narrows_anchor(node):
+            return narrow(node, given)
         if not _holds_anchor(node):
             return node
         count += 1
         others = {
-            field: jax.tree.map(walk, getattr(node, field), is_leaf=_holds_anchor)
-            for field in node._fields
-            if field != "anchor"
+            field: below(getattr(node, field), given) for field in node._fields if field != "anchor"
         }
-        return node._replace(anchor=change(node), **others)
+        return node._replace(anchor=change(node, given), **others)
 
-    new_state = jax.tree.map(walk, state, is_leaf=_holds_anchor)
+    def below(tree: PyTree, given: PyTree) -> PyTree:
+        return jax.tree.map(lambda node: walk(node, given), tree, is_leaf=_has_anchors)
+
+    def narrow(node: Any, given: PyTree) -> PyTree:
+        held = jax.tree.leaves(node.inner_state, is_leaf=_holds_anchor)
+        if not any(map(_holds_anchor, held)):
+            return node
+        if given is None:
+            inner_state = below(node.inner_state, None)
+            return node._replace(anchor=optax.EmptyState(), inner_state=inner_state)
+        flat = trees.flatten(node.whole_anchor(given))
+        kept = flat.unflatten(
+            policy.copied(leaf, leaf, dtype, path)
+            for path, leaf in zip(flat.paths, flat.leaves, strict=True)
+        )
+        inner_state = below(node.inner_state, node.narrowed(given))
+        return node._replace(anchor=kept, inner_state=inner_state)
+
+    new_state = below(state, whole)
     if count == 0:
         raise ValueError(
             "The state holds no anchor: its stages use anchor='zero' or 'argument', or it is not "
@@ -220,13 +252,22 @@ def _map_anchors(change: Callable[[Any], PyTree], state: PyTree) -> PyTree:
 
 
 def holders(state: PyTree) -> Iterator[Any]:
-    """The states that hold an anchor in a nested state."""
-    for node in jax.tree.leaves(state, is_leaf=_holds_anchor):
-        if _holds_anchor(node):
+    """The states that hold an anchor of whole arrays in a nested state."""
+    for node in jax.tree.leaves(state, is_leaf=_has_anchors):
+        if _holds_anchor(node) and not _narrows_anchor(node):
             yield node
             yield from holders(
                 [x for x, f in zip(node, node._fields, strict=True) if f != "anchor"]
             )
+
+
+def _has_anchors(node: Any) -> bool:
+    return _narrows_anchor(node) or _holds_anchor(node)
+
+
+def _narrows_anchor(node: Any) -> bool:
+    """Whether ``node`` is the state of a wrapper whose inner stages see parts of the arrays."""
+    return getattr(node, "narrows_anchor", False)
 
 
 def _holds_anchor(node: Any) -> bool:

@@ -32,6 +32,16 @@ def holds_anchor(state_class: Any) -> Any:
     return state_class
 
 
+def narrows_anchor(state_class: Any) -> Any:
+    """Marks the state of a wrapper whose inner stages see parts of the arrays, with their anchors.
+
+    It has the fields ``anchor`` and ``inner_state``, and two methods, from a whole anchor:
+    ``narrowed`` to that of the inner stages, and ``whole_anchor`` to what to keep of it.
+    """
+    state_class.narrows_anchor = True
+    return state_class
+
+
 def check_anchor(anchor: Any, anchor_dtype: Any, policies: tuple[str, ...] = POLICIES) -> None:
     """Checks ``anchor=`` and ``anchor_dtype=`` when a stage is built.
 

@@ -121,6 +121,8 @@ def test_memory_counts_the_bytes_of_training(run: Run, monkeypatch: pytest.Monke
         "sgd_freeze_embed, no momentum": 8,
         "with_frozen(adamw, embedding)": 16 - 8 * frozen,
         "adam_spd, bfloat16 anchor": 18,
+        "with_sparse(adam, 0.05)": 8.6,
+        "with_sparse(adam_spd, 0.05)": 8.8,
     }
     for name, found in counted.items():
         step, on_host = found["step"], 4 if name == memory.HOST else 0
@@ -129,8 +131,9 @@ def test_memory_counts_the_bytes_of_training(run: Run, monkeypatch: pytest.Monke
         assert found["state_on_host"] == step["host_peak"] == on_host, name
         unread = 4 * frozen if "freeze" in name or "frozen" in name else 0  # their gradients
         assert step["arguments"] == pytest.approx(exact[name] - unread, abs=SMALL), name
-        # All that is as large as the parameters is written into what was donated.
-        assert step["outputs"] - step["aliased"] < SMALL, name
+        # All that is as large as the parameters is written into what was donated. XLA counts a
+        # pointer to each output, of which with_sparse has most.
+        assert step["outputs"] - step["aliased"] < 1.5 * SMALL, name
 
 
 def test_ahead_of_time_counts_the_bytes_of_one_devices_share(run: Run) -> None:

@@ -159,7 +159,7 @@ def test_a_sharded_run_is_the_run_on_one_device(name: str, axis_type: AxisType) 
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
-@every_method()
+@every_method("split anchor")
 def test_on_a_mesh_the_anchor_alone_may_be_split(name: str, axis_type: AxisType) -> None:
     """Parameters and the rest of the state are whole on each device."""
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)

@@ -125,7 +125,7 @@ def test_a_compiled_step_transfers_nothing(name: str) -> None:
         jax.block_until_ready(compiled(params, state, grads))
 
 
-@every_method(where=lambda method: method.build is not optax_spd.temp_balance)
+@every_method("symbolic shapes", where=lambda method: method.build is not optax_spd.temp_balance)
 def test_a_step_is_exported_with_symbolic_shapes(name: str) -> None:
     """Not for TempBalance: how spectra are decomposed follows from the shapes."""
     tx, params = contract_methods.optimizer(name), on_device(PRETRAINED)

@@ -122,6 +122,12 @@ def frozen_embedding(weight_decay: Any = 1.0, anchor: Any = "initial", layers: A
     return optax_spd.with_frozen(recipe, "^embed")
 
 
+def sparse_spd(weight_decay: Any = 1.0, layers: Any = None) -> Any:
+    """A recipe that trains some entries of each layer."""
+    recipe = optax_spd.adam_spd(RATE, weight_decay=weight_decay, layers=layers)
+    return optax_spd.with_sparse(recipe, 0.3, layers=layers)
+
+
 def not_embedding(params: Any) -> Any:
     """A mask; a path_mask would refuse parts of the tree that a pattern does not match."""
     return jax.tree.map_with_path(lambda path, _: "embed" not in jax.tree_util.keystr(path), params)
@@ -184,6 +190,11 @@ PAIRS = {
 }
 WHOLE_NORM = {"isolation": "arrays are clipped by a norm over all of them"}
 NEEDS_LAYERS = {"no layers": "a depth that matches no layer is an error"}
+SHAPED = {
+    "symbolic shapes": "how many entries are chosen follows from the shapes",
+    "parameter-like": "its inner state holds vectors, and is one non-parameter",
+    "split anchor": "its anchor holds the chosen entries only, whole on each device",
+}
 LEARNED = {
     "isolation": "all radii are learned from one validation loss, which is NaN then",
     "half precision": "the validation loss is computed in the parameters' dtype",
@@ -237,6 +248,7 @@ METHODS: dict[str, Method] = {
     ),
     "with_anchor": Method(shared_anchor, {"l2_sp_decay": 0.1, "spd_decay": 1.0}, {}, SPD),
     "with_frozen": Method(frozen_embedding, DECAY, {}, SPD, mask=not_embedding),
+    "with_sparse": Method(sparse_spd, DECAY, {}, SPD, excepted=SHAPED),
     "adam_spd": Method(optax_spd.adam_spd, LR | DECAY, {}, SPD),
     "adam_spd, masked": Method(optax_spd.adam_spd, LR | DECAY, MASKED, SPD, mask=not_embedding),
     "adamw_l2_sp": Method(optax_spd.adamw_l2_sp, LR | {"weight_decay": 0.5}),

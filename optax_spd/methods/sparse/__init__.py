@@ -1,0 +1,1 @@
+"""SIFT: trains few entries of each layer, with optimizer state for these alone."""

@@ -1,0 +1,543 @@
+"""Sparse increments: the original's trajectories, which entries are chosen, what the inner sees."""
+
+import collections
+import functools
+from typing import Any
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from contract_runs import assert_same_bits
+
+import optax_spd
+from optax_spd.methods.sparse import selection
+
+# Replays -----------------------------------------------------------------------------------------
+
+CASES = golden.settings("sift")
+
+
+def group_of(case: dict[str, Any]) -> Any:
+    """What decides about the optimizer. The original's decay of sparse entries does nothing."""
+    options = {k: v for k, v in case["optimizer_kwargs"].items() if k != "weight_decay"}
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    return case["sparse_rate"], case["adam_count_offset"], tuple(sorted(options.items()))
+
+
+WHOLE = ("theta", "score")  # without a step axis
+GROUPS = collections.defaultdict(list)
+for settings in CASES:
+    GROUPS[group_of(settings)].append(settings)
+
+
+def recorded(case: dict[str, Any], tensor: dict[str, Any], fields: dict[str, Any]) -> Any:
+    """A tensor from its own first step on: θ₀, |g₀|, and gradient, rate and θ of each step."""
+    steps, theta, grads = case["steps"], fields["theta0"], fields["grads"]
+    if "used_grad" in fields:
+        first, used = tensor["first_optimizer_step"], np.zeros((steps, theta.size))
+        used[:, fields["idx"]] = fields["used_grad"]
+        used = used.reshape(steps, *theta.shape)
+    else:
+        # The first gradient is dropped; a tensor that lags gets each of the others a step late.
+        first = 1 + tensor["lag"]
+        used = np.concatenate([grads[: tensor["lag"]], grads])[:steps]
+    rate = np.broadcast_to(case["rates"].reshape(-1, *[1] * theta.ndim), (steps, *[1] * theta.ndim))
+    late = lambda x: np.concatenate([x[first:], np.zeros((first, *x.shape[1:]))])
+    after = np.concatenate([fields["params"][first:], np.repeat(fields["params"][-1:], first, 0)])
+    return {"theta": theta, "score": abs(grads[0]), "g": late(used), "lr": late(rate), "end": after}
+
+
+def trees_of(cases: list[dict[str, Any]]) -> dict[str, Any]:
+    """The tensors of a group's cases, by name, stacked; those of the first also alone.
+
+    They are in PyTorch's layout and transposed. Each array is compiled, which takes most of the
+    time.
+    """
+    found: dict[str, Any] = {}
+    stacks = collections.defaultdict(list)
+    for case in cases:
+        sparse = [t for t in case["tensors"] if t["role"] == "sparse" and t["selected"]]
+        loaded = golden.load("sift", case | {"tensors": sparse})
+        case = case | {"rates": np.asarray(loaded.lr, float)}
+        for tensor in sparse:
+            rows = recorded(case, tensor, loaded.fields[tensor["name"]])
+            stacks[tensor["name"]].append(rows)
+            if case["name"] == cases[0]["name"]:
+                found[f"{tensor['name']}/torch"] = rows
+                # The step axis stays first.
+                found[f"{tensor['name']}/flax"] = {
+                    key: x.T if key in WHOLE else x.transpose(0, *range(x.ndim - 1, 0, -1))
+                    for key, x in rows.items()
+                }
+    for name, layers in stacks.items():
+        layers = [*layers, layers[0]]  # at least two
+        found[f"{name}/stack"] = {
+            key: np.stack([x[key] for x in layers], axis=1 + (key not in WHOLE))
+            for key in layers[0]
+        }
+    return found
+
+
+def replay_error(group: Any, dtype: Any) -> float:
+    """The largest error of any parameter at any step."""
+    fraction, offset, options = group
+    trees = {
+        field: {
+            name: jnp.asarray(rows[field], dtype) for name, rows in trees_of(GROUPS[group]).items()
+        }
+        for field in ("theta", "score", "g", "lr", "end")
+    }
+    numbers = dict(options)
+    if "betas" in numbers:
+        inner = optax.scale_by_adam(*numbers["betas"], numbers["eps"])
+    else:
+        inner = optax.trace(numbers["momentum"])
+    tx = optax_spd.with_sparse(
+        inner,
+        fraction,
+        score=lambda path, grad, param: trees["score"][path],
+        layers=optax_spd.stacked("/stack$", axis=1),
+        mask=optax_spd.path_mask("/"),
+    )
+    frozen = jnp.ones((2, 4), dtype)
+    params = trees["theta"] | {"frozen.weight": frozen}
+    state = tx.init(params)
+    if offset:
+        state = state._replace(inner_state=state.inner_state._replace(count=jnp.int32(offset)))
+
+    def step(carry: Any, rows: Any) -> Any:
+        params, state = carry
+        g, lr = rows
+        updates, state = tx.update(g | {"frozen.weight": frozen}, state, params)
+        scaled = {name: -lr[name] * updates[name] for name in g}
+        scaled["frozen.weight"] = updates["frozen.weight"]
+        params = optax.apply_updates(params, scaled)
+        return (params, state), params
+
+    run = jax.jit(lambda *start: jax.lax.scan(step, start, (trees["g"], trees["lr"]))[1])
+    found = run(params, state)
+    assert np.all(found.pop("frozen.weight") == 1)
+    errors = jax.tree.map(lambda x, y: np.abs(x - y).max(), found, trees["end"])
+    return float(max(errors.values()))
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: "-".join(map(str, group[:2])))
+def test_the_original_is_replayed_in_every_layout(group: Any, x64: None) -> None:
+    assert replay_error(group, jnp.float64) <= 1e-9
+    assert replay_error(group, jnp.float32) <= 1e-5
+
+
+# Which entries are chosen ------------------------------------------------------------------------
+
+
+def expected_entries(score: np.ndarray, k: int) -> np.ndarray:
+    """Of one layer, by a stable sort; its size where fewer than k scores are numbers."""
+    flat = score.astype(np.float64).ravel()
+    order = np.argsort(-flat, kind="stable")  # NaN comes last
+    found = np.sort(order[: min(k, np.sum(~np.isnan(flat)))])
+    return np.concatenate([found, np.full(k - len(found), flat.size)])
+
+
+def scores_of(kind: str) -> np.ndarray:
+    draw = np.random.default_rng(0)
+    score = draw.normal(size=(3, 37, 11))
+    special = {
+        "distinct": score,
+        "ties": np.round(score),
+        "all equal": np.zeros_like(score),
+        "zeros of both signs": np.where(score > 0, 0.0, -0.0),
+        "infinities": np.where(abs(score) > 2, np.sign(score) * np.inf, score),
+        "NaN": np.where(score > 0.5, np.nan, score),
+        "negative NaN": np.where(score > 0.5, -np.float64(np.nan), score),
+        "few numbers": np.where(abs(score) < 0.02, score, np.nan),
+        "no number": np.full_like(score, np.nan),
+    }
+    return special[kind]
+
+
+KINDS = [
+    "distinct", "ties", "all equal", "zeros of both signs", "infinities", "NaN", "negative NaN",
+    "few numbers", "no number",
+]  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("k", "stacked_axes"))
+def chosen_entries(score: jax.Array, k: int, stacked_axes: tuple[int, ...]) -> jax.Array:
+    return selection.positions({(): selection.choose(score, k, stacked_axes)})[()]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_largest_scores_are_chosen_and_of_equal_ones_the_first(dtype: str, x64: None) -> None:
+    for kind in KINDS:
+        score = scores_of(kind).astype(dtype)
+        for axis in (0, 2):
+            layers = np.moveaxis(score, axis, 0)
+            for k in (1, 33, layers[0].size):
+                found = chosen_entries(score, k, (axis,))
+                expected = [expected_entries(layer, k) for layer in layers]
+                np.testing.assert_array_equal(found, expected, err_msg=f"{kind} {axis} {k}")
+        whole = chosen_entries(score, 100, ())
+        np.testing.assert_array_equal(whole[0], expected_entries(score, 100), err_msg=kind)
+
+
+PARAMS = {
+    "blocks": {"kernel": np.random.default_rng(1).normal(size=(5, 3, 7)).astype(np.float32)},
+    "scale": np.ones((), np.float32),
+    "scales": np.ones(3, np.float32),
+}
+GRADS = jax.tree.map(lambda x: (x**2 + 1).astype(np.float32), PARAMS)
+LAYERS = optax_spd.stacked("kernel|scales", axis=-1)
+
+
+def first_step(tx: Any, params: Any = PARAMS, grads: Any = GRADS, **extra: Any) -> Any:
+    return jax.jit(tx.update)(grads, tx.init(params), params, **extra)
+
+
+def top(score: Any, fraction: float, axis: int) -> np.ndarray:
+    layers = np.moveaxis(np.asarray(score), axis, 0)
+    k = min(int(fraction * layers[0].size) + 1, layers[0].size)
+    return np.stack([expected_entries(layer, k) for layer in layers])
+
+
+SCORES = {
+    "gradient": lambda path, g, p: abs(g),
+    "magnitude": lambda path, g, p: abs(p),
+    "a function": lambda path, g, p: abs(g) / abs(p) + len(path),
+}
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_each_layer_chooses_by_the_score(score: str) -> None:
+    function = SCORES[score]
+    tx = optax_spd.with_sparse(
+        optax.sgd(1.0), 0.3, score=function if score == "a function" else score, layers=LAYERS
+    )
+    updates, state = first_step(tx, grad=GRADS)
+    indices = optax.tree.get(state, "sparse_indices")
+    kernel, grads = PARAMS["blocks"]["kernel"], GRADS["blocks"]["kernel"]
+    expected = top(function("blocks/kernel", grads, kernel), 0.3, -1)
+    np.testing.assert_array_equal(indices["blocks"]["kernel"], expected)
+    assert expected.shape == (7, 5)
+    np.testing.assert_array_equal(indices["scale"], [0])
+    np.testing.assert_array_equal(indices["scales"], [[0], [0], [0]])
+    mask = optax_spd.sparse_mask(state, PARAMS)
+    for u, g, chosen in zip(*map(jax.tree.leaves, (updates, GRADS, mask)), strict=True):
+        np.testing.assert_array_equal(u, np.where(chosen, -g, 0))
+    assert mask["blocks"]["kernel"].sum() == 7 * 5
+    assert not any(x.any() for x in jax.tree.leaves(optax_spd.sparse_mask(tx.init(PARAMS), PARAMS)))
+
+
+def test_random_entries_are_the_same_in_every_run_and_other_ones_for_each_path() -> None:
+    params = {name: np.zeros(1000, np.float32) for name in "ab"}
+    tx = optax_spd.with_sparse(optax.sgd(1.0), 0.3, score="random")
+    found = [first_step(tx, params, params)[1].sparse_indices for _ in range(2)]
+    assert_same_bits(*map(jax.device_get, found))
+    common = np.intersect1d(found[0]["a"], found[0]["b"]).size
+    assert 60 < common < 120  # 301 · 301 / 1000 by chance
+
+
+def test_the_raw_gradient_chooses_and_a_nan_never_trains() -> None:
+    grads = jax.tree.map(np.copy, GRADS)
+    grads["blocks"]["kernel"][0, 0, 0] = np.nan
+    tx = optax_spd.chain(
+        optax.clip(1e-3), optax_spd.with_sparse(optax_spd.adam_spd(0.1), 0.3, layers=LAYERS)
+    )
+    _, state = first_step(tx, grads=grads)
+    score = abs(grads["blocks"]["kernel"])
+    found = optax.tree.get(state, "sparse_indices")["blocks"]["kernel"]
+    np.testing.assert_array_equal(found, top(score, 0.3, -1))
+    assert 0 not in found[0]
+
+
+def test_with_fewer_numbers_than_k_the_rest_trains_nothing() -> None:
+    params = {"w": np.arange(1.0, 6.0, dtype=np.float32)}
+    grads = {"w": np.array([np.nan, 1, np.nan, 2, np.nan], np.float32)}
+    tx = optax_spd.with_sparse(optax_spd.adam_spd(0.1), 0.6)
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = jax.jit(tx.update)(grads, state, params)
+        assert np.all(np.isfinite(updates["w"]))
+        np.testing.assert_array_equal(updates["w"] != 0, [False, True, False, True, False])
+    np.testing.assert_array_equal(state.sparse_indices["w"], [1, 3, 5, 5])
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state))
+
+
+# What the inner optimizer sees -------------------------------------------------------------------
+
+
+def stepped(tx: Any, params: Any, state: Any, steps: int = 3, **extra: Any) -> Any:
+    """Parameters and state after some steps on gradients that turn round."""
+    update = jax.jit(functools.partial(tx.update, **extra))
+    for step in range(steps):
+        grads = jax.tree.map(lambda g, step=step: g * (1.0 - 0.9 * step), GRADS)
+        updates, state = update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return jax.device_get((params, state))
+
+
+def test_the_chosen_entries_train_as_if_they_were_all() -> None:
+    """With state, clipping norm, decay and SPD's layers of their own."""
+    stack = optax_spd.stacked("kernel|scales", axis=0)
+    inner = optax_spd.chain(
+        optax_spd.l2_sp(0.1), optax.clip_by_global_norm(1.0), optax.adam(0.3),
+        optax_spd.spd(1.0, layers=stack), optax_spd.ftp(layers=stack, radius_learning_rate=0.1),
+    )  # fmt: skip
+    tx = optax_spd.with_sparse(inner, 0.3, layers=LAYERS)
+    found, state = stepped(tx, PARAMS, tx.init(PARAMS))
+    positions = top(GRADS["blocks"]["kernel"], 0.3, -1)
+    values = {
+        "blocks": {"kernel": np.moveaxis(PARAMS["blocks"]["kernel"], -1, 0).reshape(7, 15)},
+        "scale": PARAMS["scale"].reshape(1),
+        "scales": PARAMS["scales"].reshape(3, 1),
+    }
+    read = lambda x: np.take_along_axis(x, positions, axis=1)
+    values["blocks"]["kernel"] = read(values["blocks"]["kernel"])
+    inner_state, update = inner.init(values), jax.jit(inner.update)
+    for step in range(3):
+        grads = {
+            "blocks": {"kernel": np.moveaxis(GRADS["blocks"]["kernel"], -1, 0).reshape(7, 15)},
+            "scale": GRADS["scale"].reshape(1),
+            "scales": GRADS["scales"].reshape(3, 1),
+        }
+        grads["blocks"]["kernel"] = read(grads["blocks"]["kernel"])
+        grads = jax.tree.map(lambda g, step=step: g * (1.0 - 0.9 * step), grads)
+        updates, inner_state = update(grads, inner_state, values)
+        values = optax.apply_updates(values, updates)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+    jax.tree.map(close, state.inner_state, jax.device_get(inner_state))
+    kernel = np.moveaxis(PARAMS["blocks"]["kernel"], -1, 0).reshape(7, 15)
+    np.put_along_axis(kernel, positions, values["blocks"]["kernel"], axis=1)
+    close(np.moveaxis(found["blocks"]["kernel"], -1, 0).reshape(7, 15), kernel)
+    close(found["scales"], values["scales"][:, 0])
+    assert np.any(optax.tree.get(state, "spd_ratio") > 0)
+
+
+FROM_VALUES = {
+    "prodigy": optax.contrib.prodigy(1.0),
+    "schedule-free": optax.contrib.schedule_free_adamw(0.1),
+    "random keys": optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(3)), optax.sgd(0.1)),
+}
+
+
+@pytest.mark.parametrize("inner", FROM_VALUES.values(), ids=FROM_VALUES)
+def test_a_state_made_of_parameters_is_made_of_the_chosen_ones(inner: Any) -> None:
+    draw = np.random.default_rng(0)
+    grads, params = ({"w": draw.normal(size=20).astype(np.float32)} for _ in range(2))
+    chosen = expected_entries(abs(grads["w"]), 5)
+    tx = optax_spd.with_sparse(inner, 0.2)
+    # What init got is not what trains.
+    state, vector = tx.init({"w": np.ones(20, np.float32)}), {"w": params["w"][chosen]}
+    inner_state, update = inner.init(vector), jax.jit(inner.update)
+    step = jax.jit(tx.update)
+    for _ in range(3):
+        updates, state = step(grads, state, params)
+        expected, inner_state = update({"w": grads["w"][chosen]}, inner_state, vector)
+        np.testing.assert_allclose(updates["w"][chosen], expected["w"], rtol=1e-5)
+        params, vector = optax.apply_updates(params, updates), optax.apply_updates(vector, expected)
+
+
+def test_everything_else_keeps_its_value_and_has_no_state() -> None:
+    params = PARAMS | {"head": np.ones(4, np.float32), "steps": jnp.arange(3), "none": None}
+    grads = GRADS | {"head": np.ones(4, np.float32), "steps": jnp.arange(3), "none": None}
+    tx = optax_spd.with_sparse(
+        optax.adam(0.1), 0.3, layers=LAYERS, mask=optax_spd.path_mask("blocks|scale")
+    )
+    updates, state = tx.update(grads, tx.init(params), params)
+    assert not updates["head"].any()
+    assert not updates["steps"].any()
+    assert updates["steps"].dtype == jnp.int32
+    assert updates["none"] is None
+    assert set(state.sparse_indices) == set(state.inner_state[0].mu) == set(PARAMS)
+
+
+def test_an_array_without_an_update_in_the_first_step_is_never_trained() -> None:
+    tx = optax_spd.with_sparse(optax.sgd(0.1), 0.3, layers=LAYERS)
+    updates, state = first_step(tx, grads=GRADS | {"blocks": {"kernel": None}})
+    assert updates["blocks"]["kernel"] is None
+    updates, state = tx.update(GRADS, state, PARAMS)
+    assert not updates["blocks"]["kernel"].any()
+    assert updates["scales"].all()
+
+
+def test_what_was_set_in_the_inner_state_before_the_choice_stays() -> None:
+    inner = optax.inject_hyperparams(optax.sgd)(learning_rate=1.0)
+    tx = optax_spd.with_sparse(inner, 0.3, layers=LAYERS)
+    state = optax.tree.set(tx.init(PARAMS), learning_rate=jnp.float32(0.25))
+    updates, _ = jax.jit(tx.update)(GRADS, state, PARAMS)
+    np.testing.assert_allclose(updates["scale"], -0.25 * GRADS["scale"])
+
+
+def test_a_validation_loss_inside_is_one_of_all_parameters() -> None:
+    tx = optax_spd.with_sparse(
+        optax_spd.adam_tpgm(0.1, norm="l2", radius_optimizer=optax.sgd(0.1)), 0.3, layers=LAYERS
+    )
+    seen = []
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        seen.append(jax.tree.map(jnp.shape, params))
+        return sum(jnp.sum((x - batch) ** 2) for x in jax.tree.leaves(params))
+
+    extra = {"validation_fn": loss, "validation_batches": jnp.array([-9.0, -8.0])}
+    _, state = stepped(tx, PARAMS, tx.init(PARAMS), **extra)
+    assert seen
+    assert all(shapes == jax.tree.map(np.shape, PARAMS) for shapes in seen)
+    radii = optax.tree.get(state, "tpgm_radii")
+    assert len(np.unique(radii)) > 1
+
+
+def test_gradients_accumulated_inside_are_vectors_too() -> None:
+    steps = optax.MultiSteps(optax.sgd(1.0), 2)
+    tx = optax_spd.with_sparse(steps, 0.3, layers=LAYERS)
+    state = tx.init(PARAMS)
+    assert optax.tree.get(state, "acc_grads")["blocks"]["kernel"].shape == (7, 5)
+    updates, state = jax.jit(tx.update)(GRADS, state, PARAMS)
+    assert not any(u.any() for u in jax.tree.leaves(updates))
+    updates, _ = jax.jit(tx.update)(GRADS, state, PARAMS)
+    np.testing.assert_allclose(updates["scale"], -GRADS["scale"])
+
+
+# Anchors -----------------------------------------------------------------------------------------
+
+OTHER = jax.tree.map(lambda x: x + 10, PARAMS)
+SPD_INSIDE = optax_spd.with_sparse(
+    optax_spd.adam_spd(0.3, layers=optax_spd.stacked("kernel|scales")), 0.3, layers=LAYERS
+)
+
+
+def at_entries(tree: Any) -> np.ndarray:
+    """The kernel of a whole tree at the chosen entries."""
+    kernel = np.moveaxis(tree["blocks"]["kernel"], -1, 0).reshape(7, 15)
+    return np.take_along_axis(kernel, top(GRADS["blocks"]["kernel"], 0.3, -1), axis=1)
+
+
+def anchor_of(state: Any) -> Any:
+    return optax.tree.get(state.inner_state, "anchor")
+
+
+def test_the_anchor_is_what_the_parameters_are_when_the_entries_are_chosen() -> None:
+    state = SPD_INSIDE.init(OTHER)
+    _, state = jax.jit(SPD_INSIDE.update)(GRADS, state, PARAMS)
+    np.testing.assert_array_equal(anchor_of(state)["blocks"]["kernel"], at_entries(PARAMS))
+
+
+L2_SP_INSIDE = optax_spd.with_sparse(
+    optax_spd.adamw_l2_sp(0.3, weight_decay=0.1), 0.3, layers=LAYERS
+)
+L2_SP_FROM_OUTSIDE = optax_spd.with_anchor(
+    optax_spd.with_sparse(
+        optax_spd.adamw_l2_sp(0.3, weight_decay=0.1, anchor="argument"), 0.3, layers=LAYERS
+    ),
+    anchor=OTHER,
+)
+
+
+def test_set_anchor_takes_the_whole_tree_before_the_choice() -> None:
+    state = optax_spd.set_anchor(L2_SP_INSIDE.init(PARAMS), OTHER)
+    found, state = stepped(L2_SP_INSIDE, PARAMS, state)
+    np.testing.assert_array_equal(anchor_of(state)["blocks"]["kernel"], at_entries(OTHER))
+    expected, _ = stepped(L2_SP_FROM_OUTSIDE, PARAMS, L2_SP_FROM_OUTSIDE.init(PARAMS))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
+    near, _ = stepped(L2_SP_INSIDE, PARAMS, L2_SP_INSIDE.init(PARAMS))
+    assert np.abs(found["scale"] - near["scale"]) > 1e-2
+    # It is kept whole, in buffers of its own, until the anchor is set again.
+    np.testing.assert_array_equal(state.anchor["scales"], OTHER["scales"])
+    state = optax_spd.set_anchor(state, PARAMS)
+    assert state.anchor == optax.EmptyState()
+    np.testing.assert_array_equal(anchor_of(state)["blocks"]["kernel"], at_entries(PARAMS))
+
+
+def test_set_anchor_takes_the_whole_tree_after_the_choice() -> None:
+    first, state = stepped(L2_SP_INSIDE, PARAMS, L2_SP_INSIDE.init(PARAMS), steps=1)
+    state = optax_spd.set_anchor(state, OTHER)
+    assert state.anchor == optax.EmptyState()
+    np.testing.assert_array_equal(anchor_of(state)["blocks"]["kernel"], at_entries(OTHER))
+    updates, _ = L2_SP_INSIDE.update(GRADS, state, first)
+    assert updates["scale"] > 0  # toward the anchor, against the gradient
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_dropped_anchor_is_missed_until_it_is_set_again(steps: int) -> None:
+    params, state = stepped(SPD_INSIDE, PARAMS, SPD_INSIDE.init(PARAMS), steps)
+    dropped = optax_spd.drop_anchor(state)
+    saved = sum(x.nbytes for x in jax.tree.leaves((state,))) - sum(
+        x.nbytes for x in jax.tree.leaves(dropped)
+    )
+    assert saved == 4 * (7 * 5 + 1 + 3)
+    with pytest.raises(ValueError, match="the anchor was dropped; call set_anchor"):
+        SPD_INSIDE.update(GRADS, dropped, params)
+    mended = optax_spd.set_anchor(dropped, PARAMS)
+    assert_same_bits(
+        stepped(SPD_INSIDE, params, mended, 2)[0], stepped(SPD_INSIDE, params, state, 2)[0]
+    )
+
+
+def test_a_whole_anchor_that_does_not_match_is_refused() -> None:
+    state = SPD_INSIDE.init(PARAMS)
+    turned = PARAMS | {"blocks": {"kernel": PARAMS["blocks"]["kernel"].T}}
+    with pytest.raises(ValueError, match=r"'blocks/kernel'.*shape \(7, 3, 5\).*shape \(5, 3, 7\)"):
+        optax_spd.set_anchor(state, turned)
+    with pytest.raises(ValueError, match=r"anchor has no array at 'scales'.*nearest.*'scale'"):
+        optax_spd.set_anchor(state, {k: PARAMS[k] for k in ("blocks", "scale")})
+    plain = optax_spd.with_sparse(optax.adam(0.1), 0.3)
+    with pytest.raises(ValueError, match="The state holds no anchor"):
+        optax_spd.set_anchor(plain.init(PARAMS), PARAMS)
+
+
+# Memory and wrong input --------------------------------------------------------------------------
+
+
+def test_state_takes_memory_for_the_chosen_entries_only() -> None:
+    """At most 0.65 bytes a parameter at 5 %, and an anchor inside adds 4 · 5 %."""
+    params = {f"w{i}": jax.ShapeDtypeStruct((512, 512), jnp.float32) for i in range(3)}
+    size = 3 * 512 * 512
+    chosen = 3 * (int(0.05 * 512 * 512) + 1)
+
+    def state_bytes(inner: Any) -> int:
+        state = optax_spd.with_sparse(inner, 0.05).init(params)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+    adam = state_bytes(optax.adam(0.1))
+    assert adam <= 0.65 * size
+    for stage in (optax_spd.spd(), optax_spd.l2_sp(0.1)):
+        added = state_bytes(optax.chain(optax.adam(0.1), stage)) - adam
+        assert 4 * chosen <= added <= 4 * chosen + 64
+    ftp = state_bytes(optax.chain(optax.adam(0.1), optax_spd.ftp())) - adam
+    assert 8 * chosen <= ftp <= 8 * chosen + 128  # an anchor and the last deviation
+    assert state_bytes(optax_spd.adam_spd(0.1)) <= 0.85 * size
+
+
+def test_a_layer_too_large_for_int32_is_refused() -> None:
+    shape = lambda *sizes: {"w": jax.ShapeDtypeStruct(sizes, jnp.float32)}
+    tx = optax_spd.with_sparse(optax.identity(), 0.0)
+    assert tx.init(shape(2**31 - 1)).sparse_indices["w"].shape == (1,)
+    with pytest.raises(
+        ValueError, match=r"'w' of shape \(65536, 32768\) has 2,147,483,648 .*int32"
+    ):
+        tx.init(shape(2**16, 2**15))
+    stacked = optax_spd.with_sparse(optax.identity(), 0.0, layers=optax_spd.stacked("w"))
+    assert stacked.init(shape(2**16, 2**15)).sparse_indices["w"].shape == (2**16, 1)
+
+
+def test_wrong_arguments_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"called: optax\.adam"):
+        optax_spd.with_sparse(optax.adam, 0.1)
+    for fraction in (-0.1, 1.1, np.nan):
+        with pytest.raises(ValueError, match="fraction must be finite and between 0 and 1"):
+            optax_spd.with_sparse(optax.sgd(0.1), fraction)
+    with pytest.raises(TypeError, match="fraction shapes the program"):
+        jax.eval_shape(lambda x: optax_spd.with_sparse(optax.sgd(0.1), x).init(PARAMS), 0.1)
+    with pytest.raises(ValueError, match=r"score must be one of 'gradient', .* got 'weight'"):
+        optax_spd.with_sparse(optax.sgd(0.1), 0.1, score="weight")
+    tx = optax_spd.with_sparse(optax.sgd(0.1), 0.1, score=lambda path, g, p: g.sum())
+    with pytest.raises(ValueError, match=r"score must give .* for 'blocks/kernel' .* float32\[\]"):
+        first_step(tx)
+    other = optax_spd.with_sparse(optax.sgd(0.1), 0.2)
+    with pytest.raises(ValueError, match=r"shape \(85,\) at 'blocks/kernel', .* need \(22,\)"):
+        other.update(GRADS, optax_spd.with_sparse(optax.sgd(0.1), 0.2).init(PARAMS)._replace(
+            sparse_indices=optax_spd.with_sparse(optax.sgd(0.1), 0.8).init(PARAMS).sparse_indices
+        ), PARAMS)  # fmt: skip
+    with pytest.raises(ValueError, match="no choice of entries"):
+        optax_spd.sparse_mask(optax.sgd(0.1).init(PARAMS), PARAMS)

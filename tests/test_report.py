@@ -179,6 +179,11 @@ def test_errors_say_what_is_missing() -> None:
         optax_spd.layer_report(params, state=state)
     masked = optax_spd.layer_report(params, state=state, mask=optax_spd.path_mask("body"))
     assert [row.name for row in masked.rows] == ["body"]
+    sparse = optax_spd.with_sparse(optax_spd.adam_spd(0.1), 0.5).init(params)
+    with pytest.raises(ValueError, match=r"needs an anchor"):  # it has entries of one
+        optax_spd.layer_report(params, state=sparse)
+    found = optax_spd.layer_report(params, params, sparse)
+    assert set(found.rows[0].state) == {"spd_ratio", "spd_fired"}
     dropped = optax_spd.drop_anchor(optax_spd.adam_spd(0.1).init(params))
     with pytest.raises(ValueError, match=r"no anchor at 'body'.*set_anchor"):
         optax_spd.layer_report(params, state=dropped)

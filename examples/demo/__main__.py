@@ -90,7 +90,8 @@ def parser() -> Parser:
         "--methods",
         type=method_names,
         default=argparse.SUPPRESS,
-        help=f"comma-separated, of {', '.join(METHODS)}; wise-ft and tpgm-after bring adam along "
+        help=f"comma-separated, of {', '.join(METHODS)}; wise-ft, lines and tpgm-after bring "
+        "adam along "
         f"(default: {','.join(DEFAULT)}; with several numbers of examples: {','.join(LOW_DATA)})",
     )
     add("--seeds", type=between(1, 100), default=1, help="number of training sets drawn")

@@ -21,7 +21,7 @@ from rich.progress import Progress
 import optax_spd
 from examples.demo import assets, data, methods, training
 from examples.demo.errors import DivergedError
-from examples.demo.methods import METHODS, WISE_FT_ALPHAS, Method
+from examples.demo.methods import LINES_ALPHAS, METHODS, WISE_FT_ALPHAS, Method
 from examples.demo.minilm import Params, load_encoder
 from examples.demo.scores import Results, Score, measure
 from examples.demo.training import Tick
@@ -221,9 +221,10 @@ def produce(
         with _bar(progress, f"{label}: training", settings.steps) as tick:
             return training.fit(start, tx, batches, tick, held_out)
     if method.average_of is not None:
-        work = len(WISE_FT_ALPHAS) * _batches(validation)
+        choose = lines if method.by_depth else average
+        work = len(LINES_ALPHAS if method.by_depth else WISE_FT_ALPHAS) * _batches(validation)
         with _bar(progress, f"{label}: validation", work) as tick:
-            return average(fitted[method.average_of], start, validation, tick)
+            return choose(fitted[method.average_of], start, validation, tick)
     if method.radii_of is not None:
         with _bar(progress, f"{label}: radii", 1):
             return project_back(fitted[method.radii_of], start, validation, seed)
@@ -265,13 +266,34 @@ def project_back(
 def average(fitted: Params, start: Params, validation: data.Texts, tick: Tick) -> training.Fitted:
     """WiSE-FT with the share from `WISE_FT_ALPHAS` that has the best validation accuracy."""
 
+    def mixed(alpha: float) -> Params:
+        return optax_spd.wise_ft(fitted, start, alpha)
+
+    return _best(mixed, WISE_FT_ALPHAS, validation, tick)
+
+
+def lines(fitted: Params, start: Params, validation: data.Texts, tick: Tick) -> training.Fitted:
+    """LiNeS with the smallest share from `LINES_ALPHAS` that has the best validation accuracy."""
+
+    def mixed(alpha: float) -> Params:
+        alphas = optax_spd.lines_alpha(fitted, alpha, r"/block_(\d+)/")
+        return optax_spd.wise_ft(fitted, start, alphas, mask=methods.LINES_MASK)
+
+    return _best(mixed, LINES_ALPHAS, validation, tick)
+
+
+def _best(
+    mixed: Callable[[float], Params], alphas: Sequence[float], validation: data.Texts, tick: Tick
+) -> training.Fitted:
+    """The mix of fine-tuned and pretrained weights with the best validation accuracy."""
+
     def accuracy(alpha: float) -> float:
-        params = optax_spd.wise_ft(fitted, start, alpha)
+        params = mixed(alpha)
         scores = training.logits(params, training.embed(params["encoder"], validation, tick))
         return training.accuracy(scores, validation.labels)
 
-    best = max(WISE_FT_ALPHAS, key=accuracy)  # the smallest share wins a tie
-    return training.Fitted(optax_spd.wise_ft(fitted, start, best), alpha=best)
+    best = max(alphas, key=accuracy)  # the smallest share wins a tie
+    return training.Fitted(mixed(best), alpha=best)
 
 
 def _batches(*texts: data.Texts) -> int:

@@ -27,8 +27,15 @@ ADAMW_WEIGHT_DECAY = 1.0  # multiplied by the learning rate
 L2_SP_WEIGHT_DECAY = 300.0  # multiplied by the learning rate
 SPD_WEIGHT_DECAY = 2.0  # not multiplied by the learning rate
 
-# WiSE-FT's share of the fine-tuned weights, chosen by validation accuracy; the smallest wins a tie.
+# WiSE-FT's share of the fine-tuned weights, and LiNeS's in the lowest block, chosen by validation
+# accuracy; the smallest wins a tie.
 WISE_FT_ALPHAS = (0.2, 0.4, 0.6, 0.8)
+LINES_ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8)
+LINES_MASK = optax_spd.path_mask("^encoder/")  # the head keeps its fine-tuned value
+
+SPARSE_FRACTION = 0.05  # of each matrix's entries train, those with the largest first gradient
+ADAMP_WEIGHT_DECAY = 1.0  # multiplied by the learning rate
+CAUTIOUS_WEIGHT_DECAY = 1000.0  # multiplied by the learning rate
 
 
 # The radii are in units of the norm, the largest absolute row sum (MARS).
@@ -65,6 +72,21 @@ def ftp(
     lr: optax.Schedule, rate: float = FTP_RATE, k: float = FTP_K
 ) -> optax.GradientTransformation:
     return optax_spd.adam_ftp(lr, k=k, radius_learning_rate=rate, layers=LAYERS)
+
+
+def sparse(lr: optax.Schedule, fraction: float = SPARSE_FRACTION) -> optax.GradientTransformation:
+    spd = optax_spd.adam_spd(lr, weight_decay=SPD_WEIGHT_DECAY)
+    return optax_spd.with_sparse(spd, fraction)
+
+
+def adamp(lr: optax.Schedule, decay: float = ADAMP_WEIGHT_DECAY) -> optax.GradientTransformation:
+    return optax_spd.adamp(lr, weight_decay=decay, layers=LAYERS)
+
+
+def cautious(
+    lr: optax.Schedule, decay: float = CAUTIOUS_WEIGHT_DECAY
+) -> optax.GradientTransformation:
+    return optax_spd.adamw_l2_sp(lr, weight_decay=decay, cautious=True)
 
 
 def layer_decay(lr: optax.Schedule, decay: float = LAYER_DECAY) -> optax.GradientTransformation:
@@ -129,6 +151,7 @@ class Method:
     new_head: bool = False  # starts from a head of zeros instead of the probe's
     validates_every: int | None = None  # number of steps for which it uses one validation batch
     average_of: str | None = None
+    by_depth: bool = False  # the average's share of the fine-tuned weights grows with depth (LiNeS)
     radii_of: str | None = None
 
     @property
@@ -170,6 +193,21 @@ METHODS = {
         lambda lr: optax_spd.adam_spd(lr, weight_decay=SPD_WEIGHT_DECAY),
         chosen={"weight decay": SPD_WEIGHT_DECAY},
     ),
+    "cautious": Method(
+        "cautious L2-SP",
+        "#7fbc41",
+        "8",
+        cautious,
+        chosen={"weight decay": CAUTIOUS_WEIGHT_DECAY},
+    ),
+    "adamp": Method("AdamP", "#c51b7d", "v", adamp, chosen={"weight decay": ADAMP_WEIGHT_DECAY}),
+    "sparse": Method(
+        "sparse SPD",
+        "#6baed6",
+        ".",
+        sparse,
+        chosen={"fraction": SPARSE_FRACTION, "weight decay": SPD_WEIGHT_DECAY},
+    ),
     "tpgm": Method(
         "TPGM",
         "#8c564b",
@@ -202,6 +240,7 @@ METHODS = {
         rate=SGD_FREEZE_RATE,
     ),
     "wise-ft": Method("WiSE-FT", "#9467bd", "P", average_of="adam"),
+    "lines": Method("LiNeS", "#54278f", "x", average_of="adam", by_depth=True),
     "tpgm-after": Method(
         "TPGM after",
         "#e377c2",

@@ -92,18 +92,18 @@ def legend(settings: Settings, results: Results) -> list[str]:
         "test set.",
         f"ID ({data.IN_DISTRIBUTION}) and OOD: accuracy in %; dist.: Euclidean distance of the "
         "encoder from its pretrained weights; sec: seconds of training with compilation, without "
-        "evaluation (WiSE-FT: of choosing its share; TPGM after: of learning its radii); s per "
-        "step: mean of the second half of training, where nothing is compiled.",
+        "evaluation (WiSE-FT and LiNeS: of choosing a share; TPGM after: of learning its radii); s "
+        "per step: mean of the second half of training, where nothing is compiled.",
         "All but “Adam new head” start from the pretrained encoder and the linear probe, which is "
         f"the anchor of those that have one. {chosen(results)}",
     ]
-    alphas = [f"{score.alpha:g}" for score in results.get("wise-ft", [])]
-    if alphas:
-        lines.append(
-            "WiSE-FT keeps this share of Adam's weights, by validation accuracy: "
-            + ", ".join(alphas)
-            + "."
-        )
+    for name, where in (("wise-ft", ""), ("lines", " in its lowest block")):
+        alphas = [f"{score.alpha:g}" for score in results.get(name, [])]
+        if alphas:
+            lines.append(
+                f"{METHODS[name].label} keeps this share of Adam's weights{where}, by validation "
+                f"accuracy: {', '.join(alphas)}."
+            )
     return lines
 
 

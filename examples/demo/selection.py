@@ -47,6 +47,18 @@ def _spd(decay: float) -> Recipe:
 GRID: list[tuple[str, float, Recipe, int | None]] = [
     *((f"SPD {decay:g}", PEAK, _spd(decay), None) for decay in (1.0, 2.0, 3.0, 5.0)),
     *((f"L2-SP {decay:g}", PEAK, _l2_sp(decay), None) for decay in (30.0, 100.0, 300.0)),
+    *(
+        (f"cautious L2-SP {decay:g}", PEAK, partial(methods.cautious, decay=decay), None)
+        for decay in (30.0, 100.0, 300.0, 1000.0)
+    ),
+    *(
+        (f"AdamP {decay:g}", PEAK, partial(methods.adamp, decay=decay), None)
+        for decay in (0.1, 1.0, 10.0)
+    ),
+    *(
+        (f"sparse SPD {fraction:g}", PEAK, partial(methods.sparse, fraction=fraction), None)
+        for fraction in (0.01, 0.05, 0.2)
+    ),
     *((f"Adam, lr {peak:g}", peak, lambda lr: optax.adam(lr), None) for peak in (1e-4, PEAK)),
     *((f"AdamW {decay:g}", PEAK, _adamw(decay), None) for decay in (0.1, 1.0, 10.0)),
     *(

@@ -267,7 +267,8 @@ def average(fitted: Params, start: Params, validation: data.Texts, tick: Tick) -
     """WiSE-FT with the share from `WISE_FT_ALPHAS` that has the best validation accuracy."""
 
     def mixed(alpha: float) -> Params:
-        return optax_spd.wise_ft(fitted, start, alpha)
+        params: Params = optax_spd.wise_ft(fitted, start, alpha)
+        return params
 
     return _best(mixed, WISE_FT_ALPHAS, validation, tick)
 
@@ -277,7 +278,8 @@ def lines(fitted: Params, start: Params, validation: data.Texts, tick: Tick) -> 
 
     def mixed(alpha: float) -> Params:
         alphas = optax_spd.lines_alpha(fitted, alpha, r"/block_(\d+)/")
-        return optax_spd.wise_ft(fitted, start, alphas, mask=methods.LINES_MASK)
+        params: Params = optax_spd.wise_ft(fitted, start, alphas, mask=methods.LINES_MASK)
+        return params
 
     return _best(mixed, LINES_ALPHAS, validation, tick)
 

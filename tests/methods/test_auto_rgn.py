@@ -60,7 +60,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-@pytest.mark.parametrize("name", CASES.keys() - NOT_EXPRESSED)
+@pytest.mark.parametrize("name", sorted(CASES.keys() - NOT_EXPRESSED))
 def test_replays_the_multipliers_of_the_original(
     name: str, dtype: Any, layout: str, x64: None
 ) -> None:

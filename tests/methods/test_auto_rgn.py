@@ -102,7 +102,9 @@ def normal(seed: int, scale: float = 1.0) -> dict[str, np.ndarray]:
     return {key: scale * draw.normal(size=shape) for key, shape in SHAPES.items()}
 
 
-@pytest.mark.parametrize("every", [1, 3, lambda count: jnp.where(count < 4, 2, 3)], ids=str)
+@pytest.mark.parametrize(
+    "every", [1, 3, lambda count: jnp.where(count < 4, 2, 3)], ids=["1", "3", "a schedule"]
+)
 def test_windows_are_those_of_numpy(every: Any, x64: None) -> None:
     """Behind SGD, with parameters that move; the update that closes a window is scaled by it."""
     tx = optax_spd.chain(optax.sgd(0.1), optax_spd.auto_rgn(every=every))

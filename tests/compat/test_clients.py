@@ -103,7 +103,7 @@ def test_an_nnx_optimizer_runs_as_a_plain_loop(name: str) -> None:
 def test_an_nnx_optimizer_passes_the_gradient_on_to_a_bare_stage(name: str) -> None:
     stage = METHODS[name].stage(layers=optax_spd.stacked("^blocks/"))
     params, _, seen = contract_reference(name)
-    found = train_nnx(name, optax.chain(METHODS[name].inner(), stage), passes_grad=True)
+    found = train_nnx(name, METHODS[name].place(stage, optax.chain), passes_grad=True)
     assert_close(found, (params, seen), rtol=1e-4)
 
 

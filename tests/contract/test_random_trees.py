@@ -17,7 +17,7 @@ DTYPES = [jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16]
 
 pytestmark = pytest.mark.usefixtures("x64")
 EXAMPLES = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 
 

@@ -172,8 +172,14 @@ def layer_report(
     vectors = {} if state is None else _state_vectors(state, plan)
     # Everything at once: one transfer.
     (anchor_norms, deviations), held = jax.device_get((_norms(plan, thetas, thetas_0), vectors))
-    expected = np.asarray(fingerprints.of_plan(plan))
-    columns = {key: values for key, (values, found) in held.items() if np.all(found == expected)}
+    expected = {
+        front: np.asarray(fingerprints.of_plan(plan, in_front=front)) for front in (False, True)
+    }
+    columns = {
+        key: values
+        for key, (values, found, in_front) in held.items()
+        if np.all(found == expected[bool(in_front)])
+    }
     rows = tuple(
         LayerRow(
             name,
@@ -235,8 +241,9 @@ def _held_anchor(flat: trees.FlatTree, state: PyTree) -> list[Any]:
     node = next(edit.holders(state), None)
     if node is None:
         raise ValueError(
-            "layer_report needs an anchor: the state, if one was given, holds none. Pass the "
-            "pretrained parameters as anchor=, or anchor='zero'."
+            "layer_report needs an anchor: the state, if one was given, holds none, or only "
+            "with_sparse's entries of one. Pass the pretrained parameters as anchor=, or "
+            "anchor='zero'."
         )
     needed = [not trees.is_missing(leaf) for leaf in flat.leaves]
     held = trees.flatten(node.anchor, is_leaf=policy.is_anchor_leaf).by_path
@@ -249,16 +256,17 @@ def _held_anchor(flat: trees.FlatTree, state: PyTree) -> list[Any]:
     return policy.resolve_anchor("initial", node.anchor, {}, flat, needed)
 
 
-def _state_vectors(state: PyTree, plan: plans.LayerPlan) -> dict[str, tuple[Any, Any]]:
+def _state_vectors(state: PyTree, plan: plans.LayerPlan) -> dict[str, tuple[Any, Any, bool]]:
     """Each vector with one number for each layer in a state, and its state's fingerprint."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for node in fingerprints.fingerprinted(state):
+    found: dict[str, tuple[Any, Any, bool]] = {}
+    for node, in_front in fingerprints.fingerprinted(state):
         fields = dict(zip(node._fields, node, strict=True))
         for key in ("record", "memory"):
             fields.update(fields.pop(key, {}))
         for key, value in fields.items():
-            if key != "anchor" and np.shape(value) == (plan.vector_size,):
+            is_vector = trees.is_array(value) and value.shape == (plan.vector_size,)
+            if key != "anchor" and is_vector:
                 number = sum(name.split(" ")[0] == key for name in found) + 1
                 column = key if number == 1 else f"{key} {number}"
-                found[column] = value, node.layer_fingerprint
+                found[column] = value, node.layer_fingerprint, in_front
     return found

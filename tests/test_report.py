@@ -131,6 +131,14 @@ def test_the_state_gives_anchor_and_columns(monkeypatch: pytest.MonkeyPatch) -> 
     assert "spd_ratio 2" in optax_spd.layer_report(params, state=twice).rows[0].state
 
 
+@pytest.mark.parametrize("container", [list, tuple, lambda pair: {"a": pair[0], "b": pair[1]}])
+def test_only_vectors_are_columns(container: Any) -> None:
+    """FTP's state has a tree of deviations too."""
+    params = container([jnp.ones((2, 3)), jnp.ones(4)])
+    report = optax_spd.layer_report(params, state=optax_spd.adam_ftp(0.1).init(params))
+    assert set(report.rows[0].state) == {"ftp_radii"}
+
+
 def test_a_second_report_compiles_nothing(caplog: pytest.LogCaptureFixture) -> None:
     params, *anchors = ({"a_new_name": np.full(3, x, np.float32)} for x in range(3))
     with jax.log_compiles(True):

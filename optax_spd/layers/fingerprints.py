@@ -19,15 +19,22 @@ from optax_spd.layers.spec import LayerFn, check_layers
 PyTree = Any
 
 
-def of_plan(plan: plans.LayerPlan) -> jax.Array:
+def of_plan(plan: plans.LayerPlan, *, in_front: bool = False) -> jax.Array:
     """The fingerprint of the layers, an int32 scalar.
 
     The upper half depends on the arrays' paths, which an anchor has too (:func:`of_arrays`); the
     lower half on the layers' names and on how ``layers=`` divides the arrays.
+
+    Args:
+      plan: the layers.
+      in_front: whether the state sees stacked axes in front of all others (:func:`fingerprinted`).
     """
     entries = [entry for entry in plan.arrays if entry is not None]
     arrays = of_arrays(entry.name for entry in entries)
-    divided = sorted(f"{entry.name} {entry.stacked_axes} {entry.start}" for entry in entries)
+    divided = sorted(
+        f"{e.name} {tuple(range(len(e.stacked_axes))) if in_front else e.stacked_axes} {e.start}"
+        for e in entries
+    )
     bits = np.array([_checksum([*plan.names, *divided]), arrays], "<u2")
     return jnp.asarray(bits.view("<i4")[0], jnp.int32)
 
@@ -80,7 +87,7 @@ def check_state(
     """
     check_layers(layers)
     plan = plans.planned(params, layers, mask).plan
-    expected = np.asarray(of_plan(plan))
+    expected = {front: np.asarray(of_plan(plan, in_front=front)) for front in (False, True)}
     found = list(fingerprinted(state))
     if not found:
         raise ValueError(
@@ -88,9 +95,9 @@ def check_state(
             "checkpoint was restored without the structure of tx.init(params) and is plain dicts "
             "and lists: restore it into that structure."
         )
-    for node in found:
+    for node, in_front in found:
         # A state made under vmap holds several equal fingerprints.
-        if np.any(np.asarray(node.layer_fingerprint) != expected):
+        if np.any(np.asarray(node.layer_fingerprint) != expected[in_front]):
             raise ValueError(
                 f"The state {type(node).__name__} was made for other layers than the "
                 f"{len(plan.names)} that params has under the given layers= and mask=, such as "
@@ -99,14 +106,24 @@ def check_state(
             )
 
 
-def fingerprinted(state: PyTree) -> Iterator[Any]:
-    """The states with a fingerprint in a nested state."""
+def fingerprinted(state: PyTree, in_front: bool = False) -> Iterator[tuple[Any, bool]]:
+    """The states with a fingerprint in a nested state.
 
-    def has_fingerprint(node: Any) -> bool:
-        return "layer_fingerprint" in getattr(node, "_fields", ())
+    Yields:
+      A state, and whether its arrays have their stacked axes in front of all others, because they
+      are the vectors that a wrapper (``with_sparse``) makes of the parameters.
+    """
 
-    for node in jax.tree.leaves(state, is_leaf=has_fingerprint):
-        if has_fingerprint(node):
-            yield node
+    def is_found(node: Any) -> bool:
+        return "layer_fingerprint" in getattr(node, "_fields", ()) or _makes_vectors(node)
+
+    for node in jax.tree.leaves(state, is_leaf=is_found):
+        if is_found(node):
+            if not _makes_vectors(node):
+                yield node, in_front
             others = [getattr(node, field) for field in node._fields]
-            yield from fingerprinted(others)
+            yield from fingerprinted(others, in_front or _makes_vectors(node))
+
+
+def _makes_vectors(node: Any) -> bool:
+    return bool(getattr(node, "narrows_anchor", False))

@@ -17,7 +17,8 @@ Differences from the authors' code:
    of its own at parameters that do not change. So in the first window here s = 1.
 3. A layer with ‖θ‖ = 0 in all of the window keeps its s (1 at first) and is left out of the
    maximum. Their code divides by zero.
-4. A step in which ‖g‖ or ‖θ‖ is not finite is left out of its layer's mean. If all gradients are
+4. A step in which ‖g‖ or ‖θ‖ is not finite is left out of its layer's mean. (A norm below about
+   1e-19 in float32 counts as 0.) If all gradients are
    zero, s is kept.
 5. A layer may be a slice of an array or several arrays (``layers=``). All arrays under ``mask=``
    are measured, and all others keep their update. Their code neither measures nor trains arrays
@@ -32,7 +33,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_spd import wrappers
-from optax_spd.core import scaling, stage, sums
+from optax_spd.core import balls, scaling, stage
 from optax_spd.layers import checks, fingerprints
 from optax_spd.layers.spec import LayerFn
 from optax_spd.layers.types import AxisName, Mask, PyTree
@@ -62,22 +63,19 @@ class AutoRGNState(NamedTuple):
 
 
 def relative_norm(
-    gradient_square: jax.Array, parameter_square: jax.Array
+    gradient_norm: jax.Array, parameter_norm: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """‖g‖ / ‖θ‖, elementwise for a vector of layers.
 
     Args:
-      gradient_square: ‖g‖².
-      parameter_square: ‖θ‖².
+      gradient_norm: ‖g‖.
+      parameter_norm: ‖θ‖.
 
     Returns:
       The ratio, and where it is defined: both norms finite and ‖θ‖ > 0. Elsewhere it is 0.
     """
-    is_defined = (
-        jnp.isfinite(gradient_square) & jnp.isfinite(parameter_square) & (parameter_square > 0)
-    )
-    denominator = jnp.where(is_defined, parameter_square, 1)
-    ratio = sums.norm_of(jnp.where(is_defined, gradient_square, 0)) / sums.norm_of(denominator)
+    is_defined = jnp.isfinite(gradient_norm) & jnp.isfinite(parameter_norm) & (parameter_norm > 0)
+    ratio = jnp.where(is_defined, gradient_norm, 0) / jnp.where(is_defined, parameter_norm, 1)
     is_defined &= jnp.isfinite(ratio)
     return jnp.where(is_defined, ratio, 0), is_defined
 
@@ -191,8 +189,9 @@ def auto_rgn(
         vectors = {"auto_rgn_scale": state.auto_rgn_scale}
         view = options.view(updates, optax.EmptyState(), params, extra_args, vectors)
         gradients = view.match(wrappers.require_gradient(extra_args, "auto_rgn"), "grad")
-        products = view.map(_squares, gradients)
-        ratio, is_defined = relative_norm(*sums.layer_sums(view.plan, products, 2, view.axes))
+        weights = view.map(lambda d: d.delta)  # with a zero anchor Δ = θ
+        norms = balls.ball_norms("l2", view.plan, view.axes, gradients, weights)
+        ratio, is_defined = relative_norm(*(norm.largest for norm in norms))
         total = state.auto_rgn_total + ratio
         steps = state.auto_rgn_steps + is_defined.astype(jnp.int32)
 
@@ -214,9 +213,3 @@ def auto_rgn(
         return scaled, new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-@jax.jit  # so that arrays of one shape share a trace
-def _squares(d: stage.Deviation, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What is summed over a layer: g², θ²."""
-    return gradient**2, d.delta**2

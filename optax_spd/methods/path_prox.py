@@ -164,8 +164,9 @@ def path_prox(
       A stage whose ``update`` needs ``params``. Updates keep their structure and dtypes; norms are
       computed in at least float32. Arrays that are in no pair keep their update. The state holds a
       count. It works under ``jit`` with any sharding, but not on arrays that ``shard_map`` or
-      ``pmap`` splits, nor on stacked layers (``nn.scan``). Under ``optax.inject_hyperparams`` no
-      argument is needed in ``static_args``.
+      ``pmap`` splits, nor on stacked layers (``nn.scan``). (Those without a bias look like a
+      convolution and are not refused.) Under ``optax.inject_hyperparams`` no argument is needed in
+      ``static_args``.
 
     Raises:
       TypeError: ``pairs`` is not a sequence of pairs of patterns, a flag that is not a bool, a

@@ -82,8 +82,9 @@ def clip_by_relative_norm(
 
     Returns:
       A stage whose ``update`` needs ``params``. Updates keep their structure and dtypes. The state
-      is a count, for schedules. Integer, empty, None and MaskedNode leaves pass through, and so do
-      arrays that are not finite, which no norm counts. Under ``optax.inject_hyperparams`` name
+      is a count, for schedules. Integer, empty, None and MaskedNode leaves pass through. An array
+      whose weights or gradient are not finite counts in no norm; it is multiplied by f as all
+      others. Under ``optax.inject_hyperparams`` name
       ``mask`` in ``static_args`` if it is a function.
 
     Raises:

@@ -200,7 +200,7 @@ def test_a_layer_at_zero_keeps_its_multiplier_and_does_not_decide() -> None:
     assert (second != first)[[0, 2]].any()
 
 
-@pytest.mark.parametrize("sick", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("sick", [np.nan, np.inf])
 @pytest.mark.parametrize("tree", ["params", "grad"])
 def test_a_step_that_is_not_finite_is_left_out_of_its_layer_s_mean(tree: str, sick: float) -> None:
     healthy = [(normal(0), normal(i)) for i in (1, 2)]
@@ -251,3 +251,12 @@ def test_a_state_of_other_layers_is_found() -> None:
     optax_spd.check_state(state, params)
     with pytest.raises(ValueError, match="made for other layers"):
         optax_spd.check_state(state, {"a": params["a"], "b": params["b"], "d": params["c"]})
+
+
+@pytest.mark.parametrize("size", [1e-15, 1.0, 1e22])
+def test_norms_of_any_size_are_compared(size: float) -> None:
+    params = {"a": jnp.ones(4), "b": jnp.ones(4)}
+    grads = {"a": jnp.full(4, 2 * size), "b": jnp.full(4, size)}
+    tx = optax_spd.auto_rgn(every=1)
+    _, state = tx.update(grads, tx.init(params), params, grad=grads)
+    np.testing.assert_allclose(state.auto_rgn_scale, [1, 0.5], rtol=1e-6)

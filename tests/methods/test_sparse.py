@@ -541,3 +541,39 @@ def test_wrong_arguments_are_refused() -> None:
         ), PARAMS)  # fmt: skip
     with pytest.raises(ValueError, match="no choice of entries"):
         optax_spd.sparse_mask(optax.sgd(0.1).init(PARAMS), PARAMS)
+
+
+# Host functions and errors -----------------------------------------------------------------------
+
+
+def test_check_state_and_the_report_know_stacks_on_any_axis() -> None:
+    params = {"layers": {"kernel": jnp.ones((6, 3, 8))}}
+    layers = optax_spd.stacked("^layers/", axis=1)
+    inner = optax_spd.adam_spd(0.1, layers=optax_spd.stacked("^layers/", axis=0))
+    state = optax_spd.with_sparse(inner, 0.2, layers=layers).init(params)
+    optax_spd.check_state(state, params, layers=layers)
+    report = optax_spd.layer_report(params, params, state, layers=layers)
+    assert set(report.rows[0].state) == {"spd_ratio", "spd_fired"}
+    with pytest.raises(ValueError, match="other layers"):
+        optax_spd.check_state(state, params)
+
+
+def test_shard_map_is_refused() -> None:
+    tx = optax_spd.with_sparse(optax.sgd(0.1), 0.1)
+    params = {"kernel": jnp.ones((16, 8))}
+    specs = {"kernel": jax.sharding.PartitionSpec("x")}
+    mesh = jax.make_mesh((8,), ("x",))
+
+    def step(params: Any) -> Any:
+        return tx.update(params, tx.init(params), params)[0]
+
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(specs,), out_specs=specs)
+    with pytest.raises(ValueError, match=r"shard_map splits 'kernel'.*jit with NamedSharding"):
+        mapped(params)
+
+
+def test_set_anchor_needs_to_know_whether_the_choice_is_made() -> None:
+    params = {"kernel": jnp.ones((4, 8))}
+    state = optax_spd.with_sparse(optax_spd.adam_spd(0.1), 0.1).init(params)
+    with pytest.raises(ValueError, match="outside of jit"):
+        jax.jit(lambda state: optax_spd.set_anchor(state, params))(state)

@@ -230,7 +230,7 @@ def in_shard_map(
 # How many numbers there are to a layer, or to a row and to a layer. An l2 norm takes two sums; in
 # FTP a layer has a slope, in AdamP the number of rows that fail its test, and all that is summed.
 LAYER_TERMS = {
-    "spd": 3, "ftp": 5, "tpgm": 2, "auto_rgn": 2, "clip_by_relative_norm": 4, "sgd_fednar": 2
+    "spd": 3, "ftp": 5, "tpgm": 2, "auto_rgn": 4, "clip_by_relative_norm": 4, "sgd_fednar": 2
 }  # fmt: skip
 ROW_TERMS = {"ftp in mars": (3, 1), "tpgm in mars": (1, 0), "remove_radial": (5, 6)}
 

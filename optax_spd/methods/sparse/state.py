@@ -40,6 +40,11 @@ class WithSparseState(NamedTuple):
 
     def whole_anchor(self, anchor: PyTree) -> PyTree:
         """The arrays of a whole anchor to keep for the choice; EmptyState once it is made."""
+        if isinstance(self.count, jax.core.Tracer):
+            raise ValueError(
+                "set_anchor on a state of with_sparse depends on whether the entries are chosen, "
+                "which is not known while tracing. Call it outside of jit."
+            )
         if np.any(np.asarray(self.count) > 0):
             return optax.EmptyState()
         return nested({path: leaf for path, leaf, *_ in matched(self, anchor, "anchor")})

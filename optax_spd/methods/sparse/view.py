@@ -13,6 +13,7 @@ from optax_spd.layers.spec import LayerFn
 from optax_spd.layers.types import Mask
 from optax_spd.methods.sparse import selection
 from optax_spd.methods.sparse.state import nested
+from optax_spd.sharding import manual_axes
 
 PyTree = Any
 Leaves = dict[trees.Path, Any]
@@ -124,6 +125,13 @@ def view_of(
         for path, leaf, entry in zip(flat.paths, flat.leaves, plan.arrays, strict=True)
         if entry is not None
     }
+    for path, (leaf, _) in found.items():
+        if isinstance(leaf, jax.core.Tracer) and (axes := manual_axes.varying_axes(leaf)):
+            raise ValueError(
+                f"with_sparse needs whole arrays, but shard_map splits {trees.shown(path)} (it "
+                f"differs along {sorted(axes)}), and each device would choose from its own part. "
+                "Use jit with NamedSharding."
+            )
     for path in sorted(found.keys() | indices.keys()):
         held = jnp.shape(indices[path]) if path in indices else None
         needed = None

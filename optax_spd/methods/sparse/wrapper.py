@@ -113,8 +113,8 @@ def with_sparse(
       were at ``init``. :func:`optax_spd.set_anchor` takes a whole tree. Called before the first
       update, it keeps all of it in the state, until it is called again after that. Everything in
       the state is whole on each device, and no part of it is parameter-like for
-      ``optax.tree.map_params``. Under ``shard_map`` each device would choose from its own part:
-      use ``jit``.
+      ``optax.tree.map_params``. ``shard_map`` is an error, since each device would choose from its
+      own part: use ``jit``. (It is not detected with ``check_vma=False``, nor under ``pmap``.)
 
     Raises:
       TypeError: ``inner`` is not a transformation; a traced ``fraction``; a complex parameter; a

@@ -682,6 +682,11 @@ def _over_one_minus(
     checks.check_scalar("weight_decay", weight_decay)
     if momentum is None:
         return weight_decay
+    if callable(momentum):
+        raise TypeError(
+            f"momentum must be a number or None, got {momentum!r}. For a schedule wrap the "
+            "optimizer: optax.inject_hyperparams(optax_spd.sgdp)(..., momentum=schedule)."
+        )
     checks.check_scalar("momentum", momentum, high=1.0)
     if not isinstance(momentum, jax.core.Tracer) and momentum == 1:
         raise ValueError(

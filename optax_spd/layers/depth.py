@@ -24,7 +24,22 @@ Heights = Callable[[plans.LayerPlan, trees.FlatTree], np.ndarray]
 EMBEDDING = re.compile("|".join(embeddings.DEFAULT_EMBEDDING_PATTERNS))
 
 
-def heights_from(depth: Depth, left_out: str) -> Heights:
+class Consequences(NamedTuple):
+    """What the caller does with layers without a number, for the messages about a pattern.
+
+    Attributes:
+      left_out: what becomes of blocks that the pattern leaves out, and what to do about it.
+      no_match: what becomes of the layers if it matches none.
+      no_match_in_part: what is wrong then in a part of a tree with embeddings, and what to do about
+        it; with "{}" for the name of one.
+    """
+
+    left_out: str
+    no_match: str
+    no_match_in_part: str
+
+
+def heights_from(depth: Depth, consequences: Consequences) -> Heights:
     """The heights that a ``depth=`` argument describes.
 
     With a pattern the head is one above the largest number, embeddings are one below the smallest,
@@ -33,12 +48,12 @@ def heights_from(depth: Depth, left_out: str) -> Heights:
 
     Args:
       depth: the argument.
-      left_out: as for :func:`warn_of_blocks_left_out`.
+      consequences: for the messages.
 
     Raises:
       TypeError, ValueError: as :func:`numbers_from`.
     """
-    numbers_of = numbers_from(depth, left_out)
+    numbers_of = numbers_from(depth, consequences)
     is_pattern = isinstance(depth, str)
 
     def heights(plan: plans.LayerPlan, flat: trees.FlatTree) -> np.ndarray:
@@ -56,12 +71,12 @@ def heights_from(depth: Depth, left_out: str) -> Heights:
     return heights
 
 
-def numbers_from(depth: Depth, left_out: str) -> Numbers:
+def numbers_from(depth: Depth, consequences: Consequences) -> Numbers:
     """The depths that a ``depth=`` argument gives.
 
     Args:
       depth: the argument.
-      left_out: as for :func:`warn_of_blocks_left_out`.
+      consequences: for the messages.
 
     Raises:
       TypeError: not a pattern or a function. When called: a depth that is not a number.
@@ -86,12 +101,12 @@ def numbers_from(depth: Depth, left_out: str) -> Numbers:
         }
         unnumbered = unnumbered_embeddings(plan, numbers)
         if not numbers:
-            check_no_match(pattern, plan, flat, unnumbered)
+            check_no_match(pattern, plan, flat, unnumbered, consequences)
             return numbers
         spans = [None if match is None else match.span(1) for match in matches]
         others = [n for i, n in enumerate(plan.names) if i not in numbers and i not in unnumbered]
         matched = zip(plan.names, spans, strict=True)
-        warn_of_blocks_left_out(pattern, matched, others, left_out)
+        warn_of_blocks_left_out(pattern, matched, others, consequences.left_out)
         return numbers
 
     return numbers_of
@@ -170,25 +185,26 @@ def check_finite(number: float, name: str) -> float:
 
 
 def check_no_match(
-    pattern: str, plan: plans.LayerPlan, flat: trees.FlatTree, unnumbered: list[int]
+    pattern: str,
+    plan: plans.LayerPlan,
+    flat: trees.FlatTree,
+    unnumbered: list[int],
+    consequences: Consequences,
 ) -> None:
     """Raises ValueError for a pattern that matches no layer.
 
     It may match nothing in a part of the tree, where another mask has removed the layers, unless
-    the part has embeddings (``unnumbered``), whose height is then unknown.
+    the part has embeddings (``unnumbered``): then it may be the first part of a model.
     """
     nearest = trees.nearest_paths(pattern, [(name,) for name in plan.names])
     if masks.is_unmasked(flat):
         raise ValueError(
-            f"depth={pattern!r} matches no layer, so none would be scaled. The nearest layer "
+            f"depth={pattern!r} matches no layer, {consequences.no_match}. The nearest layer "
             f"names: {nearest}. Stacked layers have a number only with layers=stacked(...)."
         )
     if unnumbered:
-        raise ValueError(
-            f"depth={pattern!r} matches no layer of this part of the tree, so the distance of the "
-            f"embeddings ({plan.names[unnumbered[0]]!r}) from the head is unknown. Put the stage "
-            "behind the partition or mask, where it sees all layers, or give depth= as a function."
-        )
+        told = consequences.no_match_in_part.format(repr(plan.names[unnumbered[0]]))
+        raise ValueError(f"depth={pattern!r} matches no layer of this part of the tree, {told}")
 
 
 class Blocks(NamedTuple):

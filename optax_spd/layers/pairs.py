@@ -35,8 +35,7 @@ def checked(pairs: Any) -> list[tuple[Any, Any]]:
       TypeError: not a sequence of pairs of patterns.
       ValueError: no pair, or an invalid pattern.
     """
-    is_sequence = isinstance(pairs, Sequence) and not isinstance(pairs, str)
-    if not is_sequence or any(isinstance(p, str) or len(p) != 2 for p in pairs):
+    if not _is_sequence(pairs) or not all(_is_sequence(p) and len(p) == 2 for p in pairs):
         raise TypeError(
             "pairs must be a sequence of (pattern of the weights into the units, pattern of those "
             f"out of them), such as [('dense_0', 'dense_1')], got {pairs!r}."
@@ -44,6 +43,10 @@ def checked(pairs: Any) -> list[tuple[Any, Any]]:
     if not pairs:
         raise ValueError("pairs is empty, so the method would never act.")
     return [(checks.compile_pattern(w), checks.compile_pattern(v)) for w, v in pairs]
+
+
+def _is_sequence(x: Any) -> bool:
+    return isinstance(x, Sequence) and not isinstance(x, str)
 
 
 def found(patterns: Sequence[tuple[Any, Any]], flat: trees.FlatTree) -> list[Pair]:

@@ -14,7 +14,8 @@ Differences from the authors' code:
 1. It scales updates and does not set learning rates. Behind ``optax.adam`` or ``optax.sgd`` the
    effect is the same, and Adam keeps its moments; theirs builds a new Adam at each epoch.
 2. The window is ``every`` training steps. Theirs is the first five batches of an epoch, in a pass
-   of its own at parameters that do not change. So in the first window here s = 1.
+   of its own at parameters that do not change. So here s = 1 until the update that
+   closes the first window, which is the first that is scaled.
 3. A layer with ‖θ‖ = 0 in all of the window keeps its s (1 at first) and is left out of the
    maximum. Their code divides by zero.
 4. A step in which ‖g‖ or ‖θ‖ is not finite is left out of its layer's mean. (A norm below about
@@ -50,7 +51,8 @@ class AutoRGNState(NamedTuple):
         ``layer_names`` order.
       auto_rgn_steps: how many updates that sum is over, per layer, int32.
       auto_rgn_ratio: r, the mean over the last window; 0 for a layer that was not measured in it.
-      auto_rgn_scale: s, what the last update was multiplied by, per layer; 1 in the first window.
+      auto_rgn_scale: s, what the last update was multiplied by, per layer; 1 until the update that
+        closes the first window, which is the first that is scaled.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax

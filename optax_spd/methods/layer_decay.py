@@ -30,10 +30,14 @@ from optax_spd.layers.types import Mask
 
 PyTree = Any
 
-LEFT_OUT = (
-    "so they have the full rate, whatever their number. If they are to decay too, as a second "
-    "tower, match them as well or put the stage into each part of an optax.partition. If not, say "
-    "so: leave them out with mask=, or give depth= as a function that returns None for them."
+UNNUMBERED = depths.Consequences(
+    left_out="so they have the full rate, whatever their number. If they are to decay too, as a "
+    "second tower, match them as well or put the stage into each part of an optax.partition. If "
+    "not, say so: leave them out with mask=, or give depth= as a function that returns None for "
+    "them.",
+    no_match="so none would be scaled",
+    no_match_in_part="so the distance of the embeddings ({}) from the head is unknown. Put the "
+    "stage behind the partition or mask, where it sees all layers, or give depth= as a function.",
 )
 
 
@@ -150,7 +154,7 @@ def layerwise_lr_decay(
     checks.check_scalar("decay", decay, high=1.0)
     checks.check_scalar("min_scale", min_scale, high=1.0)
     check_layers(layers)
-    heights = depths.heights_from(depth, LEFT_OUT)
+    heights = depths.heights_from(depth, UNNUMBERED)
 
     def scales(flat: trees.FlatTree, plan: plans.LayerPlan, count: jax.Array) -> jax.Array:
         return decay_scale(

@@ -30,10 +30,13 @@ from optax_spd.layers import checks, depth as depths, plans
 from optax_spd.layers.spec import LayerFn, check_layers
 from optax_spd.layers.types import PyTree
 
-LEFT_OUT = (
-    "so their alpha is min_alpha, whatever their number. If they are blocks too, as a second "
-    "tower, match them as well. If not, say so: give depth= as a function that returns None for "
-    "them."
+UNNUMBERED = depths.Consequences(
+    left_out="so their alpha is min_alpha, whatever their number. If they are blocks too, as a "
+    "second tower, match them as well. If not, say so: give depth= as a function that returns None "
+    "for them.",
+    no_match="so the alpha of every layer would be min_alpha",
+    no_match_in_part="so the alpha of every layer would be min_alpha, not of the embeddings ({}) "
+    "alone. Give all of params, without a MaskedNode, or give depth= as a function.",
 )
 
 
@@ -97,7 +100,7 @@ def lines_alpha(
     if np.ndim(min_alpha) != 0:
         raise ValueError(f"min_alpha must be a scalar, got the shape {np.shape(min_alpha)}.")
     flat, plan, _ = plans.planned(params, layers, None)
-    numbers = depths.numbers_from(depth, LEFT_OUT)(plan, flat)
+    numbers = depths.numbers_from(depth, UNNUMBERED)(plan, flat)
     lowest = min(numbers.values(), default=0.0)
     span = max(numbers.values(), default=0.0) - lowest
     share = np.zeros(len(plan.names))

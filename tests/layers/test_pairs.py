@@ -69,6 +69,12 @@ def test_what_does_not_pair_up_is_said(pairs: Any, message: str) -> None:
         found(pairs)
 
 
+@pytest.mark.parametrize("pairs", [[3], ["ab"], [("a",)], [None], "ab", 3])
+def test_what_is_no_sequence_of_pairs_is_refused(pairs: Any) -> None:
+    with pytest.raises(TypeError, match="pairs must be a sequence of"):
+        layer_pairs.checked(pairs)
+
+
 def test_complex_kernels_are_refused() -> None:
     tree = {"a": ones(2, 3) * 1j, "b": ones(3, 2), "c": ones(2, 2) * 1j}
     with pytest.raises(TypeError, match="'a', which is complex"):

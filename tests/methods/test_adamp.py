@@ -16,6 +16,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 import optax_spd
 from optax_spd import LayerSpec
+from optax_spd.methods.adamp.directions import dampened_trace
 
 CASES = golden.settings("adamp")
 
@@ -303,6 +304,30 @@ def test_schedules_of_all_numbers_are_followed() -> None:
         assert np.abs(found["w"] - without["w"]).max() > 1e-3, name
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("momentum", [None, 0.5])
+@pytest.mark.parametrize("number", [np.float32, jnp.float32])
+def test_numbers_of_numpy_and_jax_change_no_dtype(
+    number: Any, momentum: float | None, nesterov: bool
+) -> None:
+    params = {"w": jnp.ones((3, 2), jnp.bfloat16), "wide": jnp.ones(2)}
+    grads = {"w": jnp.full((3, 2), 2.0, jnp.bfloat16), "wide": jnp.ones(2, jnp.bfloat16)}
+    runs = []
+    for of in (number, float):
+        tx = dampened_trace(None if momentum is None else of(momentum), of(0.25), nesterov)
+        state = tx.init(params)
+        dtypes = jax.tree.map(jnp.result_type, state)
+        for _ in range(2):
+            updates, state = tx.update(grads, state)
+            assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
+            assert jax.tree.map(jnp.result_type, state) == dtypes
+        runs.append((updates, state))
+    jax.tree.map(np.testing.assert_array_equal, *runs)
+    buffer = 2 * 0.75 * (1 if momentum is None else 1 + momentum)
+    expected = buffer if not nesterov else 2 if momentum is None else 2 + momentum * buffer
+    np.testing.assert_array_equal(runs[0][0]["w"].astype(np.float32), np.full((3, 2), expected))
+
+
 def test_wrong_arguments_are_refused() -> None:
     for name in ("weight_decay", "delta", "wd_ratio", "eps"):
         with pytest.raises(ValueError, match=f"{name} must be finite and at least 0, got -1"):
@@ -313,6 +338,11 @@ def test_wrong_arguments_are_refused() -> None:
         optax_spd.sgdp(0.1, 1.0, weight_decay=0.1)
     with pytest.raises(ValueError, match="momentum must be finite and between 0 and 1, got"):
         optax_spd.sgdp(0.1, 1.5)
+    schedule = optax.constant_schedule(0.9)
+    with pytest.raises(TypeError, match=r"momentum must be a number .*inject_hyperparams"):
+        optax_spd.sgdp(0.1, momentum=schedule, weight_decay=0.1)
+    injected = optax.inject_hyperparams(optax_spd.sgdp)(0.1, momentum=schedule, weight_decay=0.1)
+    assert injected.init({"w": COLUMN}).hyperparams["momentum"] == np.float32(0.9)
     with pytest.raises(ValueError, match="dampening must be finite and between 0 and 1"):
         optax_spd.sgdp(0.1, dampening=-0.5)
     for recipe in (optax_spd.adamp, optax_spd.sgdp):

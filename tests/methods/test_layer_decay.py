@@ -201,7 +201,7 @@ def test_each_tower_of_a_partition_has_a_top_of_its_own() -> None:
 def test_a_part_with_nothing_but_the_embedding_cannot_tell_how_deep_it_is() -> None:
     params = model()
     decay = optax_spd.layerwise_lr_decay(0.5, NUMBER)
-    with pytest.raises(ValueError, match=r"behind the partition.*") as error:
+    with pytest.raises(ValueError, match=r"distance of .*behind the partition") as error:
         optax.masked(decay, optax_spd.path_mask("embed")).init(params)
     assert "embed/embedding" in str(error.value)
     # Without embeddings nothing is lost: whatever it sees is at full rate.
@@ -366,7 +366,11 @@ def test_bad_arguments(case: Any) -> None:
 
 
 AT_INIT = {
-    "no match": (r"block_(\d+)", ValueError, "matches no layer.*'encoder/layer_0/bias'"),
+    "no match": (
+        r"block_(\d+)",
+        ValueError,
+        "no layer, so none would be scaled.*'encoder/layer_0/bias'",
+    ),
     "no number": (r"layer_\d/(\w+)", ValueError, "matches 'bias' in the layer 'encoder/layer_0/b"),
     "optional group": (r"layer(x)?", ValueError, "matches None in the layer 'encoder/layer_0/b"),
     "infinite": (lambda name: float("inf"), ValueError, "inf for the layer 'embed/embedding'"),

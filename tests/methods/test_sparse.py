@@ -230,6 +230,14 @@ def test_each_layer_chooses_by_the_score(score: str) -> None:
     assert not any(x.any() for x in jax.tree.leaves(optax_spd.sparse_mask(tx.init(PARAMS), PARAMS)))
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, bool])
+def test_integers_and_bools_are_scores(dtype: Any) -> None:
+    score = np.array([0, 1, 0, 1, 0]).astype(dtype)
+    params = {"w": np.ones(5, np.float32)}
+    tx = optax_spd.with_sparse(optax.sgd(1.0), 0.2, score=lambda path, g, p: jnp.asarray(score))
+    np.testing.assert_array_equal(first_step(tx, params, params)[1].sparse_indices["w"], [1, 3])
+
+
 def test_random_entries_are_the_same_in_every_run_and_other_ones_for_each_path() -> None:
     params = {name: np.zeros(1000, np.float32) for name in "ab"}
     tx = optax_spd.with_sparse(optax.sgd(1.0), 0.3, score="random")
@@ -519,6 +527,9 @@ def test_a_layer_too_large_for_int32_is_refused() -> None:
         tx.init(shape(2**16, 2**15))
     stacked = optax_spd.with_sparse(optax.identity(), 0.0, layers=optax_spd.stacked("w"))
     assert stacked.init(shape(2**16, 2**15)).sparse_indices["w"].shape == (2**16, 1)
+    with pytest.raises(ValueError, match=r"4,096 layers of 67,108,864 .* Split the array") as error:
+        stacked.init(shape(4096, 2**26))
+    assert "stacked(" not in str(error.value)
 
 
 def test_wrong_arguments_are_refused() -> None:
@@ -533,6 +544,9 @@ def test_wrong_arguments_are_refused() -> None:
         optax_spd.with_sparse(optax.sgd(0.1), 0.1, score="weight")
     tx = optax_spd.with_sparse(optax.sgd(0.1), 0.1, score=lambda path, g, p: g.sum())
     with pytest.raises(ValueError, match=r"score must give .* for 'blocks/kernel' .* float32\[\]"):
+        first_step(tx)
+    tx = optax_spd.with_sparse(optax.sgd(0.1), 0.1, score=lambda path, g, p: g * 1j)
+    with pytest.raises(ValueError, match=r"score must give one real number .* complex64\["):
         first_step(tx)
     other = optax_spd.with_sparse(optax.sgd(0.1), 0.2)
     with pytest.raises(ValueError, match=r"shape \(85,\) at 'blocks/kernel', .* need \(22,\)"):

@@ -9,6 +9,7 @@ import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import optax_spd
@@ -266,7 +267,16 @@ PARAMS = {"layer_0": np.ones(2, np.float32), "layer_1": np.ones(2, np.float32)}
         ({"min_alpha": np.nan}, ValueError, "min_alpha must be finite"),
         ({"min_alpha": [0.5, 0.5]}, ValueError, r"min_alpha must be a scalar, .*\(2,\)"),
         ({"min_alpha": lambda count: 0.5}, TypeError, "min_alpha must hold real numbers"),
-        ({"depth": r"block_(\d+)"}, ValueError, "matches no layer.*'layer_0'"),
+        (
+            {"depth": r"block_(\d+)"},
+            ValueError,
+            "matches no layer, so the alpha of every layer would be min_alpha.*'layer_0'",
+        ),
+        (
+            {"params": {"embed": np.ones(2, np.float32), "layer_0": optax.MaskedNode()}},
+            ValueError,
+            r"of every layer would be min_alpha, .* \('embed'\) alone\. Give all of params",
+        ),
         ({"depth": r"layer_\d+"}, ValueError, "0 groups"),
         ({"depth": 3}, TypeError, "depth must be a regular expression"),
         ({"depth": lambda name: "one"}, TypeError, "depth must return a number or None"),

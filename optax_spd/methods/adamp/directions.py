@@ -48,18 +48,27 @@ def dampened_trace(
     It is b, or g + μ b with Nesterov momentum. The state is that of ``optax.trace``, or none
     without momentum.
     """
-    if momentum is None:
-        return optax.identity() if nesterov else optax.scale(1 - dampening)
-    trace = optax.trace(momentum)
 
+    # What is multiplied by a NumPy or JAX number would take on its dtype.
     def like(g: Any, x: Any) -> jax.Array:  # g may be a Python number
         return jnp.asarray(x, jnp.result_type(g))
 
+    def dampened(updates: PyTree) -> PyTree:
+        return jax.tree.map(lambda g: like(g, (1 - dampening) * g), updates)
+
+    if momentum is None:
+        return optax.identity() if nesterov else optax.stateless(lambda g, _: dampened(g))
+    trace = optax.trace(momentum)
+
+    def kept(g: Any, old: Any, new: Any) -> Any:
+        return None if g is None else jnp.asarray(new, jnp.result_type(g, old))
+
     def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
-        dampened = jax.tree.map(lambda g: like(g, (1 - dampening) * g), updates)
-        buffer, state = trace.update(dampened, state, params)
+        _, new = trace.update(dampened(updates), state, params)
+        buffer = jax.tree.map(kept, updates, state.trace, new.trace, is_leaf=lambda g: g is None)
+        state = optax.TraceState(trace=buffer)
         if not nesterov:
-            return buffer, state
+            return jax.tree.map(like, updates, buffer), state
         ahead = jax.tree.map(lambda g, b: like(g, g + momentum * b), updates, buffer)
         return ahead, state
 

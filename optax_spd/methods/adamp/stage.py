@@ -168,8 +168,8 @@ def remove_radial(
       layers: what a layer is, and which axes are its output units, as for :func:`optax_spd.spd`.
         By default the last axis. The authors take the tokens of an embedding table for its units:
         :func:`optax_spd.outputs` with axis 0. Arrays of one axis or none (besides stacked ones) are
-        never projected. In a group all units of all arrays must pass; else the group is tried as
-        one vector.
+        never projected, nor are those whose ``output_axes`` are (): they have no units. In a group
+        all units of all arrays must pass; else the group is tried as one vector.
       mask: as for :func:`optax_spd.spd`: True where the projection and the decay apply.
       axis_name: as for :func:`optax_spd.spd`, but not a bare name: it must tell which array axes
         are split.

@@ -28,7 +28,8 @@ def entries_per_layer(path: trees.Path, array: Any, entry: ArrayLayers, fraction
     """K = min(int(fraction n) + 1, n), for a layer of n entries.
 
     Raises:
-      ValueError: positions in the layer do not fit into int32, or the size is symbolic.
+      ValueError: positions in the layer, or in the words of all layers, do not fit into int32, or
+        the size is symbolic.
     """
     shape = jnp.shape(array)
     if not all(isinstance(n, int) for n in shape):
@@ -37,12 +38,19 @@ def entries_per_layer(path: trees.Path, array: Any, entry: ArrayLayers, fraction
             "are chosen follows from it. Export with concrete shapes."
         )
     size = layer_size(shape, entry.stacked_axes)
-    # Words are counted in int32 too.
-    if max(size, 2 * entry.count * _words(size)) > LARGEST_LAYER:
+    if size > LARGEST_LAYER:
         raise ValueError(
             f"The parameter {trees.shown(path)} of shape {shape} has {size:,} entries in a layer, "
             f"but indices are int32 and reach {LARGEST_LAYER:,}. If the array stacks layers, "
             "declare it with layers=optax_spd.stacked(...); else leave it out with mask=."
+        )
+    words = 2 * entry.count * _words(size)
+    if words > LARGEST_LAYER:
+        raise ValueError(
+            f"The parameter {trees.shown(path)} of shape {shape} has {entry.count:,} layers of "
+            f"{size:,} entries. The choice among them takes {words:,} words of {WORD} bits, but "
+            f"they are counted in int32, up to {LARGEST_LAYER:,}. Split the array into several "
+            "with fewer layers each, or leave it out with mask=."
         )
     return min(int(fraction * size) + 1, size)
 

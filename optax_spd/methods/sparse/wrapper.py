@@ -93,7 +93,8 @@ def with_sparse(
 
         - "gradient": |g|, with g the ``grad=`` of the update, else the incoming update;
         - "magnitude": \|θ\|;
-        - "random": uniform, from a fixed seed and the array's path;
+        - "random": uniform, from a fixed seed and the array's path. So a scanned and an unrolled
+          model, whose paths differ, choose other entries;
         - a function (path, grad, param) -> scores, three arrays of one shape.
 
         Of equal scores the entry first in C order is chosen. A NaN is never chosen: if fewer than k
@@ -120,8 +121,8 @@ def with_sparse(
       TypeError: ``inner`` is not a transformation; a traced ``fraction``; a complex parameter; a
         mask that is not bools.
       ValueError: ``fraction`` outside [0, 1], an unknown ``score``; a layer of more than
-        2,147,483,647 entries (in ``init``); scores of another shape; no params; a state of other
-        parameters, or without its anchor (in ``update``).
+        2,147,483,647 entries (in ``init``); scores of another shape, or complex; no params; a
+        state of other parameters, or without its anchor (in ``update``).
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -260,10 +261,13 @@ def _chosen(
 def _checked_scores(
     scores: ScoreFn, path: trees.Path, grad: jax.Array, param: jax.Array
 ) -> jax.Array:
-    """The scores of an array, in at least float32."""
+    """The scores of an array, in at least float32; also integers and bools are scores."""
     name = trees.path_name(path)
     found = jnp.asarray(scores(name, grad, param))
-    if found.shape != param.shape or not jnp.issubdtype(found.dtype, jnp.floating):
+    is_real = any(
+        jnp.issubdtype(found.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)
+    )
+    if found.shape != param.shape or not is_real:
         raise ValueError(
             f"score must give one real number for each entry: for {name!r} of shape {param.shape} "
             f"it gave {found.dtype}{list(found.shape)}."

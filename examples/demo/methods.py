@@ -200,7 +200,7 @@ METHODS = {
         cautious,
         chosen={"weight decay": CAUTIOUS_WEIGHT_DECAY},
     ),
-    "adamp": Method("AdamP", "#c51b7d", "v", adamp, chosen={"weight decay": ADAMP_WEIGHT_DECAY}),
+    "adamp": Method("AdamP", "#c51b7d", "4", adamp, chosen={"weight decay": ADAMP_WEIGHT_DECAY}),
     "sparse": Method(
         "sparse SPD",
         "#6baed6",

@@ -111,7 +111,7 @@ def test_the_upper_half_is_that_of_the_arrays() -> None:
 def test_states_inside_of_states_are_found() -> None:
     inner = optax_spd.spd().init(PARAMS)
     nested = {"a": [inner, (inner,)], "b": jnp.ones(1), "c": None}
-    assert [node is inner for node in fingerprints.fingerprinted(nested)] == [True, True]
+    assert [node is inner for node, _ in fingerprints.fingerprinted(nested)] == [True, True]
     assert list(fingerprints.fingerprinted(jnp.ones(1))) == []
 
 

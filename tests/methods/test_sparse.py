@@ -576,7 +576,7 @@ def test_shard_map_is_refused() -> None:
     tx = optax_spd.with_sparse(optax.sgd(0.1), 0.1)
     params = {"kernel": jnp.ones((16, 8))}
     specs = {"kernel": jax.sharding.PartitionSpec("x")}
-    mesh = jax.make_mesh((8,), ("x",))
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def step(params: Any) -> Any:
         return tx.update(params, tx.init(params), params)[0]

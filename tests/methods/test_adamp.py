@@ -100,7 +100,7 @@ def replayed(case: dict[str, Any], layout: str, dtype: Any) -> float:
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 
 
-@pytest.mark.parametrize("layout", replays.LAYOUTS)
+@pytest.mark.parametrize("layout", ["PyTorch", "Flax", "stacked"])
 @by_case
 def test_replays_the_original(case: dict[str, Any], layout: str, x64: None) -> None:
     assert replayed(case, layout, np.float64) <= 1e-9

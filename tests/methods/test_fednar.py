@@ -57,7 +57,7 @@ def replayed(case: dict[str, Any], layout: str, dtype: Any) -> float:
     return replays.largest_error("fednar", case, layout, stacked)
 
 
-@pytest.mark.parametrize("layout", ["PyTorch", "Flax"])
+@pytest.mark.parametrize("layout", ["PyTorch", "Flax", "stacked with zeros"])
 @by_case
 def test_replays_the_original(case: dict[str, Any], layout: str, x64: None) -> None:
     """PyTorch's clip adds 1e-6 to the norm."""

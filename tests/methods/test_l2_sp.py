@@ -143,7 +143,11 @@ def test_the_derivative_of_a_decay_of_zero_is_the_deviation() -> None:
 # Cautious weight decay ---------------------------------------------------------------------------
 
 CASES = golden.settings("cautious")
-LAYOUTS = {"PyTorch's": lambda x, axis: x, "Flax's": lambda x, axis: np.moveaxis(x, axis, -1)}
+LAYOUTS = {
+    "PyTorch's": lambda x, axis: x,
+    "Flax's": lambda x, axis: np.moveaxis(x, axis, -1),
+    "a stack": lambda x, axis: np.stack([x, x], axis),
+}
 
 
 def direction(settings: dict[str, Any]) -> optax.GradientTransformation:

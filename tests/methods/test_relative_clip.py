@@ -42,7 +42,7 @@ def replayed(case: dict[str, Any], layout: str, dtype: Any) -> float:
     return replays.largest_error("sibert", case, layout, params)
 
 
-@pytest.mark.parametrize("layout", ["PyTorch", "Flax"])
+@pytest.mark.parametrize("layout", ["PyTorch", "Flax", "stacked with zeros"])
 @by_case
 def test_replays_the_recorded_rule(case: dict[str, Any], layout: str, x64: None) -> None:
     assert replayed(case, layout, np.float64) <= 1e-9

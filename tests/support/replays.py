@@ -43,6 +43,10 @@ LAYOUTS = {
         lambda x: [x[:, 0], np.flip(x[:, 2])],
         optax_spd.stacked("", 1, layers=optax_spd.outputs("", 0)),
     ),
+    # For norms over all parameters together, to which a layer of zeros adds nothing.
+    "stacked with zeros": Layout(
+        lambda x: np.stack([np.zeros_like(x), x], axis=1), lambda x: [x[:, 1]], None
+    ),
 }
 
 

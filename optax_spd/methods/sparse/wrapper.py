@@ -91,7 +91,7 @@ def with_sparse(
       fraction: of the entries, from 0 to 1; at least one a layer is chosen.
       score: which entries count most,
 
-        - "gradient": |g|, with g the ``grad=`` of the update, else the incoming update;
+        - "gradient": \|g\|, with g the ``grad=`` of the update, else the incoming update;
         - "magnitude": \|θ\|;
         - "random": uniform, from a fixed seed and the array's path. So a scanned and an unrolled
           model, whose paths differ, choose other entries;

@@ -172,13 +172,11 @@ def layer_report(
     vectors = {} if state is None else _state_vectors(state, plan)
     # Everything at once: one transfer.
     (anchor_norms, deviations), held = jax.device_get((_norms(plan, thetas, thetas_0), vectors))
-    expected = {
-        front: np.asarray(fingerprints.of_plan(plan, in_front=front)) for front in (False, True)
-    }
+    known = fingerprints.expected(plan)
     columns = {
         key: values
         for key, (values, found, in_front) in held.items()
-        if np.all(found == expected[bool(in_front)])
+        if np.all(found == known[bool(in_front)])
     }
     rows = tuple(
         LayerRow(

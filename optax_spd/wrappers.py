@@ -183,3 +183,20 @@ def require_gradient(extra_args: dict[str, Any], stage: str) -> PyTree:
             "optax_spd.with_gradient(...)."
         )
     return grad
+
+
+def as_transformation(name: str, inner: Any) -> optax.GradientTransformation:
+    """The transformation that a wrapper was given; of ``optax.MultiSteps`` its transformation.
+
+    Raises:
+      TypeError: it is none; names the wrapper.
+    """
+    if isinstance(inner, optax.MultiSteps):
+        return inner.gradient_transformation()
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(
+            f"{name} takes a gradient transformation, got {inner!r}. A factory must be called: "
+            "optax.adam(1e-3), not optax.adam."
+        )
+    result: optax.GradientTransformation = inner
+    return result

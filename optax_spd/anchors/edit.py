@@ -212,7 +212,7 @@ def _map_anchors(
 
     def walk(node: PyTree, given: PyTree) -> PyTree:
         nonlocal count
-        if _narrows_anchor(node):
+        if fingerprints.makes_vectors(node):
             return narrow(node, given)
         if not _holds_anchor(node):
             return node
@@ -254,7 +254,7 @@ def _map_anchors(
 def holders(state: PyTree) -> Iterator[Any]:
     """The states that hold an anchor of whole arrays in a nested state."""
     for node in jax.tree.leaves(state, is_leaf=_has_anchors):
-        if _holds_anchor(node) and not _narrows_anchor(node):
+        if _holds_anchor(node):
             yield node
             yield from holders(
                 [x for x, f in zip(node, node._fields, strict=True) if f != "anchor"]
@@ -262,12 +262,7 @@ def holders(state: PyTree) -> Iterator[Any]:
 
 
 def _has_anchors(node: Any) -> bool:
-    return _narrows_anchor(node) or _holds_anchor(node)
-
-
-def _narrows_anchor(node: Any) -> bool:
-    """Whether ``node`` is the state of a wrapper whose inner stages see parts of the arrays."""
-    return getattr(node, "narrows_anchor", False)
+    return fingerprints.makes_vectors(node) or _holds_anchor(node)
 
 
 def _holds_anchor(node: Any) -> bool:

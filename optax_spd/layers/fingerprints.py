@@ -19,24 +19,32 @@ from optax_spd.layers.spec import LayerFn, check_layers
 PyTree = Any
 
 
-def of_plan(plan: plans.LayerPlan, *, in_front: bool = False) -> jax.Array:
+def of_plan(plan: plans.LayerPlan) -> jax.Array:
     """The fingerprint of the layers, an int32 scalar.
 
     The upper half depends on the arrays' paths, which an anchor has too (:func:`of_arrays`); the
     lower half on the layers' names and on how ``layers=`` divides the arrays.
+    """
+    return jnp.asarray(expected(plan)[False])
 
-    Args:
-      plan: the layers.
-      in_front: whether the state sees stacked axes in front of all others (:func:`fingerprinted`).
+
+def expected(plan: plans.LayerPlan) -> dict[bool, np.int32]:
+    """The fingerprint that a state of these layers has, on the host.
+
+    The key is whether the state sees stacked axes in front of all others (:func:`fingerprinted`).
     """
     entries = [entry for entry in plan.arrays if entry is not None]
     arrays = of_arrays(entry.name for entry in entries)
-    divided = sorted(
-        f"{e.name} {tuple(range(len(e.stacked_axes))) if in_front else e.stacked_axes} {e.start}"
-        for e in entries
-    )
-    bits = np.array([_checksum([*plan.names, *divided]), arrays], "<u2")
-    return jnp.asarray(bits.view("<i4")[0], jnp.int32)
+
+    def of_axes(axes: Callable[[plans.ArrayLayers], tuple[int, ...]]) -> np.int32:
+        divided = sorted(f"{entry.name} {axes(entry)} {entry.start}" for entry in entries)
+        bits = np.array([_checksum([*plan.names, *divided]), arrays], "<u2")
+        return np.int32(bits.view("<i4")[0])
+
+    return {
+        False: of_axes(lambda entry: entry.stacked_axes),
+        True: of_axes(lambda entry: tuple(range(len(entry.stacked_axes)))),
+    }
 
 
 def of_arrays(names: Iterable[str]) -> int:
@@ -87,7 +95,7 @@ def check_state(
     """
     check_layers(layers)
     plan = plans.planned(params, layers, mask).plan
-    expected = {front: np.asarray(of_plan(plan, in_front=front)) for front in (False, True)}
+    known = expected(plan)
     found = list(fingerprinted(state))
     if not found:
         raise ValueError(
@@ -97,7 +105,7 @@ def check_state(
         )
     for node, in_front in found:
         # A state made under vmap holds several equal fingerprints.
-        if np.any(np.asarray(node.layer_fingerprint) != expected[in_front]):
+        if np.any(np.asarray(node.layer_fingerprint) != known[in_front]):
             raise ValueError(
                 f"The state {type(node).__name__} was made for other layers than the "
                 f"{len(plan.names)} that params has under the given layers= and mask=, such as "
@@ -114,16 +122,22 @@ def fingerprinted(state: PyTree, in_front: bool = False) -> Iterator[tuple[Any, 
       are the vectors that a wrapper (``with_sparse``) makes of the parameters.
     """
 
+    def has_fingerprint(node: Any) -> bool:
+        return "layer_fingerprint" in getattr(node, "_fields", ())
+
     def is_found(node: Any) -> bool:
-        return "layer_fingerprint" in getattr(node, "_fields", ()) or _makes_vectors(node)
+        return has_fingerprint(node) or makes_vectors(node)
 
     for node in jax.tree.leaves(state, is_leaf=is_found):
+        if has_fingerprint(node):
+            yield node, in_front
         if is_found(node):
-            if not _makes_vectors(node):
-                yield node, in_front
-            others = [getattr(node, field) for field in node._fields]
-            yield from fingerprinted(others, in_front or _makes_vectors(node))
+            yield from fingerprinted([*node], in_front or makes_vectors(node))
 
 
-def _makes_vectors(node: Any) -> bool:
+def makes_vectors(node: Any) -> bool:
+    """Whether ``node`` is the state of a wrapper whose inner stages see parts of the arrays.
+
+    :func:`optax_spd.anchors.policy.narrows_anchor` marks it.
+    """
     return bool(getattr(node, "narrows_anchor", False))

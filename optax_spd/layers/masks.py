@@ -1,6 +1,6 @@
 """Masks: which parameters a method applies to, given by path, as a tree or as a function."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -87,17 +87,7 @@ def resolve_mask(
     if not flat.leaves:
         return []  # Optax's params placeholder has no leaves, so no mask fits it
     tree = mask(flat.unflatten(flat.leaves)) if is_mask_function(mask) else mask
-    covering = without_untrained(
-        flat, trees.broadcast_prefix(flat, tree, "mask", lambda _: False), updates
-    )
-    selected = []
-    for path, leaf, value in zip(flat.paths, flat.leaves, covering, strict=True):
-        if trees.is_missing(leaf):
-            selected.append(False)
-        elif isinstance(value, bool | np.bool_):
-            selected.append(bool(value))
-        else:
-            raise TypeError(f"mask must hold True or False, got {value!r} at {trees.shown(path)}.")
+    selected = bools("mask", tree, flat, updates)
     if is_unmasked(flat) and not any(selected):
         raise ValueError(
             "mask is False for every parameter, so the method would never act. The parameter "
@@ -106,22 +96,35 @@ def resolve_mask(
     return selected
 
 
-def without_untrained(flat: trees.FlatTree, mask: Sequence[Any], updates: PyTree) -> list[Any]:
-    """A mask with False in place of None for the parameters that have no update.
+def bools(name: str, tree: PyTree, flat: trees.FlatTree, updates: PyTree = None) -> list[bool]:
+    """Per leaf of ``flat`` the bool that covers it in a (prefix) tree; False for a missing leaf.
 
-    A mask made for the trained part of a model has None for the rest.
+    A tree made for the trained part of a model has None for the rest, which counts as False.
 
     Args:
+      name: the argument that the tree was given as, for the message.
+      tree: bools like the parameters, or a prefix.
       flat: the parameters, which may be the whole model.
-      mask: one entry for each of their leaves.
-      updates: the incoming updates; None if there are none, and then every entry stays.
+      updates: the incoming updates, which tell what is trained; None if there are none yet.
+
+    Raises:
+      TypeError: an entry is not a bool.
+      ValueError: the tree does not fit.
     """
-    has_none = updates is not None and any(value is None for value in mask)
+    covering = trees.broadcast_prefix(flat, tree, name, lambda _: False)
+    has_none = updates is not None and any(value is None for value in covering)
     untrained = trees.flatten(updates).missing if has_none else set()
-    return [
-        False if value is None and path in untrained else value
-        for path, value in zip(flat.paths, mask, strict=True)
-    ]
+    found = []
+    for path, leaf, value in zip(flat.paths, flat.leaves, covering, strict=True):
+        if trees.is_missing(leaf) or (value is None and path in untrained):
+            found.append(False)
+        elif isinstance(value, bool | np.bool_):
+            found.append(bool(value))
+        else:
+            raise TypeError(
+                f"{name} must hold True or False, got {value!r} at {trees.shown(path)}."
+            )
+    return found
 
 
 def is_mask_function(mask: Any) -> bool:

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
+from optax_spd import wrappers
 from optax_spd.layers import masks, trees
 from optax_spd.sharding import placement
 
@@ -70,13 +70,7 @@ def with_frozen(
 
     .. seealso:: :func:`optax_spd.sgd_freeze_embed`, :func:`optax_spd.layerwise_lr_decay`
     """
-    if isinstance(inner, optax.MultiSteps):
-        inner = inner.gradient_transformation()
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(
-            f"with_frozen takes a gradient transformation, got {inner!r}. A factory must be "
-            "called: optax.adam(1e-3), not optax.adam."
-        )
+    inner = wrappers.as_transformation("with_frozen", inner)
     select = _selection(frozen)
 
     def init(params: PyTree) -> Any:
@@ -167,8 +161,7 @@ def _with_masked_missing(tree: PyTree) -> PyTree:
 def _mask_of(tree: PyTree, select: Callable[[PyTree], PyTree], updates: PyTree = None) -> PyTree:
     """The bools that ``select`` gives, broadcast to the structure of ``tree``.
 
-    Missing leaves stay as they are. A mask made for the trained part of a model has None for the
-    rest, which is not trained where ``updates`` have nothing either.
+    Missing leaves stay as they are. For ``updates`` see :func:`optax_spd.layers.masks.bools`.
     """
     flat = trees.flatten(tree)
     if not flat.leaves:
@@ -180,17 +173,10 @@ def _mask_of(tree: PyTree, select: Callable[[PyTree], PyTree], updates: PyTree =
             "with_frozen out, or pass a tree of bools. If this is optax.inject_hyperparams, which "
             "takes every callable for a schedule, name the argument in its static_args."
         )
-    covering = masks.without_untrained(
-        flat, trees.broadcast_prefix(flat, frozen, "frozen", lambda _: False), updates
-    )
-    for path, leaf, value in zip(flat.paths, flat.leaves, covering, strict=True):
-        if not trees.is_missing(leaf) and not isinstance(value, bool | np.bool_):
-            raise TypeError(
-                f"frozen must hold True or False, got {value!r} at {trees.shown(path)}."
-            )
+    is_frozen = masks.bools("frozen", frozen, flat, updates)
     return flat.unflatten(
-        leaf if trees.is_missing(leaf) else bool(value)
-        for leaf, value in zip(flat.leaves, covering, strict=True)
+        leaf if trees.is_missing(leaf) else value
+        for leaf, value in zip(flat.leaves, is_frozen, strict=True)
     )
 
 

@@ -229,7 +229,11 @@ def path_prox(
         def tentative(index: int | None) -> jax.Array | None:
             if index is None:
                 return None
-            _check_whole(trees.path_name(flat.paths[index]), flat.leaves[index])
+            manual_axes.require_whole(
+                "path_prox needs whole arrays",
+                trees.path_name(flat.paths[index]),
+                flat.leaves[index],
+            )
             step = trees.as_real(leaves[index], dtype, "updates", flat.paths[index])
             return jnp.asarray(flat.leaves[index], dtype) + step
 
@@ -249,11 +253,3 @@ def path_prox(
         return trees.replace_leaves(updates, changed), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _check_whole(name: str, leaf: Any) -> None:
-    if isinstance(leaf, jax.core.Tracer) and (axes := manual_axes.varying_axes(leaf)):
-        raise ValueError(
-            f"path_prox needs whole arrays, but shard_map splits {name!r} (it differs along "
-            f"{sorted(axes)}). Use jit with NamedSharding, or call the stage outside of shard_map."
-        )

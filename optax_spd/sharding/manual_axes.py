@@ -79,6 +79,21 @@ def varying_axes(array: jax.Array) -> frozenset[str]:
     return varying
 
 
+def require_whole(needs: str, name: str, array: Any) -> None:
+    """Raises ValueError if ``shard_map`` is known to split the array.
+
+    Args:
+      needs: who needs what whole, the beginning of the message.
+      name: the array's path.
+      array: the array.
+    """
+    if isinstance(array, jax.core.Tracer) and (axes := varying_axes(array)):
+        raise ValueError(
+            f"{needs}, but shard_map splits {name!r} (it differs along {sorted(axes)}). Use jit "
+            "with NamedSharding, or call the stage outside of shard_map."
+        )
+
+
 def is_names(axis_name: Any) -> bool:
     """Whether ``axis_name`` is a bare name or a tuple of names, not PartitionSpecs."""
     return isinstance(axis_name, str) or (

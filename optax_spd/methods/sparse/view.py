@@ -126,12 +126,8 @@ def view_of(
         if entry is not None
     }
     for path, (leaf, _) in found.items():
-        if isinstance(leaf, jax.core.Tracer) and (axes := manual_axes.varying_axes(leaf)):
-            raise ValueError(
-                f"with_sparse needs whole arrays, but shard_map splits {trees.shown(path)} (it "
-                f"differs along {sorted(axes)}), and each device would choose from its own part. "
-                "Use jit with NamedSharding."
-            )
+        needs = "with_sparse needs whole arrays to choose from"
+        manual_axes.require_whole(needs, trees.path_name(path), leaf)
     for path in sorted(found.keys() | indices.keys()):
         held = jnp.shape(indices[path]) if path in indices else None
         needed = None

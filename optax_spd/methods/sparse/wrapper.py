@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from optax_spd import wrappers
 from optax_spd.anchors import edit
 from optax_spd.layers import checks, plans, trees
 from optax_spd.layers.spec import LayerFn, check_layers
@@ -143,13 +144,7 @@ def with_sparse(
 
     .. seealso:: :func:`optax_spd.with_frozen`, which leaves out whole arrays
     """
-    if isinstance(inner, optax.MultiSteps):
-        inner = inner.gradient_transformation()
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(
-            f"with_sparse takes a gradient transformation, got {inner!r}. A factory must be "
-            "called: optax.adam(1e-3), not optax.adam."
-        )
+    inner = wrappers.as_transformation("with_sparse", inner)
     checks.check_static("fraction", fraction)
     checks.check_scalar("fraction", fraction, high=1.0)
     if not callable(score) and score not in SCORES:

@@ -183,7 +183,7 @@ def select(
             continue
         matrices[weight.layers] = True
         if weight.eigenvalues >= min_eigenvalues:
-            _check_whole(entry.name, leaf)
+            manual_axes.require_whole("temp_balance needs whole weights", entry.name, leaf)
             balanced[weight.layers] = True
             weights.append(weight)
     present = sorted(np.flatnonzero(matrices), key=lambda i: plans.natural_key(plan.names[i]))
@@ -192,14 +192,6 @@ def select(
     if skip_last:
         balanced[present[-1:]] = False
     return Selection(plan, tuple(w for w in weights if balanced[w.layers].any()), balanced)
-
-
-def _check_whole(name: str, leaf: Any) -> None:
-    if isinstance(leaf, jax.core.Tracer) and (axes := manual_axes.varying_axes(leaf)):
-        raise ValueError(
-            f"temp_balance needs whole weights, but shard_map splits {name!r} (it differs along "
-            f"{sorted(axes)}). Use jit with NamedSharding, or call the stage outside of shard_map."
-        )
 
 
 def mean_by(

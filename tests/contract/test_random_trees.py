@@ -17,7 +17,7 @@ DTYPES = [jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16]
 
 pytestmark = pytest.mark.usefixtures("x64")
 EXAMPLES = settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 
 
@@ -159,5 +159,5 @@ def test_each_layer_is_judged_by_itself_whatever_the_tree(apply: Any) -> None:
 
     EXAMPLES(given(TREES, st.integers(0, 2**16))(check))()
     # Else little was checked. (How large the trees are depends on hypothesis' version.)
-    assert layers >= 15
+    assert layers >= 12
     assert acted >= 0.2 * layers

@@ -1,5 +1,7 @@
 """Decisions for each layer, or each row, from sums over them."""
 
+from __future__ import annotations
+
 import functools
 import math
 import operator

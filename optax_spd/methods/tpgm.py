@@ -37,6 +37,8 @@ Differences from the authors' code:
    Their loader continues where it stopped. ``every=k`` replaces calling theirs every k steps.
 """
 
+from __future__ import annotations
+
 import functools
 from typing import Any, NamedTuple
 

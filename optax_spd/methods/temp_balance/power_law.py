@@ -31,6 +31,8 @@ Differences from the authors' code:
    kept to reproduce their numbers.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math

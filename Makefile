@@ -14,7 +14,7 @@ HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 # `make test-lowest` compiles as users do.
 TEST_FLAGS = XLA_FLAGS="$(XLA_FLAGS) $$($(BIN)/python tests/support/xla_flags.py)"
 
-.PHONY: demo test test-fast test-lowest lint bench docs clean
+.PHONY: demo test test-fast test-lowest test-clients lint bench docs clean
 
 $(VENV)/.installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,6 +37,14 @@ test-lowest:
 	$(LOWEST)/python -m pip install --quiet uv
 	$(LOWEST)/uv pip install --quiet --python $(LOWEST)/python --resolution lowest-direct --editable '.[test]'
 	$(LOWEST)/python -m pytest -n 2 --dist worksteal
+
+# The examples inside other people's trainers, which want a newer Python than ours.
+CLIENTS := .venv-clients
+CLIENTS_PYTHON ?= python3.13
+test-clients:
+	test -x $(CLIENTS)/bin/python || $(CLIENTS_PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --editable '.[clients]'
+	$(CLIENTS)/bin/python -m pytest -W default -s tests/compat/test_examples.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -1,0 +1,1 @@
+"""The optimizers inside other people's trainers and models, each file an example to copy."""

@@ -22,6 +22,7 @@ html_theme = "furo"
 html_title = f"optax_spd {release}"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
+pygments_dark_style = "github-dark"
 html_math_renderer = "mathml"
 html_show_copyright = False
 

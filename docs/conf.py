@@ -28,7 +28,10 @@ html_show_copyright = False
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
+myst_update_mathjax = False
 
+napoleon_use_ivar = True
+napoleon_attr_annotations = False
 autosummary_generate = False
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"

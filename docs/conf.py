@@ -23,12 +23,16 @@ html_theme = "furo"
 html_title = f"optax_spd {release}"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
+pygments_dark_style = "github-dark"
 html_math_renderer = "mathml"
 html_show_copyright = False
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
+myst_update_mathjax = False
 
+napoleon_use_ivar = True
+napoleon_attr_annotations = False
 autosummary_generate = False
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"

@@ -155,6 +155,9 @@ def ftp(
         \theta_t = \theta_0 + \mathrm{clip}(\gamma_t / N_t, 0, 1)\, C_t, \qquad
         C_t = \theta_{t-1} + u - \theta_0
 
+    Here C is how far the incoming update u would take the layer from its anchor, N the norm of each
+    output unit of C, and γ the layer's radius: Adam moves it by the gradient of the training loss.
+
     The first step takes every row to within 1e-8 of its anchor, even if it started elsewhere. From
     then on the radius moves by about ``radius_learning_rate`` a step; it grows while, by the
     training gradient, a larger deviation lowers the loss. So a layer can go no further than about

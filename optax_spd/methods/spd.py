@@ -128,9 +128,11 @@ def spd(
         r = \mathrm{clip}\left(\frac{\|\tilde\Delta\| - \|\Delta\|}{\|\tilde\Delta\|}, 0, 1\right),
         \qquad u' = u - \lambda\, r\, \tilde\Delta
 
-    with :math:`\Delta = \theta - \theta_0` and :math:`\tilde\Delta = \Delta + u`. Place it last in
-    the chain, after the learning rate, since it acts on the step that would be taken. Only the sign
-    of :math:`c` matters, so the size of the gradient does not.
+    Here :math:`\Delta = \theta - \theta_0` is how far the layer is from its anchor,
+    :math:`\tilde\Delta = \Delta + u` how far the incoming update u would take it, and g the raw
+    gradient: c < 0 says that going down the gradient leads back to the anchor. Only the sign of c
+    matters. Place it last in the chain, after the learning rate, since it acts on the step that
+    would be taken.
 
     Args:
       weight_decay: λ >= 0, or a schedule of it.

@@ -90,6 +90,16 @@ def tpgm(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Trainable Projected Gradient Method: radii around the anchor, learned on validation data.
 
+    .. math::
+
+        \theta' = \theta_0 + \min\left(1, \frac{\gamma}{n}\right) \tilde\Delta, \qquad
+        \gamma \leftarrow \mathrm{Adam}\left(\gamma,
+        \frac{\partial L_{\mathrm{val}}(\theta')}{\partial \gamma}\right)
+
+    Here :math:`\tilde\Delta = \theta + u - \theta_0` is how far the incoming update u would take
+    the layer from its anchor, n its norm (of each output unit, or of the layer), and γ the layer's
+    radius, which descends the validation loss.
+
     Pass the validation objective to ``update``, as extra arguments:
 
     - ``validation_fn``: (params, batch) -> scalar loss. It gets the full parameter tree: layers are

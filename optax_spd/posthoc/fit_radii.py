@@ -51,10 +51,15 @@ def fit_radii(
 ) -> FittedRadii:
     r"""Learns per-layer radii after training and projects the parameters onto them.
 
-    Minimises the validation loss of :func:`optax_spd.project` (params, anchor, γ) over γ, with one
-    step of ``radius_optimizer`` per validation batch. γ starts at half of each layer's smallest
-    row norm. Works on any pair of checkpoints, whatever trained them, in the time of a few hundred
-    validation steps.
+    .. math::
+
+        \min_\gamma\; L_{\mathrm{val}}\left(\theta_0 +
+        \min\left(1, \frac{\gamma}{n}\right) (\theta - \theta_0)\right)
+
+    γ are the radii, one per layer, and n is the norm of a layer's (or each output unit's) deviation
+    from the anchor θ₀. Each validation batch is one step of ``radius_optimizer``. γ starts at half
+    of each layer's smallest row norm. Works on any pair of checkpoints, whatever trained them, in
+    the time of a few hundred validation steps.
 
     Args:
       params: the fine-tuned parameters θ; they may be sharded.

@@ -31,10 +31,19 @@ def balance_scales(
 ) -> jax.Array:
     r"""Computes a learning-rate factor for each layer from the power-law exponents.
 
+    With "linear", and α the exponent of a layer of n:
+
+    .. math::
+
+        s = s_{\min} + (s_{\max} - s_{\min}) \frac{\alpha - \min \alpha}{\max \alpha - \min \alpha}
+
+    "sqrt" is :math:`n \sqrt\alpha / \sum \sqrt\alpha`, and "log2" the same of
+    :math:`\log_2 \alpha`. "step" goes by the rank of α. "sigmoid" is a sigmoid of α minus the mean,
+    with 10 to its power.
+
     Args:
       alpha: the exponents, shape (layers,).
-      assign: "linear", "sqrt", "log2" or "step" (Zhou et al. 2023), or "sigmoid" (Liu et al. 2024);
-        equations in :mod:`optax_spd.methods.temp_balance.stage`.
+      assign: "linear", "sqrt", "log2" or "step" (Zhou et al. 2023), or "sigmoid" (Liu et al. 2024).
       min_scale: the smallest factor of "linear" and "step".
       max_scale: the largest factor of "linear" and "step". "step" does not reach it, since a rank
         is at most n - 1. If all exponents are equal, "linear" gives all layers this factor.

@@ -250,7 +250,7 @@ def _edges(steps: Sequence[float]) -> np.ndarray:
     """The borders of the heat map's columns, half way from step to step."""
     places = np.asarray(steps, float)
     if len(places) == 1:
-        return places[0] + np.array([-0.5, 0.5])
+        return np.array([places[0] - 0.5, places[0] + 0.5])
     middles = (places[1:] + places[:-1]) / 2
     first, last = 2 * places[0] - middles[0], 2 * places[-1] - middles[-1]
     edges: np.ndarray = np.concatenate([[first], middles, [last]])

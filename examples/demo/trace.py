@@ -3,13 +3,15 @@
     python -m examples.demo.trace --out demo_results
 
 trains as the demo does, and scores the test sets after every few steps. It writes `trace.png` (loss
-and accuracy out of distribution), `layers.png` (SPD's layers, from layer reports) and `trace.json`.
+and accuracy out of distribution), `trace.json`, and from SPD's layer reports on the first training set
+`layers.png` (all steps) and `report.png` (the last one).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,51 +96,59 @@ def curves(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     return figure
 
 
+def kernels(report: optax_spd.LayerReport) -> optax_spd.LayerReport:
+    """The report without biases, normalisations and tables."""
+    return report._replace(rows=tuple(row for row in report.rows if "kernel" in row.name))
+
+
 def layers(reports: dict[int, optax_spd.LayerReport]) -> Figure:
-    """The kernels' deviations, and how often SPD pulled them back, layer by layer and over time."""
-    kernels = {
-        step: report._replace(rows=tuple(row for row in report.rows if "kernel" in row.name))
-        for step, report in reports.items()
-    }
+    """The layers' deviations, and how often SPD pulled them back, layer by layer and over time."""
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    optax_spd.plot_layers(kernels, "relative_deviation", ax=left)
-    optax_spd.plot_layers(kernels, "fired_share", ax=right)
+    optax_spd.plot_layers(reports, "relative_deviation", ax=left)
+    optax_spd.plot_layers(reports, "fired_share", ax=right)
     right.tick_params(labelleft=False)
     return figure
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Trains, prints a line a run, and writes pictures and numbers."""
     parser = argparse.ArgumentParser(prog="python -m examples.demo.trace")
-    parser.add_argument("--out", type=Path, default=Path("demo_results"))
-    parser.add_argument("--seeds", type=int, default=1, help="number of training sets drawn")
-    parser.add_argument("--every", type=int, default=8, help="steps between two scores")
-    parser.add_argument("--steps", type=int, default=128)
-    parser.add_argument("--evaluation", type=int, default=200, help="snippets in each test set")
-    options = parser.parse_args()
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("demo_results"), help="where the results are written")
+    add("--seeds", type=int, default=1, help="number of training sets drawn")
+    add("--every", type=int, default=8, help="steps between two scores")
+    add("--steps", type=int, default=128)
+    add("--evaluation", type=int, default=300, help="snippets scored in each test set")
+    options = parser.parse_args(arguments)
     settings = Settings(COMPARED, options.seeds, [512], options.steps, 3e-4, options.evaluation)
     bench = Workbench.load(assets.cache_directory(), print)
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in COMPARED}
-    watched: dict[str, dict[int, optax_spd.LayerReport]] = {}
     with Progress(disable=True) as progress:
         held_out = experiment.hold_out(settings, bench, progress)
-    held_out.tests.pop(data.IN_DISTRIBUTION)
+    del held_out.tests[data.IN_DISTRIBUTION]
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in COMPARED}
+    watched: dict[str, dict[int, optax_spd.LayerReport]] = {}
     for seed in range(options.seeds):
         material = experiment.prepare(bench, held_out, settings.examples[0], seed)
         for name in COMPARED:
             found, reports = trace(name, settings, material, options.every)
             runs[name].append(found)
-            watched.setdefault(name, reports)
+            watched.setdefault(name, {step: kernels(report) for step, report in reports.items()})
             print(
-                f"{METHODS[name].label}, seed {seed}: loss {found['loss'][-1]:.3f}, "
-                f"OOD {found['ood'][-1]:.3f} (best {max(found['ood']):.3f})",
+                f"{METHODS[name].label}, seed {seed}: loss {found['loss'][-1]:.3f}, mean OOD "
+                f"{100 * found['ood'][-1]:.1f} (at best {100 * max(found['ood']):.1f})",
                 flush=True,
             )
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "trace.json").write_text(json.dumps(runs, indent=1))
-    curves(runs).savefig(options.out / "trace.png", dpi=120)
-    layers(watched["spd"]).savefig(options.out / "layers.png", dpi=120)
+    last = watched["spd"][max(watched["spd"])]
+    pictures = {
+        "trace": curves(runs),
+        "layers": layers(watched["spd"]),
+        "report": optax_spd.plot_report(last).figure,
+    }
+    for name, figure in pictures.items():
+        figure.savefig(options.out / f"{name}.png", dpi=120)
 
 
 if __name__ == "__main__":

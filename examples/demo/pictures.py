@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from examples.demo import data
 from examples.demo.methods import METHODS, Method
@@ -22,6 +22,11 @@ KERNELS = ("query", "key", "value", "attention_out", "feed_forward_in", "feed_fo
 
 BLUE, ORANGE = "#0072b2", "#d55e00"  # of Okabe and Ito's palette
 SMALLEST_DEVIATION = 1e-3  # what moved less has the darkest colour
+
+
+def percent(value: float, _: object = None) -> str:
+    """Writes a tick of a share, such as 0.625."""
+    return f"{100 * value:.4g} %"
 
 
 def accuracy_picture(results: Results) -> Figure:
@@ -46,7 +51,8 @@ def accuracy_picture(results: Results) -> Figure:
                 np.mean(seeds), row, xerr=bar, fmt="o", color=colour, capsize=4, markersize=8
             )
         axes.set_title(f"{title}\n({', '.join(names)})", fontsize=12)
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, 0))
+        axes.xaxis.set_major_formatter(percent)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.tick_params(labelsize=11)
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -54,7 +60,11 @@ def accuracy_picture(results: Results) -> Figure:
     panels[0].set_ylim(len(results) - 0.5, -0.5)
     panels[1].tick_params(left=False)
     count = max(len(scores) for scores in results.values())
-    bars = f"standard deviation over {count} training sets" if several else "standard error"
+    bars = (
+        f"standard deviation over {count} training sets"
+        if several
+        else "standard error, from the number of test snippets"
+    )
     figure.supxlabel(f"accuracy; mean, and bars: {bars}", fontsize=12)
     return figure
 
@@ -88,7 +98,7 @@ def deviation_picture(results: Results) -> Figure:
     )
     bar = figure.colorbar(image, extend="min", orientation="horizontal", aspect=40, pad=0.03)
     bar.set_label(r"relative deviation  $\|\theta - \theta_0\| \,/\, \|\theta_0\|$", fontsize=12)
-    _tick(bar.ax.xaxis, lambda value, _: f"{100 * value:g} %")
+    _tick(bar.ax.xaxis, percent)
     bar.ax.tick_params(labelsize=11)
     axes.set_yticks(np.arange(len(moved)) + 0.5, [*moved], fontsize=11)
     axes.invert_yaxis()
@@ -146,13 +156,13 @@ def radius_picture(results: Results) -> Figure:
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_ylim(bottom=0.8 * SMALLEST_RADIUS)
-    _tick(axes.yaxis, lambda value, _: f"{_at_most(value)}{100 * value:g} %")
+    _tick(axes.yaxis, lambda value, _: f"{_at_most(value)}{percent(value)}")
     return figure
 
 
 def low_data_picture(curve: Mapping[int, Results], labels: Mapping[str, str]) -> Figure:
     """Accuracy against the number of examples; bars are standard deviations over the seeds."""
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    figure = Figure(figsize=(8, 4.4), layout="constrained")
     panels = figure.subplots(1, 2)
     measures: list[tuple[str, Callable[[Score], float]]] = [
         ("accuracy in distribution (movie)", lambda score: score.accuracy[data.IN_DISTRIBUTION]),
@@ -186,14 +196,17 @@ def low_data_picture(curve: Mapping[int, Results], labels: Mapping[str, str]) ->
         axes.set_xscale("log")
         axes.set_xticks(list(curve), [str(examples) for examples in curve])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xlabel("training examples")
-        axes.set_ylabel(title)
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, 1))
+        axes.set_xlabel("training examples", fontsize=12)
+        axes.set_title(title, fontsize=12)
+        axes.tick_params(labelsize=11)
+        axes.yaxis.set_major_formatter(percent)
         axes.margins(0.08)
         axes.grid(alpha=0.3)
     handles, shown = panels[0].get_legend_handles_labels()
     if handles:
-        figure.legend(handles, shown, loc="outside right center", frameon=False)
+        figure.legend(
+            handles, shown, loc="outside upper center", ncols=4, frameon=False, fontsize=11
+        )
     return figure
 
 

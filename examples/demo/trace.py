@@ -3,8 +3,8 @@
     python -m examples.demo.trace --out demo_results
 
 trains as the demo does, and scores the test sets after every few steps. It writes `trace.png` (loss
-and accuracy out of distribution), `trace.json`, and from SPD's layer reports on the first training set
-`layers.png` (all steps) and `report.png` (the last one).
+and accuracy out of distribution), `trace.json`, and from SPD's layer reports on the first training
+set `layers.png` (all steps) and `report.png` (the last one).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 from rich.progress import Progress
 
 import optax_spd
 from examples.demo import assets, data, experiment, training
 from examples.demo.experiment import Material, Settings, Workbench
 from examples.demo.methods import METHODS
+from examples.demo.pictures import percent
 
 COMPARED = ("adam", "spd")
 
@@ -92,7 +92,7 @@ def curves(runs: dict[str, list[dict[str, Any]]]) -> Figure:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylim(bottom=0)
-    panels[1].yaxis.set_major_formatter(PercentFormatter(1.0, 0))
+    panels[1].yaxis.set_major_formatter(percent)
     return figure
 
 
@@ -142,11 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "trace.json").write_text(json.dumps(runs, indent=1))
     last = watched["spd"][max(watched["spd"])]
-    pictures = {
-        "trace": curves(runs),
-        "layers": layers(watched["spd"]),
-        "report": optax_spd.plot_report(last).figure,
-    }
+    report = Figure(figsize=(8, 6.5), layout="constrained")
+    optax_spd.plot_report(last, ax=report.add_subplot())
+    pictures = {"trace": curves(runs), "layers": layers(watched["spd"]), "report": report}
     for name, figure in pictures.items():
         figure.savefig(options.out / f"{name}.png", dpi=120)
 

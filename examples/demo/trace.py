@@ -121,11 +121,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--steps", type=int, default=128)
     add("--evaluation", type=int, default=300, help="snippets scored in each test set")
     options = parser.parse_args(arguments)
-    settings = Settings(COMPARED, options.seeds, [512], options.steps, 3e-4, options.evaluation)
+    settings = Settings(COMPARED, options.seeds, [512], options.steps, 3e-4, experiment.VALIDATION)
     bench = Workbench.load(assets.cache_directory(), print)
     with Progress(disable=True) as progress:
         held_out = experiment.hold_out(settings, bench, progress)
-    del held_out.tests[data.IN_DISTRIBUTION]
+    held_out.tests.pop(data.IN_DISTRIBUTION)
+    for domain, texts in held_out.tests.items():
+        held_out.tests[domain] = texts.first(options.evaluation)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in COMPARED}
     watched: dict[str, dict[int, optax_spd.LayerReport]] = {}
     for seed in range(options.seeds):

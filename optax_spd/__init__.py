@@ -23,7 +23,8 @@ States: ``set_anchor``, ``drop_anchor``, ``check_state``; the classes ``SPDState
 Layers: ``LayerSpec``, ``stacked``, ``outputs``, ``by_module``, ``layer_names``, ``path_mask``,
 ``DEFAULT_EMBEDDING_PATTERNS``.
 
-Reports: ``layer_report``; the classes ``LayerReport``, ``LayerRow``.
+Reports: ``layer_report``, and its pictures ``plot_report``, ``plot_layers``; the classes
+``LayerReport``, ``LayerRow``.
 
 Parts of TempBalance: ``power_law_alpha``, ``balance_scales``.
 """
@@ -51,6 +52,7 @@ from optax_spd.methods.temp_balance.power_law import power_law_alpha
 from optax_spd.methods.temp_balance.scales import balance_scales
 from optax_spd.methods.temp_balance.stage import TempBalanceState, temp_balance
 from optax_spd.methods.tpgm import TPGMState, tpgm
+from optax_spd.plotting import plot_layers, plot_report
 from optax_spd.posthoc.fit_radii import fit_radii
 from optax_spd.posthoc.lines import lines_alpha
 from optax_spd.posthoc.project import project
@@ -110,6 +112,8 @@ __all__ = [
     "outputs",
     "path_mask",
     "path_prox",
+    "plot_layers",
+    "plot_report",
     "power_law_alpha",
     "project",
     "remove_radial",

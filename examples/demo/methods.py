@@ -163,8 +163,8 @@ class Method:
 # The anchor of every method that has one is the whole start, the probe's head included.
 METHODS = {
     "probe": Method("linear probe", "#7f7f7f", "s"),
-    "ft": Method("Adam new head", "#e69f00", "<", optax.adam, new_head=True),
-    "adam": Method("Adam", "#d62728", "v", optax.adam),
+    "ft": Method("Adam new head", "#56b4e9", "<", optax.adam, new_head=True),
+    "adam": Method("Adam", "#d55e00", "v", optax.adam),
     "adamw": Method(
         "AdamW",
         "#ff9d4d",
@@ -188,7 +188,7 @@ METHODS = {
     ),
     "spd": Method(
         "SPD",
-        "#1f77b4",
+        "#0072b2",
         "o",
         lambda lr: optax_spd.adam_spd(lr, weight_decay=SPD_WEIGHT_DECAY),
         chosen={"weight decay": SPD_WEIGHT_DECAY},
@@ -210,13 +210,13 @@ METHODS = {
     ),
     "tpgm": Method(
         "TPGM",
-        "#8c564b",
+        "#cc79a7",
         "X",
         tpgm,
         chosen={"radius rate": TPGM_RATE, "every": TPGM_EVERY},
         validates_every=TPGM_EVERY,
     ),
-    "ftp": Method("FTP", "#17becf", "p", ftp, chosen={"radius rate": FTP_RATE, "k": FTP_K}),
+    "ftp": Method("FTP", "#009e73", "p", ftp, chosen={"radius rate": FTP_RATE, "k": FTP_K}),
     "temp-balance": Method(
         "TempBalance",
         "#000000",
@@ -243,7 +243,7 @@ METHODS = {
     "lines": Method("LiNeS", "#54278f", "x", average_of="adam", by_depth=True),
     "tpgm-after": Method(
         "TPGM after",
-        "#e377c2",
+        "#e69f00",
         "*",
         chosen={"radius rate": TPGM_AFTER_RATE, "batches": TPGM_AFTER_BATCHES},
         radii_of="adam",

@@ -23,6 +23,7 @@ from examples.demo.methods import BALANCED
 from examples.demo.minilm import Classifier, Encoder, Params
 
 Tick = Callable[[], None]
+Watch = Callable[[int, float, Params, Any], None]  # after a step: its number, loss, params, state
 
 # Inverse regularisation strengths of the linear probe, strongest regularisation first.
 PROBE_STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -98,8 +99,11 @@ def fit(
     batches: Sequence[Batch],
     tick: Tick,
     validation: Validation | None = None,
+    watch: Watch | None = None,
 ) -> Fitted:
     """Fine-tunes a copy of `start` with any Optax optimizer, one step per batch.
+
+    `watch` is called after every step; the next one overwrites what it gets.
 
     The seconds per step are the mean of the second half, when everything is compiled.
 
@@ -119,6 +123,8 @@ def fit(
         params, state = apply_gradient(tx, params, state, grads, held_out)
         if not math.isfinite(loss):
             raise DivergedError(f"the loss is {loss} at step {step}: try a smaller --lr")
+        if watch is not None:
+            watch(step + 1, float(loss), params, state)
         tick()
     jax.block_until_ready(params)
     seconds = (time.perf_counter() - began) / (len(batches) - half)

@@ -17,6 +17,7 @@ from benchmarks import (
     memory,
     overhead,
     radii,
+    report_cost,
     scaling,
     step_time,
     vit,
@@ -165,6 +166,15 @@ def test_overhead_is_a_share_of_a_training_step(run: Run) -> None:
     result = run(overhead, "--batch", "2", "--length", "8", "--samples", "2", "--updates", "3")
     step, added = result["step_seconds"]["adam"]["median"], result["added_seconds"]["median"]
     assert result["share"]["median"] == pytest.approx(added / step)
+
+
+def test_a_later_report_compiles_nothing(run: Run) -> None:
+    sizes = ["--batch", "2", "--length", "8", "--images", "2", "--samples", "2"]
+    result = run(report_cost, "--scale", "small", *sizes)
+    for found in result["models"].values():
+        assert found["compiled_by_first_report"] > 0
+        assert found["compiled_by_later_reports"] == 0
+        assert found["layers"] > 5
 
 
 def test_balancing_takes_spectra_and_compares_exponents(run: Run) -> None:

@@ -2,8 +2,8 @@
 
 import pathlib
 import re
-import runpy
 
+import numpy as np
 import pytest
 from docs_examples import PAGES, ROOT, blocks, run
 
@@ -18,16 +18,18 @@ def test_code_blocks_run(page: pathlib.Path) -> None:
 def test_the_readme_shows_the_quickstart_and_spd_is_better_in_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = ROOT / "examples" / "quickstart.py"
+    code = (ROOT / "examples" / "quickstart.py").read_text().split('"""')[-1].strip()
     readme = (ROOT / "README.md").read_text()
-    assert path.read_text().split('"""')[-1].strip() in readme
-    runpy.run_path(str(path))
-    adam, spd = capsys.readouterr().out.splitlines()
-    numbers = [[float(x) for x in re.findall(r"[0-9.]+[0-9]", line)] for line in (adam, spd)]
-    assert all(theirs > ours for theirs, ours in zip(*numbers, strict=True))
-    # It prints what the README says; the figures depend on XLA's version.
-    shape = lambda line: re.sub(r"[0-9]", "0", line)
-    assert all(shape(line) in shape(readme) for line in (adam, spd))
+    assert code in readme
+    found = []
+    for seed in range(4):  # XLA's version and flags change how the pretraining ends
+        exec(compile(code.replace("key(0)", f"key({seed})"), "quickstart", "exec"), {})
+        lines = capsys.readouterr().out.splitlines()
+        # It prints what the README says, but for the figures.
+        assert all(re.sub("[0-9]", "0", x) in re.sub("[0-9]", "0", readme) for x in lines)
+        found.append([re.findall("[0-9.]+[0-9]", line) for line in lines])
+    adam, spd = np.array(found, float).mean(0)  # errors right and left, distance
+    assert (spd < adam).all()
 
 
 def test_the_readme_is_short() -> None:

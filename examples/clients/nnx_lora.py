@@ -1,7 +1,6 @@
 """Flax NNX with LoRA: a real sentence encoder, of which only small factors A and B are trained.
 
-A weight W becomes W + AB. The pretrained model is AB = 0, so the anchor is "zero", which takes no
-memory. ``--qwix`` has Qwix put the factors in.
+W becomes W + AB. The pretrained model is AB = 0: the anchor is "zero". ``--qwix`` has Qwix do it.
 """
 
 import sys

@@ -48,7 +48,7 @@ def train(kind: str, data: digits.Digits, steps: int, directory: str, total: int
         provider = qwix.LoraProvider(module_path=".*", rank=4, alpha=4.0)
         model = qwix.apply_lora_to_model(model, provider, data.train["image"], rngs=nnx.Rngs(1))
     options = CheckpointManagerOptions(save_interval_steps=total // 2)
-    config = TrainingConfig(total, steps, pbar_description=None)
+    config = TrainingConfig(eval_every_n_steps=total, max_steps=steps, pbar_description=None)
     config.checkpoint_root_directory, config.checkpointing_options = directory, options
     trainer = PeftTrainer(model, OPTIMIZERS[kind], config).with_loss_fn(loss_fn)
     trainer.train(digits.batches(data.train, total))

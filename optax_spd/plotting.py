@@ -100,7 +100,7 @@ def plot_layers(
     )
     _label_layers(ax, names)
     ax.set_xlabel("step" if isinstance(reports, Mapping) else "report")
-    ax.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(ticker.MaxNLocator(5, integer=True))
     bar = ax.figure.colorbar(
         mesh, ax=ax, extend="min" if logarithmic and finite.min() < low else "neither"
     )

@@ -76,12 +76,13 @@ def curves(runs: dict[str, list[dict[str, Any]]]) -> Figure:
             for seed in seeds if len(seeds) > 1 else ():
                 axes.plot(steps, seed[key], color=method.colour, linewidth=1, alpha=0.4)
             axes.plot(steps, mean, color=method.colour, linewidth=3)
+            place = int(np.argmax(mean)) if key == "loss" else -1  # where the lines lie apart
             axes.annotate(
                 method.label,
-                (steps[-1], mean[-1]),
+                (steps[place], mean[place]),
                 (6, 0),
                 textcoords="offset points",
-                va="center",
+                va="bottom" if key == "loss" else "center",
                 fontsize=13,
                 color=method.colour,
                 annotation_clip=False,
@@ -103,11 +104,11 @@ def kernels(report: optax_spd.LayerReport) -> optax_spd.LayerReport:
 
 def layers(reports: dict[int, optax_spd.LayerReport]) -> Figure:
     """The layers' deviations, and how often SPD pulled them back, layer by layer and over time."""
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(9, 7.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     optax_spd.plot_layers(reports, "relative_deviation", ax=left)
     optax_spd.plot_layers(reports, "fired_share", ax=right)
-    right.tick_params(labelleft=False)
+    right.set_yticks([])
     return figure
 
 
@@ -144,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "trace.json").write_text(json.dumps(runs, indent=1))
     last = watched["spd"][max(watched["spd"])]
-    report = Figure(figsize=(8, 6.5), layout="constrained")
+    report = Figure(figsize=(8, 7.4), layout="constrained")
     optax_spd.plot_report(last, ax=report.add_subplot())
     pictures = {"trace": curves(runs), "layers": layers(watched["spd"]), "report": report}
     for name, figure in pictures.items():

@@ -1,12 +1,40 @@
 """Sphinx configuration."""
 
+import __future__
+
+import importlib.abc
+import importlib.machinery
 import re
+import sys
 from typing import Any
 
 import latex2mathml.converter
 from docutils import nodes
 
-import optax_spd
+
+class _AsWritten(importlib.machinery.SourceFileLoader):
+    """Leaves annotations as they are written, so that Sphinx can show a type's own name."""
+
+    def get_code(self, fullname: str) -> Any:
+        path = self.get_filename(fullname)
+        return compile(self.get_data(path), path, "exec", __future__.annotations.compiler_flag)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the library for that loader."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
+        if name.partition(".")[0] != "optax_spd":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.origin is not None:
+            spec.loader = _AsWritten(name, spec.origin)
+        return spec
+
+
+sys.meta_path.insert(0, _Finder())
+
+import optax_spd  # noqa: E402
 
 project = "optax_spd"
 author = "The optax_spd authors"

@@ -15,8 +15,6 @@ optimizers: there is no amsgrad, and dampening in ``sgdp`` only, since Optax's A
 have them; learning rate, weight decay and k may be schedules.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

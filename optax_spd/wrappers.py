@@ -4,8 +4,6 @@ Optax passes extra information to stages as extra arguments. The raw gradient is
 in its line searches. Most training loops pass no extra arguments, so a wrapper adds it.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal, NamedTuple
 
 import optax

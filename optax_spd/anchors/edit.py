@@ -4,8 +4,6 @@ An optimizer's state may be nested (chain, masked, partition, MultiSteps, ...), 
 state is always the NamedTuple that its ``init`` made. So anchors are found at any depth.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

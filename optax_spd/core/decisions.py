@@ -1,7 +1,5 @@
 """Decisions for each layer, or each row, from sums over them."""
 
-from __future__ import annotations
-
 import functools
 import math
 import operator

@@ -9,8 +9,6 @@ anchor, masks, stacked layers, groups, sharding and hand-split axes, dtypes, sch
 count, and isolation of layers that are not finite.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Mapping

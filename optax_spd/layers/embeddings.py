@@ -6,8 +6,6 @@ convolutional network it is the stem: the first convolution and its normalisatio
 from the models' code; the tests list the paths and their sources.
 """
 
-from __future__ import annotations
-
 # Paths that are never the model's input: tables of relative positions and rotary frequencies in
 # attention layers, and the positions in the attention pooling of CLIP's ResNets.
 _ELSEWHERE = r"relative|relpos|rotary|rope_|attnpool"

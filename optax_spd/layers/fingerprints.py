@@ -5,8 +5,6 @@ Per-layer vectors hold no names. A state restored for another model, or with oth
 detects this.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any

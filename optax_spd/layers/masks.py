@@ -1,7 +1,5 @@
 """Masks: which parameters a method applies to, given by path, as a tree or as a function."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -5,8 +5,6 @@ a whole tree. A plan is static: it is rebuilt at each trace from paths and shape
 of a state.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -5,8 +5,6 @@ By default every parameter array is a layer, as in the papers' loops over PyTorc
 (``nn.scan``, ``nnx.vmap``), axes of *output* units, and a *group* of arrays that form one layer.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import operator
 from collections.abc import Callable, Hashable, Sequence

@@ -27,8 +27,6 @@ Differences from the authors' code:
 6. Auto-SNR, the other criterion in their code, is not here.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

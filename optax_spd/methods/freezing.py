@@ -9,8 +9,6 @@ Differences from the paper: the embedding layer is found by path (it need not be
 and any part can be frozen under any optimizer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

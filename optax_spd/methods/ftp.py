@@ -36,8 +36,6 @@ Differences from the authors' code:
 8. A row inside its ball keeps exactly u, by a select.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from typing import Any, NamedTuple

@@ -24,8 +24,6 @@ Differences from the paper:
 3. An entry where u or Δ is NaN is not decayed.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 

@@ -17,8 +17,6 @@ Differences from those papers and their code:
 3. ``min_scale`` is ours.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

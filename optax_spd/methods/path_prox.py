@@ -30,8 +30,6 @@ Differences from the authors' code:
 5. Norms and what follows from them have at least float32 whatever the parameters' dtype.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

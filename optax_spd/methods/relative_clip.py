@@ -17,8 +17,6 @@ Differences from the paper:
 5. Norms have at least float32, and are finite if their arrays are.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

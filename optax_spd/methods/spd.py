@@ -24,8 +24,6 @@ Differences from the authors' code:
 5. A layer may be a slice of an array or several arrays (``layers=``).
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

@@ -37,8 +37,6 @@ Differences from the authors' code:
    Their loader continues where it stopped. ``every=k`` replaces calling theirs every k steps.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any, NamedTuple
 

@@ -5,8 +5,6 @@ way on ImageNet: one bi-level loop on the finished weights. The differences from
 listed in :mod:`optax_spd.methods.tpgm` apply here too, as far as they concern the loop.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple

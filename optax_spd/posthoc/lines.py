@@ -22,8 +22,6 @@ Differences from the authors' code:
    ``a + b * lines_alpha(params, 0.0, depth)``.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np

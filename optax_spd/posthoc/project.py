@@ -10,8 +10,6 @@ returned bit for bit, while theirs shrinks it if n + 1e-8 > γ. So a second proj
 nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -11,8 +11,6 @@ Differences from the paper:
 2. A mask leaves arrays, such as a new head, at their fine-tuned value.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

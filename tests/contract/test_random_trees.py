@@ -17,7 +17,7 @@ DTYPES = [jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16]
 
 pytestmark = pytest.mark.usefixtures("x64")
 EXAMPLES = settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 
 
@@ -158,6 +158,6 @@ def test_each_layer_is_judged_by_itself_whatever_the_tree(apply: Any) -> None:
             jax.tree.map(np.testing.assert_array_equal, spd(step, 0.0)[0], step.updates)
 
     EXAMPLES(given(TREES, st.integers(0, 2**16))(check))()
-    # Else little was checked. (How large the trees are depends on hypothesis' version.)
-    assert layers >= 12
+    # Else little was checked.
+    assert layers >= 40
     assert acted >= 0.2 * layers

@@ -29,8 +29,6 @@ with n the length of the row. Differences from the authors' code:
 7. ε = 0 divides by no zero.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax
@@ -53,7 +51,7 @@ class Numbers(NamedTuple):
     wd_ratio: jax.Array
     eps: jax.Array
 
-    def astype(self, dtype: Any) -> Numbers:
+    def astype(self, dtype: Any) -> "Numbers":
         """The same numbers in another dtype."""
         return Numbers(*(number.astype(dtype) for number in self))
 

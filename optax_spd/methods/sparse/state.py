@@ -1,7 +1,5 @@
 """The state of ``with_sparse``: which entries were chosen, and whole trees read at them."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import jax

@@ -23,8 +23,6 @@ Differences from the authors' code:
 7. Each slice of a stacked array is a layer and has its own k entries.
 """
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Callable
 from typing import Any, Literal

@@ -31,8 +31,6 @@ Differences from the authors' code:
    kept to reproduce their numbers.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -5,8 +5,6 @@ authors' code: exponents that are not finite are left out, and "log2" of exponen
 gives all layers 1 (theirs gives NaN).
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal, get_args
 
 import jax

@@ -35,8 +35,6 @@ Differences from the authors' code:
    layer in front of it, or the one with the same number.
 """
 
-from __future__ import annotations
-
 from typing import Any, Literal, NamedTuple
 
 import jax

@@ -61,12 +61,7 @@ def updates_of(params: Tree, samples: int, min_eigenvalues: int) -> dict[str, me
 def training_seconds(scale: vit.Scale, params: Tree, batch: int, samples: int) -> list[float]:
     """Whole training steps with Adam."""
     tx = optax.adam(LEARNING_RATE)
-
-    def step(params: Tree, state: Tree, images: jax.Array) -> tuple[Tree, Tree]:
-        grads = jax.grad(vit.loss)(params, images, scale)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
+    step = measuring.whole_step(tx, lambda params, images: vit.loss(params, images, scale))
     candidate = measuring.make_candidate(tx, params, params, step)
     images = jax.random.normal(jax.random.key(0), (batch, *vit.image_shape(scale)))
     measuring.measure([candidate], images, samples=samples, steps=1, compilations=1, warm_up=1)

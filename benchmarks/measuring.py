@@ -94,6 +94,23 @@ def update_only(tx: optax.GradientTransformation) -> Callable[..., tuple[Tree, T
     return step
 
 
+def whole_step(
+    tx: optax.GradientTransformation,
+    loss: Callable[[Tree, Tree], jax.Array],
+    *,
+    validates: bool = False,
+) -> Callable[..., tuple[Tree, Tree]]:
+    """A training step on a batch; only what ``validates`` (TPGM) uses the validation batches."""
+
+    def step(params: Tree, state: Tree, batch: Tree, validation: Tree = None) -> tuple[Tree, Tree]:
+        grads = jax.grad(loss)(params, batch)
+        extra = {"validation_fn": loss, "validation_batches": validation} if validates else {}
+        updates, state = tx.update(grads, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
 def compile_step(candidate: Candidate, *arguments: Tree) -> None:
     """Compiles the candidate's step, without a cache, and records how long that took."""
 

@@ -31,14 +31,13 @@ def compare(*, batch: int, length: int, samples: int, updates: int) -> dict[str,
     examples = radii.make_batch(batch, length, seed=1)
     steps = {
         name: measuring.make_candidate(
-            make(), params, moved, radii.training_step(make(), validates=False)
+            make(), params, moved, measuring.whole_step(make(), radii.loss_fn)
         )
         for name, make in OPTIMIZERS.items()
     }
     measuring.measure(
         [*steps.values()],
         examples,
-        examples,  # a validation batch, unused by these optimizers
         samples=samples,
         steps=1,
         warm_up=1,

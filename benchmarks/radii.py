@@ -10,7 +10,7 @@ TPGM's paper has no such figure; FTP's paper claims 35 % less time a step than T
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -52,20 +52,6 @@ def make_params() -> Tree:
     return Classifier().init(jax.random.key(0), tokens, mask)["params"]
 
 
-def training_step(
-    tx: optax.GradientTransformation, *, validates: bool
-) -> Callable[..., tuple[Tree, Tree]]:
-    """A step on a training batch; only TPGM (``validates``) uses the validation batches."""
-
-    def step(params: Tree, state: Tree, batch: Batch, validation: Batch) -> tuple[Tree, Tree]:
-        grads = jax.grad(loss_fn)(params, batch)
-        extra = {"validation_fn": loss_fn, "validation_batches": validation} if validates else {}
-        updates, state = tx.update(grads, state, params, **extra)
-        return optax.apply_updates(params, updates), state
-
-    return step
-
-
 def make_optimizers() -> dict[str, optax.GradientTransformation]:
     """The optimizers to compare, by name."""
     return {
@@ -82,7 +68,7 @@ def compare(*, batch: int, length: int, samples: int) -> dict[str, Any]:
     params = make_params()
     candidates = {
         name: measuring.make_candidate(
-            tx, params, params, training_step(tx, validates=name in (TPGM, SELDOM))
+            tx, params, params, measuring.whole_step(tx, loss_fn, validates=name in (TPGM, SELDOM))
         )
         for name, tx in make_optimizers().items()
     }

@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import optax_spd
 from benchmarks import measuring, radii, reporting, vit
@@ -35,16 +34,6 @@ def models(scale: str, batch: int, length: int, images: int) -> dict[str, tuple[
         "demo": (radii.make_params(), radii.loss_fn, radii.make_batch(batch, length, seed=1)),
         scale: (anchor, lambda params, x: vit.loss(params, x, size), drawn),
     }
-
-
-def training_step(
-    tx: optax.GradientTransformation, loss: Callable[..., jax.Array]
-) -> Callable[..., tuple[Tree, Tree]]:
-    def step(params: Tree, state: Tree, batch: Tree) -> tuple[Tree, Tree]:
-        updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
 
 
 class Compilations(logging.Handler):
@@ -72,7 +61,7 @@ def compilations() -> Iterator[Compilations]:
 def measure(params: Tree, loss: Callable[..., jax.Array], batch: Tree, samples: int) -> Any:
     """Times steps and reports in turn; each report is of new parameters and a new state."""
     tx = optax_spd.adam_spd(radii.LEARNING_RATE)
-    one = measuring.make_candidate(tx, params, params, training_step(tx, loss))
+    one = measuring.make_candidate(tx, params, params, measuring.whole_step(tx, loss))
     measuring.compile_step(one, batch)
     measuring.take_steps(one, 1, batch)
     steps: list[float] = []

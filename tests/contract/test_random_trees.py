@@ -37,7 +37,8 @@ NODES = st.recursive(
     ),
     max_leaves=8,
 )
-TREES = st.dictionaries(KEYS, NODES, min_size=1, max_size=3)
+# Three or more branches, so that each version of hypothesis draws enough layers.
+TREES = st.dictionaries(KEYS, NODES, min_size=3, max_size=4)
 
 
 class Step(NamedTuple):

@@ -43,7 +43,8 @@ CLIENTS := .venv-clients
 CLIENTS_PYTHON ?= python3.13
 test-clients:
 	test -x $(CLIENTS)/bin/python || $(CLIENTS_PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip install --quiet --editable '.[clients]'
+	$(CLIENTS)/bin/python -m pip install --quiet uv
+	$(CLIENTS)/bin/uv pip install --quiet --python $(CLIENTS)/bin/python --editable '.[clients]'
 	$(CLIENTS)/bin/python -m pytest -W default -s tests/compat/test_examples.py
 
 lint: $(VENV)/.installed-test

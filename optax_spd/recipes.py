@@ -1,4 +1,4 @@
-"""Complete optimizers, ready for any training loop, with Optax's own argument order.
+"""Complete optimizers, with Optax's own argument order.
 
     adam_spd          u = Adam(g),                            then SPD: the paper's AdamSPD
     adamw_l2_sp       u = AdamW(g), decay toward the anchor

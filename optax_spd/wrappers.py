@@ -80,7 +80,7 @@ def chain(*stages: optax.GradientTransformation) -> optax.GradientTransformation
       *stages: transformations of this library and of Optax, in order.
 
     Returns:
-      A transformation that works in any training loop.
+      A transformation whose ``update`` needs no ``grad=``.
 
     Raises:
       TypeError: a stage is not a transformation.

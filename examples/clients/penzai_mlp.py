@@ -1,14 +1,12 @@
 """Penzai: its StatefulTrainer, unchanged, with Adam and with SPD, and a restart in the middle.
 
-The trainer gives the optimizer a tuple of parameters, so the layers are called by their number.
-Their labels say which is which.
+The trainer gives the optimizer a tuple: layers are called by number. Labels tell which is which.
 """
 
 import pickle
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from penzai import pz
@@ -21,19 +19,18 @@ from examples.clients import digits
 
 def pretrained_model(weights: dict[str, Any]) -> MLP:
     model = MLP.from_config(init_base_rng=jax.random.key(0), feature_sizes=[64, 64, 10])
-    arrays = [jnp.asarray(x) for w in weights.values() for x in (w["kernel"], w["bias"])]
+    arrays = [jax.device_put(x) for w in weights.values() for x in (w["kernel"], w["bias"])]
     for parameter, array in zip(pz.unbind_params(model)[1], arrays, strict=True):
         parameter.value = pz.nx.wrap(array, *parameter.value.named_axes)
     return model
 
 
 def logits(model: MLP, images: Any) -> jax.Array:
-    images = pz.nx.wrap(jnp.asarray(images)).tag("batch", "features")
-    return model(images).unwrap("batch", "features")
+    named = pz.nx.wrap(images).tag("batch", "features")
+    return model(named).unwrap("batch", "features")
 
 
-def loss_fn(model: MLP, state: Any, rng: Any, image: Any, label: Any) -> Any:
-    del rng
+def loss_fn(model: MLP, state: Any, image: Any, label: Any, **_: Any) -> Any:
     losses = optax.softmax_cross_entropy_with_integer_labels(logits(model, image), label)
     return losses.mean(), state, {}
 
@@ -43,12 +40,11 @@ def values(trainer: StatefulTrainer) -> Any:
     return pz.unbind_params(trainer.model, freeze=True)[1], trainer.state.value
 
 
-def train(data: Any, tx: Any, batches: list[digits.Batch], saved: Any = None) -> StatefulTrainer:
-    model = pretrained_model(data.pretrained)
-    trainer = StatefulTrainer.build(jax.random.key(0), model, tx, loss_fn)
+def train(weights: Any, tx: Any, batches: list[digits.Batch], saved: Any = None) -> StatefulTrainer:
+    trainer = StatefulTrainer.build(jax.random.key(0), pretrained_model(weights), tx, loss_fn)
     if saved:
         params, trainer.state.value = saved
-        for parameter, value in zip(pz.unbind_params(model)[1], params, strict=True):
+        for parameter, value in zip(pz.unbind_params(trainer.model)[1], params, strict=True):
             parameter.update(value)
         optax_spd.check_state(trainer.state.value.opt_state, params)
     for batch in batches:
@@ -59,14 +55,12 @@ def train(data: Any, tx: Any, batches: list[digits.Batch], saved: Any = None) ->
 def main(steps: int = 200) -> dict[str, Any]:
     data = digits.load()
     batches = digits.batches(data.train, steps)
-    start, _ = values(train(data, optax.identity(), []))
+    start, _ = values(train(data.pretrained, optax.identity(), []))
     result: dict[str, Any] = {"layers": optax_spd.layer_names(start)}
     print("layers:", *result["layers"], "with labels", *(parameter.label for parameter in start))
-    for name, tx in {
-        "adam": optax.adam(3e-3),
-        "spd": optax_spd.adam_spd(3e-3, weight_decay=2.0),
-    }.items():
-        straight = train(data, tx, batches)
+    spd = optax_spd.adam_spd(3e-3, weight_decay=2.0)
+    for name, tx in {"adam": optax.adam(3e-3), "spd": spd}.items():
+        straight = train(data.pretrained, tx, batches)
         result[name] = {
             "noisy": digits.accuracy(logits(straight.model, data.noisy["image"]), data.noisy),
             "clean": digits.accuracy(logits(straight.model, data.clean["image"]), data.clean),
@@ -74,8 +68,8 @@ def main(steps: int = 200) -> dict[str, Any]:
         }
         print(f"{name:5}" + "".join(f"  {k} {v:.3f}" for k, v in result[name].items()))
 
-    half = pickle.dumps(values(train(data, tx, batches[: steps // 2])))
-    resumed = train(data, tx, batches[steps // 2 :], pickle.loads(half))
+    half = pickle.dumps(values(train(data.pretrained, tx, batches[: steps // 2])))
+    resumed = train(data.pretrained, tx, batches[steps // 2 :], pickle.loads(half))
     ends = [jax.tree.leaves(values(trainer)) for trainer in (straight, resumed)]
     result["restart_equal"] = all(map(np.array_equal, *ends))
     print("restart: bit-equal" if result["restart_equal"] else "restart: differs")

@@ -69,6 +69,47 @@ def test_kauldron() -> None:
     assert found["restart_equal"]
 
 
+def test_haiku_names_its_layers() -> None:
+    found = run("haiku_mlp", "haiku")
+    assert found["layers"] == ["hidden/b", "hidden/w", "output/b", "output/w"]
+    assert found["spd"]["distance"] < found["adam"]["distance"]
+    assert found["spd"]["noisy"] > 0.8
+    assert found["restart_equal"]
+
+
+def test_penzai_runs_unchanged() -> None:
+    found = run("penzai_mlp", "penzai")
+    assert found["layers"] == [f"{index}/data_array" for index in range(4)]
+    assert found["spd"]["distance"] < found["adam"]["distance"]
+    assert found["spd"]["noisy"] > 0.8
+    assert found["restart_equal"]
+
+
+def test_keras_variables_get_their_names() -> None:
+    found = run("keras_loop", "keras")
+    names = ["hidden/bias", "hidden/kernel", "output/bias", "output/kernel"]
+    assert found["layers"] == [f"mlp/{name}" for name in names]
+    assert found["spd"]["distance"] < found["adam"]["distance"]
+    assert found["spd"]["noisy"] > 0.8
+    assert found["restart_equal"]
+
+
+def test_maxtext_needs_set_anchor() -> None:
+    found = run("maxtext_anchor", "maxtext")
+    assert found["before_set_anchor"] > 1
+    assert found["layers"] == 3 * 9 + 3
+    assert found["restart_equal"]
+
+
+def test_tpgm_learns_only_with_validation_data() -> None:
+    with pytest.warns(UserWarning, match="got no validation data"):
+        found = run("tpgm_in_trainer")
+    without = found["tpgm without validation data"]
+    assert without["distance"] < 0.2 * found["tpgm"]["distance"]
+    assert found["tpgm"]["distance"] < found["adam"]["distance"]
+    assert found["tpgm"]["noisy"] > without["noisy"] + 0.05
+
+
 def test_each_is_short() -> None:
     for path in Path(importlib.import_module("examples.clients").__file__ or "").parent.glob(
         "*.py"

@@ -1,7 +1,8 @@
 """MaxText: pretrains a tiny decoder, then fine-tunes it with SPD; saves, and resumes.
 
 MaxText loads ``load_parameters_path`` after ``tx.init``, so the anchor is a random init until
-``set_anchor``. Not in the ``clients`` extra: docs/trainers.md says what it was run with.
+``set_anchor``. Its wheel asks for no packages on a CPU; it carries a list of them, to install with
+``pip install -r dependencies/requirements/base_requirements/requirements.txt`` in site-packages.
 """
 
 import tempfile

@@ -1,6 +1,7 @@
 """The examples inside other people's trainers run, and show what they promise.
 
-Those whose packages are not installed are skipped; ``make test-clients`` installs all.
+Those whose packages are not installed are skipped. ``make test-clients`` installs all but MaxText's
+many ones: examples/clients/maxtext_anchor.py says how.
 """
 
 import importlib

@@ -5,10 +5,13 @@ many ones: examples/clients/maxtext_anchor.py says how.
 """
 
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+os.environ["KERAS_BACKEND"] = "jax"  # heeded when Keras is first imported
 
 
 def run(name: str, *packages: str, **options: Any) -> Any:

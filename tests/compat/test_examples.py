@@ -1,13 +1,17 @@
 """The examples inside other people's trainers run, and show what they promise.
 
-Those whose packages are not installed are skipped; ``make test-clients`` installs all.
+Those whose packages are not installed are skipped. ``make test-clients`` installs all but MaxText's
+many ones: examples/clients/maxtext_anchor.py says how.
 """
 
 import importlib
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+os.environ["KERAS_BACKEND"] = "jax"  # heeded when Keras is first imported
 
 
 def run(name: str, *packages: str, **options: Any) -> Any:
@@ -67,6 +71,47 @@ def test_kauldron() -> None:
     assert found["noisy"] > 0.75
     assert found["frozen"]
     assert found["restart_equal"]
+
+
+def test_haiku_names_its_layers() -> None:
+    found = run("haiku_mlp", "haiku")
+    assert found["layers"] == ["hidden/b", "hidden/w", "output/b", "output/w"]
+    assert found["spd"]["distance"] < found["adam"]["distance"]
+    assert found["spd"]["noisy"] > 0.8
+    assert found["restart_equal"]
+
+
+def test_penzai_runs_unchanged() -> None:
+    found = run("penzai_mlp", "penzai")
+    assert found["layers"] == [f"{index}/data_array" for index in range(4)]
+    assert found["spd"]["distance"] < found["adam"]["distance"]
+    assert found["spd"]["noisy"] > 0.8
+    assert found["restart_equal"]
+
+
+def test_keras_variables_get_their_names() -> None:
+    found = run("keras_loop", "keras")
+    names = ["hidden/bias", "hidden/kernel", "output/bias", "output/kernel"]
+    assert found["layers"] == [f"mlp/{name}" for name in names]
+    assert found["spd"]["distance"] < found["adam"]["distance"]
+    assert found["spd"]["noisy"] > 0.8
+    assert found["restart_equal"]
+
+
+def test_maxtext_needs_set_anchor() -> None:
+    found = run("maxtext_anchor", "maxtext")
+    assert found["before_set_anchor"] > 1
+    assert found["layers"] == 3 * 9 + 3
+    assert found["restart_equal"]
+
+
+def test_tpgm_learns_only_with_validation_data() -> None:
+    with pytest.warns(UserWarning, match="got no validation data"):
+        found = run("tpgm_in_trainer")
+    without = found["tpgm without validation data"]
+    assert without["distance"] < 0.2 * found["tpgm"]["distance"]
+    assert found["tpgm"]["distance"] < found["adam"]["distance"]
+    assert found["tpgm"]["noisy"] > without["noisy"] + 0.05
 
 
 def test_each_is_short() -> None:

@@ -59,9 +59,7 @@ def accuracy_picture(results: Results) -> Figure:
             seeds = [float(np.mean([score.accuracy[name] for name in names])) for score in scores]
             bar = np.std(seeds, ddof=1) if len(seeds) > 1 else _binomial_error(scores[0], names)
             if several:
-                axes.scatter(
-                    seeds, [row] * len(seeds), s=28, color=colour, alpha=0.5, linewidths=0
-                )
+                axes.scatter(seeds, [row] * len(seeds), s=28, color=colour, alpha=0.5, linewidths=0)
             axes.errorbar(
                 np.mean(seeds), row, xerr=bar, fmt="o", color=colour, capsize=4, markersize=8
             )

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 import optax_spd
 
+GREY = "0.5"  # can be read on white and on black
 PRETRAINED = np.array([0.9, 0.1], np.float32)
 STEPS, RATE = 250, 0.02
 draw = np.random.default_rng(0)
@@ -40,15 +41,19 @@ def train(tx: optax.GradientTransformation) -> Any:
 
 
 figure = Figure(figsize=(8, 5.4), layout="constrained")
-ax = figure.add_subplot(xlabel="first weight", ylabel="second weight", aspect="equal")
+ax = figure.add_subplot(aspect="equal")
+ax.set_xlabel("first weight", color=GREY)
+ax.set_ylabel("second weight", color=GREY)
+ax.tick_params(colors=GREY)
+ax.spines[:].set_edgecolor(GREY)
 grid = np.meshgrid(np.linspace(-0.3, 1.55, 99), np.linspace(-0.1, 1.1, 65))
-for loss, colour, lowest in ((training_loss, "0.45", 0.3), (shifted_loss, "#007f5f", 0.1)):
+for loss, colour, lowest in ((training_loss, GREY, 0.3), (shifted_loss, "#007f5f", 0.1)):
     heights = jax.vmap(jax.vmap(loss))(np.stack(grid, -1))
     ax.clabel(ax.contour(*grid, heights, lowest * 2.0 ** np.arange(5), colors=colour))
-ax.text(1.07, 0.72, "training loss", fontsize=13, color="0.45")
+ax.text(1.07, 0.72, "training loss", fontsize=13, color=GREY)
 ax.text(0.86, -0.07, "shifted loss", fontsize=13, color="#007f5f")
-ax.plot(*PRETRAINED, "k*", markersize=16, zorder=3)
-ax.text(0.94, 0.08, "pretrained", fontsize=13)
+ax.plot(*PRETRAINED, "*", color="#cc79a7", markersize=16, zorder=3)
+ax.text(0.94, 0.08, "pretrained", fontsize=13, color="#cc79a7")
 runs = {"Adam": optax.adam(RATE), "SPD": optax_spd.adam_spd(RATE, weight_decay=2.0)}
 for (name, tx), colour in zip(runs.items(), ("#d55e00", "#0072b2"), strict=True):
     path, fired = map(np.asarray, train(tx))
@@ -57,4 +62,4 @@ for (name, tx), colour in zip(runs.items(), ("#d55e00", "#0072b2"), strict=True)
     ax.annotate(name, path[path[:, 1].argmax()] + 0.015, fontsize=15, color=colour)
     ends = f"training loss {training_loss(path[-1]):.2f}, shifted {shifted_loss(path[-1]):.2f}"
     print(f"{name}: {ends}, pulled back in {fired.sum()} of {STEPS} steps")
-figure.savefig(sys.argv[1] if len(sys.argv) > 1 else "path.png", dpi=120)
+figure.savefig(sys.argv[1] if len(sys.argv) > 1 else "path.png", dpi=120, transparent=True)

@@ -23,9 +23,9 @@ TITLES = {
     FIRED_SHARE: "share of steps pulled back",
 }
 # Colours and axes are logarithmic if the values span more than this factor, and show no more than
-# the decades below the largest value: a radius may be 1e-8.
+# the decades below the largest value: a radius may be 1e-8, and what moves starts at 0.
 LOGARITHMIC_FROM = 30
-DECADES = 5
+DECADES = 2
 
 
 def plot_layers(
@@ -38,7 +38,7 @@ def plot_layers(
 
     Layers stand in natural order, "layer_2" before "layer_10". With many layers only some are
     labelled. Where the values span more than a factor of 30, the colours are logarithmic, and what
-    is 0 or smaller than 1e-5 of the largest has the darkest colour. Grey: no finite number. Nothing
+    is 0 or smaller than 1 % of the largest has the darkest colour. Grey: no finite number. Nothing
     is shown on a screen, and no global state of matplotlib changes.
 
     Args:
@@ -107,6 +107,7 @@ def plot_layers(
     bar.set_label(TITLES.get(column, column))
     if logarithmic:
         _number(bar.ax.yaxis, low, top)
+    _in_percent(bar.ax.yaxis, column)
     return ax
 
 
@@ -162,6 +163,7 @@ def plot_report(
     low, top = _round_outward(float(low), float(top))
     ax.set_xlim(low / 1.15, top * 1.15)
     _number(ax.xaxis, low, top)
+    _in_percent(ax.xaxis, column)
     for edge, marker, missing in ((0.015, "<", values == 0), (0.985, ">", np.isinf(values))):
         ax.plot(
             np.full(missing.sum(), edge),
@@ -293,3 +295,11 @@ def _number(axis: Axis, low: float, top: float) -> None:
     axis.set_major_locator(ticker.LogLocator(subs=subs))
     axis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
     axis.set_minor_locator(ticker.NullLocator())
+
+
+def _in_percent(axis: Axis, column: str) -> None:
+    """Writes relative deviations in percent."""
+    from matplotlib import ticker
+
+    if column == "relative_deviation":
+        axis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{100 * x:.4g} %"))

@@ -63,11 +63,11 @@ def test_a_heat_map_has_layers_in_natural_order_and_reports_by_step() -> None:
 
 
 def test_colours_of_radii_are_logarithmic_and_small_ones_and_zeros_have_the_darkest() -> None:
-    radii = [1.0, 0.1, 1e-9, 0.0, math.nan]
+    radii = [1.0, 0.1, 1e-8, 0.0, math.nan]
     names = {f"layer_{i}": 1.0 for i in range(5)}
     ax = optax_spd.plot_layers([report_of(names, ftp_radii=radii)], "ftp_radii")
     (mesh,) = ax.collections
-    assert (mesh.norm.vmin, mesh.norm.vmax) == (1e-5, 1.0)
+    assert (mesh.norm.vmin, mesh.norm.vmax) == (0.01, 1.0)
     drawn = mesh.to_rgba(mesh.get_array())[:, 0]
     darkest, brightest = mesh.cmap(0.0), mesh.cmap(1.0)
     assert [tuple(x) for x in drawn[2:4]] == [darkest] * 2
@@ -75,7 +75,7 @@ def test_colours_of_radii_are_logarithmic_and_small_ones_and_zeros_have_the_dark
     assert tuple(drawn[4]) == (0.8, 0.8, 0.8, 1.0)
     assert mesh.colorbar.extend == "min"
     texts = [x.get_text() for x in mesh.colorbar.ax.get_yticklabels()]
-    assert {"0.01", "0.1"} <= set(texts)
+    assert {"0.02", "0.1", "0.5"} <= set(texts)
     # Values alike, or all zero, have a linear scale from 0.
     (mesh,) = optax_spd.plot_layers([report_of({"a": 0.0, "b": 0.0})]).collections
     assert (mesh.norm.vmin, mesh.norm.vmax) == (0, 1)
@@ -124,6 +124,17 @@ def test_a_report_has_a_mark_a_layer_on_a_log_axis_with_numbers() -> None:
     formatter = ax.xaxis.get_major_formatter()
     assert [formatter(x, 0) for x in (0.2, 1e-5)] == ["0.2", "1e-05"]
     assert ax.get_xlabel() == "deviation  ‖θ - θ₀‖"
+
+
+def test_relative_deviations_are_in_percent() -> None:
+    for values in ({"a": 2e-4, "b": 0.04}, {"a": 0.03, "b": 0.04}):  # of norm 2
+        report = report_of(values)
+        bar = optax_spd.plot_layers([report]).collections[0].colorbar
+        for axis in (bar.ax.yaxis, optax_spd.plot_report(report).xaxis):
+            shown = axis.get_major_formatter().format_ticks([0.015])
+            assert shown == ["1.5 %"]
+    absolute = optax_spd.plot_report(report, "deviation").xaxis
+    assert absolute.get_major_formatter().format_ticks([0.015]) == ["0.015"]
 
 
 def test_zero_and_infinite_deviations_stand_at_the_edges() -> None:

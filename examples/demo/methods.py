@@ -219,7 +219,7 @@ METHODS = {
     "ftp": Method("FTP", "#009e73", "p", ftp, chosen={"radius rate": FTP_RATE, "k": FTP_K}),
     "temp-balance": Method(
         "TempBalance",
-        "#000000",
+        "#8c510a",
         "h",
         temp_balance,
         chosen={

@@ -22,6 +22,7 @@ import optax_spd
 from examples.demo.errors import DemoError
 from examples.demo.experiment import Settings
 from examples.demo.methods import METHODS
+from examples.demo.pictures import on_any_page
 from examples.demo.scores import DOMAINS, Results
 
 PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "scikit-learn")
@@ -109,5 +110,5 @@ def _circumstances(settings: Settings, seconds: float) -> dict[str, Any]:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    on_any_page(figure).savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()

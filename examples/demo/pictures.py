@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from examples.demo import data
@@ -21,12 +22,26 @@ TABLES = ("word", "position", "token_type")
 KERNELS = ("query", "key", "value", "attention_out", "feed_forward_in", "feed_forward_out")
 
 BLUE, ORANGE = "#0072b2", "#d55e00"  # of Okabe and Ito's palette
+GREY = "#808080"  # can be read on white and on black
 SMALLEST_DEVIATION = 1e-3  # what moved less has the darkest colour
 
 
 def percent(value: float, _: object = None) -> str:
     """Writes a tick of a share, such as 0.625."""
     return f"{100 * value:.4g} %"
+
+
+def on_any_page(figure: Figure) -> Figure:
+    """Makes the background transparent and black text and lines grey, for light and dark pages."""
+    figure.patch.set_alpha(0)
+    for axes in figure.axes:
+        axes.patch.set_alpha(0)
+        axes.tick_params(which="both", colors=GREY)
+        axes.spines[:].set_edgecolor(GREY)
+    for text in figure.findobj(lambda artist: isinstance(artist, Text)):
+        if isinstance(text, Text) and text.get_color() == "black":
+            text.set_color(GREY)
+    return figure
 
 
 def accuracy_picture(results: Results) -> Figure:
@@ -44,9 +59,7 @@ def accuracy_picture(results: Results) -> Figure:
             seeds = [float(np.mean([score.accuracy[name] for name in names])) for score in scores]
             bar = np.std(seeds, ddof=1) if len(seeds) > 1 else _binomial_error(scores[0], names)
             if several:
-                axes.scatter(
-                    seeds, [row] * len(seeds), s=28, color=colour, alpha=0.35, linewidths=0
-                )
+                axes.scatter(seeds, [row] * len(seeds), s=28, color=colour, alpha=0.5, linewidths=0)
             axes.errorbar(
                 np.mean(seeds), row, xerr=bar, fmt="o", color=colour, capsize=4, markersize=8
             )
@@ -89,7 +102,7 @@ def deviation_picture(results: Results) -> Figure:
         for name, scores in results.items()
         if any(scores[0].deviation[path] for path in paths)  # not the linear probe
     }
-    figure = Figure(figsize=(8, 1.9 + 0.34 * len(moved)), layout="constrained")
+    figure = Figure(figsize=(7, 2.1 + 0.34 * len(moved)), layout="constrained")
     axes = figure.add_subplot()
     values = np.array([*moved.values()]).reshape(len(moved), len(paths))
     top = values.max(initial=SMALLEST_DEVIATION * 10)
@@ -118,11 +131,11 @@ def deviation_picture(results: Results) -> Figure:
             fontsize=11,
         )
         if index < BLOCKS:
-            axes.axvline(right, color="white", linewidth=3)
+            axes.axvline(right, color=GREY, linewidth=2)
     axes.set_xlabel(
-        "w word, p position, t type table; q query, k key, v value, o attention output, "
-        "↑ ↓ feed-forward in, out",
-        fontsize=10,
+        "w word, p position, t type table; q query, k key, v value,\n"
+        "o attention output, ↑ ↓ feed-forward in, out",
+        fontsize=11,
     )
     return figure
 

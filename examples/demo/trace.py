@@ -17,13 +17,14 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from rich.progress import Progress
 
 import optax_spd
 from examples.demo import assets, data, experiment, training
 from examples.demo.experiment import Material, Settings, Workbench
 from examples.demo.methods import METHODS
-from examples.demo.pictures import percent
+from examples.demo.pictures import on_any_page, percent
 
 COMPARED = ("adam", "spd")
 
@@ -98,13 +99,18 @@ def curves(runs: dict[str, list[dict[str, Any]]]) -> Figure:
 
 
 def kernels(report: optax_spd.LayerReport) -> optax_spd.LayerReport:
-    """The report without biases, normalisations and tables."""
-    return report._replace(rows=tuple(row for row in report.rows if "kernel" in row.name))
+    """The report without biases, normalisations and tables; short names fit into a picture."""
+    rows = [
+        row._replace(name=row.name.removeprefix("encoder/").removesuffix("/kernel"))
+        for row in report.rows
+        if row.name.endswith("/kernel")
+    ]
+    return report._replace(rows=tuple(rows))
 
 
 def layers(reports: dict[int, optax_spd.LayerReport]) -> Figure:
     """The layers' deviations, and how often SPD pulled them back, layer by layer and over time."""
-    figure = Figure(figsize=(9, 7.4), layout="constrained")
+    figure = Figure(figsize=(8, 7), layout=ConstrainedLayoutEngine(wspace=0.1))
     left, right = figure.subplots(1, 2)
     optax_spd.plot_layers(reports, "relative_deviation", ax=left)
     optax_spd.plot_layers(reports, "fired_share", ax=right)
@@ -145,11 +151,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "trace.json").write_text(json.dumps(runs, indent=1))
     last = watched["spd"][max(watched["spd"])]
-    report = Figure(figsize=(8, 7.4), layout="constrained")
+    report = Figure(figsize=(7, 7), layout="constrained")
     optax_spd.plot_report(last, ax=report.add_subplot())
     pictures = {"trace": curves(runs), "layers": layers(watched["spd"]), "report": report}
     for name, figure in pictures.items():
-        figure.savefig(options.out / f"{name}.png", dpi=120)
+        on_any_page(figure).savefig(options.out / f"{name}.png", dpi=120)
 
 
 if __name__ == "__main__":

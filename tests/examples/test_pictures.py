@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 from examples.demo import data, pictures, scores, trace
 from examples.demo.minilm import BLOCKS
@@ -66,6 +67,15 @@ def test_the_heat_map_has_a_row_a_method_that_moved_and_a_column_a_matrix():
     assert mesh.norm.vmin == pictures.SMALLEST_DEVIATION
     assert "relative deviation" in bar.get_xlabel()
     assert bar.xaxis.get_major_formatter()(0.02, 0) == "2 %"
+
+
+def test_pictures_have_no_background_and_no_black():
+    results = {"adam": [score(0.7)], "tpgm": [score(0.7, radius=0.02)]}
+    for draw in (pictures.accuracy_picture, pictures.deviation_picture, pictures.radius_picture):
+        figure = pictures.on_any_page(draw(results))
+        figure.canvas.draw()
+        assert figure.patch.get_alpha() == 0
+        assert not any(text.get_color() == "black" for text in figure.findobj(Text))
 
 
 def test_radii_of_held_matrices_are_drawn_at_the_smallest_and_no_line_joins_blocks():

@@ -221,6 +221,30 @@ def test_the_recipe_does_not_project_the_momentum(nesterov: bool, x64: None) -> 
     assert 2 <= fired <= 7
 
 
+def test_weights_before_a_normalisation_grow_less_than_with_adamw() -> None:
+    x, y = (jax.random.normal(jax.random.key(i), (64, n)) for i, n in ((1, 16), (2, 8)))
+    start = {"kernel": jax.random.normal(jax.random.key(0), (16, 8))}
+
+    def loss(params: Any) -> jax.Array:
+        hidden = x @ params["kernel"]
+        hidden -= hidden.mean(axis=0)
+        return jnp.mean((hidden / jnp.sqrt(jnp.mean(hidden**2, axis=0)) - y) ** 2)
+
+    def length_after(tx: optax.GradientTransformation) -> float:
+        def step(_: int, carry: Any) -> Any:
+            params, state = carry
+            updates, state = tx.update(jax.grad(loss)(params), state, params)
+            return optax.apply_updates(params, updates), state
+
+        params, _ = jax.lax.fori_loop(0, 50, step, (start, tx.init(start)))
+        return float(jnp.linalg.norm(params["kernel"]))
+
+    length = float(jnp.linalg.norm(start["kernel"]))
+    adamp, adamw = length_after(optax_spd.adamp(0.05)), length_after(optax.adamw(0.05))
+    assert adamp - length < 0.5 * (adamw - length)
+    assert adamw > 1.05 * length
+
+
 def test_without_a_test_that_passes_it_is_the_optimizer_with_decoupled_decay() -> None:
     params = {"w": jnp.array([[3.0, 1.0], [-1.0, 2.0]])}
     grads = {"w": jnp.array([[0.1, -1.0], [2.0, 0.5]])}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from docs_examples import ROOT, run
 from flax.core import freeze
 
 import optax_spd
@@ -370,3 +371,17 @@ def test_a_list_of_parameters_may_lose_an_array_too() -> None:
     tx = optax_spd.with_frozen(inner, [True, False])
     with pytest.raises(ValueError, match=r"None at '.*trace/1'.* the parameter '1'"):
         tx.update(params, saved, params)
+
+
+def test_the_docs_unfreeze_layer_by_layer_and_carry_the_momentum() -> None:
+    names = run(ROOT / "docs" / "freezing.md")
+    params, tuned = names["params"], names["model"]
+    trace = optax.tree.get(names["state"], "trace")
+    # The gradient is 1, and each phase is three steps of SGD with a rate of 0.01.
+    for name, steps in {"head": 9, "layer_1": 6, "layer_0": 3}.items():
+        momenta = np.array([(1 - 0.9**k) / 0.1 for k in range(1, steps + 1)])
+        np.testing.assert_allclose(trace[name]["kernel"], momenta[-1], rtol=1e-5)
+        moved = params[name]["kernel"] - tuned[name]["kernel"]
+        np.testing.assert_allclose(moved, 0.01 * momenta.sum(), rtol=1e-4)
+    assert trace["embeddings"]["word_embeddings"] == optax.MaskedNode()
+    assert_equal(tuned["embeddings"], params["embeddings"])

@@ -1,1 +1,1 @@
-"""Does staying near the pretrained weights help? Settings x methods x seeds: see docs/evidence.md."""
+"""Does staying near the pretrained weights help? The protocol is in docs/evidence.md."""

@@ -1,4 +1,4 @@
-"""What a setting is: pretrained weights, a task to learn, and test sets from other distributions."""
+"""What a setting is: pretrained weights, a task to learn, and shifted test sets."""
 
 from __future__ import annotations
 

@@ -32,7 +32,8 @@ class Draw:
     """All that the methods share on one seed.
 
     Attributes:
-      start: the pretrained weights, with a head fitted to their features (LP-FT).
+      start: the pretrained weights, with a head fitted to their features (LP-FT): two subtrees,
+        "encoder" and "head".
       batches: one a step, in the order that every method sees.
       validation: in-distribution examples, none of which are trained on. Settings are chosen by
         them, and the methods that learn from validation data get theirs from here.
@@ -47,7 +48,7 @@ class Draw:
     held_out: Callable[[int], Batch]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared by identity, so that it can be static under jit
 class Setting:
     """One row of the benchmark's plan.
 
@@ -64,6 +65,8 @@ class Setting:
       depth: an array's depth from its path, for layer decay: -1 for what stands before the blocks,
         then 0, 1, ..., the largest for the head.
       balanced: the layers whose spectra TempBalance balances.
+      embedding: a pattern for the first layer, which freeze-embed does not train; None if it has
+        one of the usual names.
       retained: accuracy of a linear probe for another task on the frozen encoder, or None.
     """
 
@@ -77,6 +80,7 @@ class Setting:
     layers: Callable[[str, Any], optax_spd.LayerSpec] | None
     depth: Callable[[str], int]
     balanced: Callable[[Any], Any]
+    embedding: str | None = None
     retained: Callable[[Params], float] | None = None
 
     @property

@@ -158,7 +158,8 @@ def _download(asset: Asset, directory: Path) -> Path:
 
 # The line of an error message that says most, without the client's prefix.
 _REASON = re.compile(
-    r"^(?:ERROR: (?!Could not find)|E: |npm error (?!code|syscall|errno)(?:404 |notarget )?)(.+)", re.M
+    r"^(?:ERROR: (?!Could not find)|E: |npm error (?!code|syscall|errno)(?:404 |notarget )?)(.+)",
+    re.MULTILINE,
 )
 
 

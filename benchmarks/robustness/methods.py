@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import optax
 
 import optax_spd
+from benchmarks.robustness import sign_test
 from benchmarks.robustness.setting import Draw, Params, Setting
 
 Recipe = Callable[[Setting, optax.Schedule, float], optax.GradientTransformation]
@@ -20,6 +21,7 @@ Validate = Callable[[Params], float]  # accuracy on the validation set
 
 TPGM_EVERY = 8  # the radii learn on every 8th step, from one validation batch
 MOMENTUM = 0.9
+SPARSE_FRACTION = 0.05  # of each matrix's entries train
 TPGM_AFTER_BATCHES, TPGM_AFTER_RATE = 32, 0.1
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8)  # of the fine-tuned weights; validation chooses
 
@@ -93,6 +95,7 @@ def temp_balance(
         every=max(1, setting.steps // 4),
         min_scale=1 - spread,
         max_scale=1 + spread,
+        follows=setting.follows,
         mask=setting.balanced,
     )
     return optax.chain(optax.adam(rate), balance)
@@ -112,10 +115,8 @@ def adamp(setting: Setting, rate: optax.Schedule, decay: float) -> optax.Gradien
     return optax_spd.adamp(rate, weight_decay=decay, layers=setting.layers)
 
 
-def sparse(
-    _setting: Setting, rate: optax.Schedule, fraction: float
-) -> optax.GradientTransformation:
-    return optax_spd.with_sparse(optax_spd.adam_spd(rate), fraction)
+def sparse(_setting: Setting, rate: optax.Schedule, decay: float) -> optax.GradientTransformation:
+    return optax_spd.with_sparse(optax_spd.adam_spd(rate, weight_decay=decay), SPARSE_FRACTION)
 
 
 def wise_ft(_setting: Setting, draw: Draw, fitted: Params, validate: Validate) -> Params:
@@ -149,6 +150,8 @@ def tpgm_after(setting: Setting, draw: Draw, fitted: Params, _validate: Validate
     return radii.params
 
 
+# Every method has seven trials: four learning rates with the first strength, then the three other
+# strengths with the best of them. A method without a strength tries three finer rates instead.
 METHODS = {
     "probe": Method("linear probe"),
     "adam": Method("Adam", adam),
@@ -161,9 +164,12 @@ METHODS = {
     "layer-decay": Method("layer decay", layer_decay, "decay", (0.75, 0.65, 0.85, 0.95)),
     "temp-balance": Method("TempBalance", temp_balance, "spread", (0.5, 0.25, 0.4, 0.75)),
     "adamp": Method("AdamP", adamp, "weight decay", (1.0, 0.01, 0.1, 10.0)),
-    "sparse": Method("sparse SPD", sparse, "fraction", (0.1, 0.02, 0.05, 0.3)),
+    "sparse": Method("sparse SPD", sparse, "weight decay", (1.0, 0.25, 0.5, 2.0)),
     "sgd": Method("SGD", sgd, rate=10.0),
     "sgd-freeze": Method("SGD freeze", sgd_freeze, rate=10.0),
+    "spd-coin": Method("SPD, a coin", sign_test.coin, "weight decay"),
+    "spd-mean": Method("SPD, always", sign_test.always, "weight decay"),
+    "spd-away": Method("SPD, moving away", sign_test.away, "weight decay"),
     "wise-ft": Method("WiSE-FT", after=wise_ft),
     "lines": Method("LiNeS", after=lines),
     "tpgm-after": Method("TPGM after", after=tpgm_after),

@@ -56,10 +56,12 @@ class Result:
     made: Mapping[str, str] = field(default_factory=dict)  # versions, device, commit
 
     def line(self) -> str:
+        """The result as it stands in the file."""
         return json.dumps(asdict(self), allow_nan=False) + "\n"
 
     @classmethod
     def parse(cls, line: str) -> Result:
+        """The result of a line."""
         fields = json.loads(line)
         return cls(**{**fields, "key": Key(**fields["key"])})
 

@@ -65,6 +65,7 @@ class Setting:
       depth: an array's depth from its path, for layer decay: -1 for what stands before the blocks,
         then 0, 1, ..., the largest for the head.
       balanced: the layers whose spectra TempBalance balances.
+      follows: the module whose scale a module takes (`optax_spd.temp_balance`), or None.
       embedding: a pattern for the first layer, which freeze-embed does not train; None if it has
         one of the usual names.
       retained: accuracy of a linear probe for another task on the frozen encoder, or None.
@@ -80,6 +81,7 @@ class Setting:
     layers: Callable[[str, Any], optax_spd.LayerSpec] | None
     depth: Callable[[str], int]
     balanced: Callable[[Any], Any]
+    follows: Callable[[str], str] | None = None
     embedding: str | None = None
     retained: Callable[[Params], float] | None = None
 

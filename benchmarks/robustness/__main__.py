@@ -20,7 +20,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.robustness import digits, plan, report, runs, sentiment, spam
+from benchmarks.robustness import digits, figures, plan, report, runs, sentiment, spam
 from benchmarks.robustness.methods import METHODS
 from benchmarks.robustness.runs import Key, Store
 from benchmarks.robustness.setting import Setting
@@ -152,7 +152,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         vars(options).update(QUICK)
     console = Console(width=max(Console().width, 110))
     if options.report:
-        report.write(options.out, console)
+        paths = sorted(options.out.glob("*.jsonl"))
+        stores = {path.stem: Store(path).results for path in paths}
+        report.write(options.out, stores, console)
+        figures.write(options.out, stores)
         return 0
     missing = False
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

@@ -96,7 +96,7 @@ def uniform(seed: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(seed.astype(jnp.float32), jnp.uint32)
     for factor in (0x85EBCA6B, 0xC2B2AE35):
         bits = (bits ^ (bits >> 15)) * jnp.uint32(factor)
-    return (bits ^ (bits >> 16)).astype(jnp.float32) / 2**32
+    return (bits ^ (bits >> 16)).astype(jnp.float32) * 2.0**-32
 
 
 def _adam_with(

@@ -110,12 +110,13 @@ class Runner:
             keys = plan.keys(part, setting.name, options.methods, options.seeds, recorded.results)
             task = self.progress.add_task(f"{setting.name}, {part}", total=None)
             # Tuning decides on the way which runs follow, so it is asked for one at a time.
+            pending: Iterable[dict[Key, list[str]]]
             if part == "tune":
                 pending = (jobs([key], store.results) for key in keys)
             else:
                 missing = jobs(keys, store.results)
                 self.progress.update(task, total=len(missing))
-                pending = iter([missing])
+                pending = [missing]
             for some in pending:
                 for key, after in some.items():
                     self.run(setting, draw, store, key, after)

@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
 from benchmarks.robustness import plan, report
 from benchmarks.robustness.methods import METHODS
@@ -27,7 +28,7 @@ def write(out: Path, stores: Mapping[str, Results]) -> None:
     plt.close("all")
 
 
-def accuracy(setting: str, results: Results) -> plt.Figure:
+def accuracy(setting: str, results: Results) -> Figure:
     """Shifted over in-distribution accuracy with 95 % intervals, one panel a regime."""
     regimes = [fast for fast in (False, True) if len(report.rows(setting, fast, results)) > 1]
     figure, axes = plt.subplots(
@@ -64,7 +65,7 @@ def accuracy(setting: str, results: Results) -> plt.Figure:
     return figure
 
 
-def grids(setting: str, results: Results) -> plt.Figure:
+def grids(setting: str, results: Results) -> Figure:
     """Accuracy over strength and learning rate: a column a method, in distribution and shifted."""
     figure, axes = plt.subplots(
         2, len(plan.GRID), figsize=(9.2, 4.8), layout="constrained", sharey="row"

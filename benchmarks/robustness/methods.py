@@ -139,7 +139,7 @@ def lines(setting: Setting, draw: Draw, fitted: Params, validate: Validate) -> P
 
 def tpgm_after(setting: Setting, draw: Draw, fitted: Params, _validate: Validate) -> Params:
     batches = draw.held_out(TPGM_AFTER_BATCHES)
-    radii = optax_spd.fit_radii(
+    fitted_radii = optax_spd.fit_radii(
         fitted,
         draw.start,
         setting.loss,
@@ -147,7 +147,8 @@ def tpgm_after(setting: Setting, draw: Draw, fitted: Params, _validate: Validate
         radius_optimizer=optax.adam(TPGM_AFTER_RATE),
         layers=setting.layers,
     )
-    return radii.params
+    made: Params = fitted_radii.params
+    return made
 
 
 # Every method has seven trials: four learning rates with the first strength, then the three other

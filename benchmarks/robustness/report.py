@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.markdown import Markdown
-from scipy import stats
+from scipy import stats  # type: ignore[import-untyped]
 
 from benchmarks.robustness import plan
 from benchmarks.robustness.methods import METHODS
@@ -55,6 +55,11 @@ class Estimate:
 def in_distribution(result: Result) -> float:
     """Accuracy on the first test set, in per cent."""
     return 100 * next(iter(result.accuracy.values()))
+
+
+def accuracy_on(test: str) -> Measure:
+    """Accuracy on one test set, in per cent."""
+    return lambda result: 100 * result.accuracy[test]
 
 
 def shifted(result: Result) -> float:
@@ -122,8 +127,7 @@ def accuracy_table(setting: str, fast: bool, results: Results) -> list[list[str]
         if row.diverged:
             cells.append(f"diverged on {row.diverged} of {len(row.runs)} seeds")
         else:
-            for each in sets:
-                cells.append(row.of(lambda run, each=each: 100 * run.accuracy[each]).text())
+            cells += [row.of(accuracy_on(each)).text() for each in sets]
             cells.append(row.of(shifted).text())
             for other in ("adam", "l2-sp"):
                 ready = name != other and other in found and not found[other].diverged

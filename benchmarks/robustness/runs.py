@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from scipy.special import softmax
+from scipy.special import softmax  # type: ignore[import-untyped]
 from sklearn.metrics import log_loss, roc_auc_score
 
 import optax_spd

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import optax_spd
-from benchmarks.robustness import __main__ as program, plan, report, runs
+from benchmarks.robustness import __main__ as program, plan, report, runs, sign_test
 from benchmarks.robustness.methods import METHODS
 from benchmarks.robustness.plan import Choice, Plan
 from benchmarks.robustness.runs import Key, Result, Store

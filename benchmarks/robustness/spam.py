@@ -22,6 +22,11 @@ ASCII: MiniLM's vocabulary is English, and they are all spam. So are duplicates,
 groups: of two texts whose sets of three successive words overlap by half (Jaccard, in the first 32
 words, without digits, case and punctuation; Broder, On the Resemblance and Containment of
 Documents, 1997) the first stays, in the order above. Replies that quote a mail may stay with it.
+
+Of 6,046 mails 70 are left out as short or foreign and 1,314 as duplicates. What is left: 2,187
+easy-ham-1, 329 spam-1, 1,137 easy-ham-2, 825 spam-2, 184 hard-ham-1. Spam-1 limits the parts: 256
+mails for training out of 358, 100 for validation, 200 for the test; the other tests have 500 and
+368. All are half spam. The retained task is the sentiment of movie snippets.
 """
 
 from __future__ import annotations

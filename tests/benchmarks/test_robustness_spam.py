@@ -83,9 +83,7 @@ def test_of_similar_texts_the_first_stays():
         "a": [start + " one end"]
     }
 
-
-def test_what_is_removed_does_not_remove_others():
-    """Only texts that stay have duplicates: B is like A and C, but C is not like A."""
+    # B is like A and C, but C is not like A: what is removed removes nothing.
     a, b, c = ("p q r s t u v w", "r s t u v w x y", "t u v w x y z o")
     assert spam.distinct({"a": [a, b, c]}) == {"a": [a, c]}
 

@@ -31,13 +31,12 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from flax import linen as nn
 from sklearn.datasets import load_digits
 
 import optax_spd
 from benchmarks.robustness import pictures
-from benchmarks.robustness.setting import Batch, Draw, Examples, Params, Setting
+from benchmarks.robustness.setting import Examples, Params, Setting
 from benchmarks.robustness.torch_files import read_state_dict
 from examples.demo.assets import Asset, fetch
 from examples.demo.errors import DemoError
@@ -109,20 +108,10 @@ class Encoder(nn.Module):
         return nn.relu(nn.Dense(HIDDEN, name="hidden")(x.reshape(len(x), -1)))
 
 
-def encode(encoder: Params, statistics: Params, pictures: jax.Array) -> jax.Array:
+def encode(statistics: Params, encoder: Params, pictures: jax.Array) -> jax.Array:
     found: Any = Encoder().apply({"params": encoder, "batch_stats": statistics}, pictures)
     features: jax.Array = found
     return features
-
-
-def logits(params: Params, statistics: Params, pictures: jax.Array) -> jax.Array:
-    """The output of encoder and head, (batch, 10)."""
-    features = encode(params["encoder"], statistics, pictures)
-    found: jax.Array = features @ params["head"]["kernel"] + params["head"]["bias"]
-    return found
-
-
-_encode, _logits = jax.jit(encode), jax.jit(logits)
 
 
 def load_network(path: Path) -> tuple[Params, Params]:
@@ -190,13 +179,14 @@ def optdigits(size: int) -> Examples:
 def load(cache: Path, announce: Callable[[str], None]) -> Setting:
     """Reads everything from the cache; what is missing is downloaded."""
     (weights,) = fetch(NETWORK, cache, announce)
-    return make(*load_network(weights), read_mnist(fetch(MNIST, cache, announce)))
+    network, statistics = load_network(weights)
+    return make(network["encoder"], statistics, read_mnist(fetch(MNIST, cache, announce)))
 
 
-def make(network: Params, statistics: Params, mnist: Examples) -> Setting:
+def make(encoder: Params, statistics: Params, mnist: Examples) -> Setting:
     """The setting, from the published weights and MNIST's digits."""
     order = np.random.default_rng(0).permutation(len(mnist))
-    test, pool = pictures.take(mnist, order[:TEST]), order[TEST:]
+    test = pictures.take(mnist, order[:TEST])
     tests = {
         "mnist": test,
         "optdigits": optdigits(SIZE),
@@ -204,42 +194,16 @@ def make(network: Params, statistics: Params, mnist: Examples) -> Setting:
         "inverted": Examples(1 - test.inputs, test.labels),
     }
 
-    def draw(seed: int) -> Draw:
-        chosen = np.random.default_rng(seed).permutation(pool)
-        training = pictures.take(mnist, chosen[:TRAINING])
-        validation = pictures.take(mnist, chosen[TRAINING : TRAINING + VALIDATION])
-        features = partial(_encode, network["encoder"], statistics)
-        head = pictures.probe(
-            pictures.in_batches(features, training.inputs),
-            training.labels,
-            pictures.in_batches(features, validation.inputs),
-            validation.labels,
-        )
-        return Draw(
-            start={"encoder": network["encoder"], "head": head},
-            batches=pictures.training_batches(training, STEPS, seed),
-            validation=validation,
-            tests=tests,
-            held_out=lambda count: pictures.validation_batches(validation, count, seed),
-        )
-
-    def loss(params: Params, batch: Batch) -> jax.Array:
-        inputs, labels = batch
-        found = logits(params, statistics, inputs)
-        mean: jax.Array = optax.softmax_cross_entropy_with_integer_labels(found, labels).mean()
-        return mean
-
-    def scores(params: Params, examples: Examples) -> np.ndarray:
-        return pictures.in_batches(partial(_logits, params, statistics), examples.inputs)
-
-    return Setting(
+    return pictures.make(
+        partial(encode, statistics),
+        encoder,
+        pictures.take(mnist, order[TEST:]),
+        tests,
+        training=TRAINING,
+        validation=VALIDATION,
+        steps=STEPS,
         name="digits",
         title="digits: SVHN network, 500 of MNIST",
-        tests=tuple(tests),
-        steps=STEPS,
-        draw=draw,
-        loss=loss,
-        scores=scores,
         layers=None,
         depth=depth,
         balanced=optax_spd.path_mask("^encoder/"),

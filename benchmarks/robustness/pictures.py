@@ -1,21 +1,86 @@
-"""What the settings with pictures share: their batches, scores and the start of the head."""
+"""What the settings with pictures share: they classify by an encoder and a linear head."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from benchmarks.robustness.setting import Batch, Examples, Params
+from benchmarks.robustness.setting import Batch, Draw, Examples, Params, Setting
 
 BATCH = 48
-EVALUATION_BATCH = 250
+EVALUATION_BATCH = 50
 # Inverse regularisation strengths of the probe, strongest regularisation first.
 PROBE_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+
+
+def make(
+    encode: Callable[[Params, Any], jax.Array],
+    encoder: Params,
+    pool: Examples,
+    tests: Mapping[str, Examples],
+    *,
+    training: int,
+    validation: int,
+    steps: int,
+    **described: Any,
+) -> Setting:
+    """A setting.
+
+    Args:
+      encode: (encoder, inputs) -> features, (batch, width).
+      encoder: the pretrained weights.
+      pool: where each seed draws its training and validation examples from.
+      tests: the same for all seeds.
+      training: the number of training examples.
+      validation: the number of validation examples.
+      steps: the number of training steps.
+      **described: the setting's other attributes.
+    """
+
+    def logits(params: Params, inputs: Any) -> jax.Array:
+        features = encode(params["encoder"], inputs)
+        found: jax.Array = features @ params["head"]["kernel"] + params["head"]["bias"]
+        return found
+
+    def loss(params: Params, batch: Batch) -> jax.Array:
+        inputs, labels = batch
+        each = optax.softmax_cross_entropy_with_integer_labels(logits(params, inputs), labels)
+        mean: jax.Array = each.mean()
+        return mean
+
+    jitted_encode, jitted_logits = jax.jit(encode), jax.jit(logits)
+
+    def scores(params: Params, examples: Examples) -> np.ndarray:
+        return in_batches(partial(jitted_logits, params), examples.inputs)
+
+    def draw(seed: int) -> Draw:
+        chosen = np.random.default_rng(seed).permutation(len(pool))[: training + validation]
+        trained, held_out = take(pool, chosen[:training]), take(pool, chosen[training:])
+        features = partial(jitted_encode, encoder)
+        head = probe(
+            in_batches(features, trained.inputs),
+            trained.labels,
+            in_batches(features, held_out.inputs),
+            held_out.labels,
+        )
+        return Draw(
+            start={"encoder": encoder, "head": head},
+            batches=training_batches(trained, steps, seed),
+            validation=held_out,
+            tests=tests,
+            held_out=lambda count: validation_batches(held_out, count, seed),
+        )
+
+    return Setting(
+        tests=tuple(tests), steps=steps, draw=draw, loss=loss, scores=scores, **described
+    )
 
 
 def take(examples: Examples, indices: np.ndarray) -> Examples:

@@ -20,7 +20,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.robustness import digits, figures, plan, report, runs, sentiment, spam
+from benchmarks.robustness import digits, figures, images, plan, report, runs, sentiment, spam
 from benchmarks.robustness.methods import METHODS
 from benchmarks.robustness.runs import Key, Store
 from benchmarks.robustness.setting import Setting
@@ -32,6 +32,7 @@ LOAD: dict[str, Callable[..., Setting]] = {
     "digits": digits.load,
     "sentiment": sentiment.load,
     "spam": spam.load,
+    "images": images.load,
     **{f"sentiment-{n}": partial(sentiment.load, examples=n) for n in (64, 256, 1024)},
 }
 PARTS = ("tune", "final", "strengths", "sign")

@@ -52,6 +52,7 @@ GRID = ("adamw", "l2-sp", "spd", "ftp")  # the study of strengths
 GRID_RATES = (1 / 3, 1.0, 3.0)  # times Adam's best
 GRID_STRENGTHS = (0.1, 10 ** (-1 / 3), 10 ** (1 / 3), 10.0)  # times the method's choice
 SIGN = ("spd", "spd-coin", "spd-mean", "spd-away")
+SIX = ("probe", "adam", "l2-sp", "spd", "ftp", "wise-ft")  # of the methods, where a run is long
 FEW = ("adam", "l2-sp", "spd", "ftp")  # with few training examples
 
 # Chosen by in-distribution validation on the tuning seeds in examples/demo/selection.py.
@@ -75,6 +76,7 @@ PLANS = {
     "sentiment": Plan(5, (), MINILM, EVERY, EVERY, grid_seeds=2, sign_seeds=3),
     # The same model: it takes sentiment's choice, which asks how well a choice carries over.
     "spam": Plan(5, (), MINILM, EVERY, ("adam", "adamw", "l2-sp", "spd", "ftp")),
+    "images": Plan(3, (3e-4, 1e-3, 3e-3, 1e-2), None, SIX, SIX),
     **{f"sentiment-{n}": Plan(3, (), MINILM, FEW) for n in (64, 256, 1024)},
 }
 

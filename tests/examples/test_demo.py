@@ -7,9 +7,12 @@ cache directory (or OPTAX_SPD_CACHE), so only the first run downloads.
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from hashlib import sha256
 from pathlib import Path
 
 import jax
@@ -121,18 +124,95 @@ def test_encoder_equals_the_independent_reference(minilm):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-def test_a_file_with_a_wrong_hash_is_refused_and_not_kept(tmp_path, monkeypatch):
-    def download(asset, directory):
-        directory.mkdir()
-        with zipfile.ZipFile(directory / "a.whl", "w") as archive:
-            archive.writestr("folder/file.bin", b"something else")
-        return directory / "a.whl"
+def fake_client(monkeypatch, pack):
+    """Replaces the client: `pack(directory)` writes the archive in place of a download."""
+    real = subprocess.run
 
-    monkeypatch.setattr(assets, "_pip_download", download)
-    asset = assets.Asset("package", "1.0", "wheel", {"folder/file.bin": "0" * 64})
-    with pytest.raises(DemoError, match=r"refused file.bin .* expected 0000"):
+    def run(command, **options):
+        if command[0] == "dpkg-deb":
+            return real(command, **options)
+        commands.append(command)
+        pack(Path(options["cwd"]))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    commands = []
+    monkeypatch.setattr(assets.subprocess, "run", run)
+    return commands
+
+
+def pack_tar(directory, name="a.tgz"):
+    with tarfile.open(directory / name, "w:gz") as archive:
+        for member, content in FILES.items():
+            entry = tarfile.TarInfo(f"./{member}")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+
+
+def pack_deb(directory):
+    """A Debian package is an `ar` archive with two tar archives."""
+    pack_tar(directory, "data.tar.gz")
+    data = (directory / "data.tar.gz").read_bytes()
+    (directory / "data.tar.gz").unlink()
+    parts = {"debian-binary": b"2.0\n", "control.tar.gz": data, "data.tar.gz": data}
+    package = b"!<arch>\n"
+    for name, content in parts.items():
+        package += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode()
+        package += content + b"\n" * (len(content) % 2)
+    (directory / "a.deb").write_bytes(package)
+
+
+def pack_wheel(directory):
+    with zipfile.ZipFile(directory / "a.whl", "w") as archive:
+        for member, content in FILES.items():
+            archive.writestr(f"./{member}", content)
+
+
+FILES = {"one/file.bin": b"first", "two/file.bin": b"second"}  # equal base names
+CLIENTS = {
+    "npm": (pack_tar, "npm pack --loglevel=error @scope/package@1.0"),
+    "deb": (pack_deb, "apt-get download @scope/package=1.0"),
+    "wheel": (pack_wheel, f"{sys.executable} -m pip download"),
+    "sdist": (pack_tar, f"{sys.executable} -m pip download"),
+}
+
+
+@pytest.mark.parametrize("kind", CLIENTS)
+def test_every_client_and_archive(kind, tmp_path, monkeypatch):
+    if kind == "deb" and shutil.which("dpkg-deb") is None:
+        pytest.skip("no dpkg-deb")
+    pack, expected = CLIENTS[kind]
+    commands = fake_client(monkeypatch, pack)
+    digests = {f"./{name}": sha256(content).hexdigest() for name, content in FILES.items()}
+    asset = assets.Asset("@scope/package", "1.0", kind, digests)
+    for _ in range(2):  # the second time from the cache
+        paths = assets.fetch(asset, tmp_path, print)
+        assert [path.read_bytes() for path in paths] == list(FILES.values())
+    (command,) = commands
+    assert " ".join(command).startswith(expected)
+    assert [path.name for path in tmp_path.iterdir()] == ["@scope"]
+
+
+def test_an_archive_can_be_kept_whole(tmp_path, monkeypatch):
+    fake_client(monkeypatch, lambda directory: (directory / "a.tgz").write_bytes(b"all"))
+    asset = assets.Asset("package", "1.0", "npm", {"": sha256(b"all").hexdigest()})
+    (path,) = assets.fetch(asset, tmp_path, print)
+    assert path.read_bytes() == b"all"
+
+
+def test_a_file_with_a_wrong_hash_is_refused_and_not_kept(tmp_path, monkeypatch):
+    fake_client(monkeypatch, pack_wheel)
+    asset = assets.Asset("package", "1.0", "wheel", {"./one/file.bin": "0" * 64})
+    with pytest.raises(DemoError, match=r"refused ./one/file.bin .* expected 0000"):
         assets.fetch(asset, tmp_path, print)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("kind", "client"), [("npm", "npm"), ("deb", "apt-get")])
+def test_a_missing_client_is_named(kind, client, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    asset = assets.Asset("package", "1.0", kind, {"file": "0" * 64})
+    with pytest.raises(DemoError, match=f"cannot download package 1.0: it needs {client}, which"):
+        assets.fetch(asset, tmp_path, print)
 
 
 def run_demo(*arguments, **environment):

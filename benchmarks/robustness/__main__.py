@@ -1,0 +1,191 @@
+"""Runs the benchmark of docs/evidence.md, or what is missing of it.
+
+python -m benchmarks.robustness --quick
+python -m benchmarks.robustness --setting digits --budget-hours 1
+python -m benchmarks.robustness --report
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benchmarks.robustness import digits, figures, images, plan, report, runs, sentiment, spam
+from benchmarks.robustness.methods import METHODS
+from benchmarks.robustness.runs import Key, Store
+from benchmarks.robustness.setting import Setting
+from examples.demo.assets import cache_directory
+from examples.demo.errors import DemoError
+
+RESULTS = Path(__file__).parent.parent / "results" / "robustness"
+LOAD: dict[str, Callable[..., Setting]] = {
+    "digits": digits.load,
+    "sentiment": sentiment.load,
+    "spam": spam.load,
+    "images": images.load,
+    **{f"sentiment-{n}": partial(sentiment.load, examples=n) for n in (64, 256, 1024)},
+}
+PARTS = ("tune", "final", "strengths", "sign")
+# What --quick runs: minutes instead of hours.
+QUICK = {
+    "setting": ["digits", "sentiment"],
+    "methods": ["probe", "adam", "l2-sp", "spd"],
+    "parts": ["final"],
+    "seeds": 2,
+    "out": Path("evidence_results"),
+}
+
+
+def names(allowed: Sequence[str]) -> Callable[[str], list[str]]:
+    def convert(text: str) -> list[str]:
+        asked = [word.strip() for word in text.split(",")]
+        if unknown := sorted(set(asked) - set(allowed)):
+            raise argparse.ArgumentTypeError(
+                f"unknown name {unknown[0]!r}; choose from {', '.join(allowed)}"
+            )
+        return [name for name in allowed if name in asked]
+
+    return convert
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m benchmarks.robustness",
+        description="Fine-tunes pretrained models with all methods and tests them on shifted data. "
+        "Runs that are recorded are not made again.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = made.add_argument
+    for name, allowed in (("setting", plan.PLANS), ("methods", METHODS), ("parts", PARTS)):
+        add(f"--{name}", type=names(tuple(allowed)), default=",".join(allowed), help="which")
+    add("--seeds", type=int, default=10, help="at most so many final seeds")
+    add("--budget-hours", type=float, default=10.0, help="no run begins that would end later")
+    add("--out", type=Path, default=RESULTS, help="folder of the recorded runs")
+    add("--quick", action="store_true", help=f"a few final runs, into {QUICK['out']}")
+    add("--report", action="store_true", help="only tables and figures of what is recorded")
+    return made
+
+
+def jobs(keys: Iterable[Key], done: Container[Key]) -> dict[Key, list[str]]:
+    """The runs to make. What starts from Adam's result goes with Adam's run."""
+    made: dict[Key, list[str]] = {}
+    for key in keys:
+        if key not in done:
+            after = METHODS[key.method].after is not None
+            together = made.setdefault(replace(key, method="adam") if after else key, [])
+            if after:
+                together.append(key.method)
+    return made
+
+
+class OutOfTimeError(Exception):
+    """The next run would end after the deadline."""
+
+
+class Runner:
+    """Makes the runs that are missing."""
+
+    def __init__(self, options: argparse.Namespace, progress: Progress) -> None:
+        """The hours are counted from now."""
+        self.options, self.progress = options, progress
+        self.deadline = time.monotonic() + 3600 * options.budget_hours
+        self.longest = 0.0
+
+    def setting(self, setting: Setting) -> None:
+        """All parts of a setting."""
+        options = self.options
+        store = Store(options.out / f"{setting.name}.jsonl")
+        recorded = Store(RESULTS / f"{setting.name}.jsonl") if options.quick else store
+        draw = lru_cache(maxsize=1)(setting.draw)
+        for part in options.parts:
+            keys = plan.keys(part, setting.name, options.methods, options.seeds, recorded.results)
+            task = self.progress.add_task(f"{setting.name}, {part}", total=None)
+            # Tuning decides on the way which runs follow, so it is asked for one at a time.
+            pending: Iterable[dict[Key, list[str]]]
+            if part == "tune":
+                pending = (jobs([key], store.results) for key in keys)
+            else:
+                missing = jobs(keys, store.results)
+                self.progress.update(task, total=len(missing))
+                pending = [missing]
+            for some in pending:
+                for key, after in some.items():
+                    self.run(setting, draw, store, key, after)
+                    self.progress.advance(task)
+            self.progress.remove_task(task)
+
+    def run(
+        self, setting: Setting, draw: Any, store: Store, key: Key, after: Sequence[str]
+    ) -> None:
+        """One run, and what is made of its result."""
+        began = time.monotonic()
+        if began + self.longest > self.deadline:
+            raise OutOfTimeError
+        for result in runs.execute(setting, draw(key.seed), key, after):
+            if result.key not in store.results:
+                store.add(result)
+                self.progress.console.print(line(result), highlight=False)
+        self.longest = max(self.longest, time.monotonic() - began)
+
+
+def line(result: runs.Result) -> str:
+    """A result in one line."""
+    key = result.key
+    label = f"{key.setting} {key.method} {key.rate:g} {key.strength:g}, seed {key.seed}"
+    if result.diverged:
+        return f"{label}: diverged"
+    scores = ", ".join(f"{name} {100 * share:.1f}" for name, share in result.accuracy.items())
+    return f"{label}: validation {100 * result.validation:.1f}, {scores}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    if options.quick:
+        vars(options).update(QUICK)
+    console = Console(width=max(Console().width, 110))
+    if options.report:
+        paths = sorted(options.out.glob("*.jsonl"))
+        stores = {path.stem: Store(path).results for path in paths}
+        report.write(options.out, stores, console)
+        figures.write(options.out, stores)
+        return 0
+    missing = False
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    try:
+        cache = cache_directory()
+        jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
+        with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+            runner = Runner(options, progress)
+            for name in options.setting:
+                try:
+                    setting = LOAD[name](cache, console.print)
+                except DemoError as error:
+                    console.print(f"left out {name}: {error}", highlight=False)
+                    missing = True
+                else:
+                    runner.setting(setting)
+    except OutOfTimeError:
+        console.print("out of time; run it again for the rest")
+    except plan.UndecidedError as error:
+        console.print(f"{error}: run --parts tune first")
+        return 1
+    except DemoError as error:
+        console.print(str(error))
+        return 1
+    if options.quick:
+        report.compare(options.out, RESULTS, console)
+    return int(missing)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

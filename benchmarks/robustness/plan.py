@@ -1,0 +1,202 @@
+"""Which runs are made: tuning, the final seeds in two regimes, and three studies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.robustness.methods import METHODS
+from benchmarks.robustness.runs import Key, Result
+
+TUNING_SEEDS = (100, 101)  # reported nowhere
+FINER = (0.5, 0.7, 1.5)  # times the best rate: the last trials of a method without a strength
+AGGRESSIVE = 3.0  # times Adam's best learning rate
+
+Results = Mapping[Key, Result]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method's learning rate and strength."""
+
+    rate: float
+    strength: float = 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run in a setting.
+
+    Attributes:
+      seeds: the number of final seeds, which are 0, 1, ...
+      rates: the common learning rates to choose from; empty where `chosen` is given.
+      chosen: the choice of every method, if it was made before.
+      methods: what is run, in the order of the tables.
+      aggressive: the methods that are also run with the aggressive learning rate.
+      grid_seeds: how many seeds the study of strengths has here.
+      sign_seeds: how many seeds the study of the sign test has here.
+    """
+
+    seeds: int
+    rates: Sequence[float] = ()
+    chosen: Mapping[str, Choice] | None = None
+    methods: Sequence[str] = ()
+    aggressive: Sequence[str] = ()
+    grid_seeds: int = 0
+    sign_seeds: int = 0
+
+
+EVERY = tuple(name for name in METHODS if not name.startswith("spd-"))
+GRID = ("adamw", "l2-sp", "spd", "ftp")  # the study of strengths
+GRID_RATES = (1 / 3, 1.0, 3.0)  # times Adam's best
+GRID_STRENGTHS = (0.1, 10 ** (-1 / 3), 10 ** (1 / 3), 10.0)  # times the method's choice
+SIGN = ("spd", "spd-coin", "spd-mean", "spd-away")
+SIX = ("probe", "adam", "l2-sp", "spd", "ftp", "wise-ft")  # of the methods, where a run is long
+FEW = ("adam", "l2-sp", "spd", "ftp")  # with few training examples
+
+# Chosen by in-distribution validation on the tuning seeds in examples/demo/selection.py.
+MINILM = {
+    "adam": Choice(3e-4),
+    "adamw": Choice(3e-4, 1.0),
+    "l2-sp": Choice(3e-4, 300.0),
+    "cautious": Choice(3e-4, 1000.0),
+    "spd": Choice(3e-4, 2.0),
+    "tpgm": Choice(3e-4, 3e-2),
+    "ftp": Choice(3e-4, 3e-3),
+    "layer-decay": Choice(3e-4, 0.85),
+    "temp-balance": Choice(3e-4, 0.25),
+    "adamp": Choice(3e-4, 1.0),
+    "sparse": Choice(3e-4, 2.0),
+    "sgd": Choice(3e-3),
+    "sgd-freeze": Choice(3e-3),
+}
+PLANS = {
+    "digits": Plan(10, (3e-4, 1e-3, 3e-3, 1e-2), None, EVERY, EVERY, grid_seeds=3, sign_seeds=10),
+    "sentiment": Plan(5, (), MINILM, EVERY, EVERY, grid_seeds=2, sign_seeds=3),
+    # The same model: it takes sentiment's choice, which asks how well a choice carries over.
+    "spam": Plan(5, (), MINILM, EVERY, ("adam", "adamw", "l2-sp", "spd", "ftp")),
+    "images": Plan(3, (3e-4, 1e-3, 3e-3, 1e-2), None, SIX, SIX),
+    **{f"sentiment-{n}": Plan(3, (), MINILM, FEW) for n in (64, 256, 1024)},
+}
+
+
+class UndecidedError(Exception):
+    """Tuning runs are missing."""
+
+
+def choice(setting: str, method: str, results: Results) -> Choice:
+    """The learning rate and strength of a method.
+
+    Raises:
+      UndecidedError: the tuning is not complete.
+    """
+    chosen = PLANS[setting].chosen
+    if chosen is not None:
+        return chosen[method]
+    first, then = _stages(setting, method, results)
+    return _best(setting, method, [*first, *then], results)
+
+
+def tuning(setting: str, methods: Sequence[str], results: Results) -> Iterator[Key]:
+    """The tuning runs. `results` grows while they are made: the second stage follows the first."""
+    plan = PLANS[setting]
+    for method in plan.methods if plan.chosen is None else ():
+        if METHODS[method].make is not None and method in methods:
+            yield from _keys(setting, method, _first_stage(setting, method))
+            yield from _keys(setting, method, _stages(setting, method, results)[1])
+
+
+def _first_stage(setting: str, method: str) -> list[Choice]:
+    made = METHODS[method]
+    return [Choice(rate * made.rate, made.strengths[0]) for rate in PLANS[setting].rates]
+
+
+def _stages(setting: str, method: str, results: Results) -> tuple[list[Choice], list[Choice]]:
+    first = _first_stage(setting, method)
+    best = _best(setting, method, first, results)
+    if METHODS[method].strength is None:
+        return first, [Choice(best.rate * factor) for factor in FINER]
+    return first, [Choice(best.rate, strength) for strength in METHODS[method].strengths[1:]]
+
+
+def _keys(setting: str, method: str, choices: Sequence[Choice]) -> Iterator[Key]:
+    for made in choices:
+        for seed in TUNING_SEEDS:
+            yield Key(setting, method, seed, made.rate, made.strength)
+
+
+def _best(setting: str, method: str, choices: Sequence[Choice], results: Results) -> Choice:
+    """The best validation accuracy; of equals the lowest validation loss."""
+
+    def quality(made: Choice) -> tuple[float, float]:
+        try:
+            runs = [results[key] for key in _keys(setting, method, [made])]
+        except KeyError:
+            raise UndecidedError(f"{setting}: {method} is not tuned") from None
+        losses = [math.inf if run.validation_loss is None else run.validation_loss for run in runs]
+        return sum(run.validation for run in runs), -sum(losses)
+
+    return max(choices, key=quality)
+
+
+def aggressive(setting: str, method: str, results: Results) -> Choice:
+    """The choice with 3 x Adam's best learning rate; for SGD 3 x its own."""
+    made = choice(setting, method, results)
+    leader = method if METHODS[method].rate != 1 else "adam"
+    return Choice(AGGRESSIVE * choice(setting, leader, results).rate, made.strength)
+
+
+def key_of(setting: str, method: str, seed: int, fast: bool, results: Results) -> Key:
+    """The final run of a method in one of the two regimes."""
+    if method == "probe":
+        return Key(setting, method, seed)
+    base = "adam" if METHODS[method].after else "spd" if method in SIGN else method
+    made = aggressive(setting, base, results) if fast else choice(setting, base, results)
+    return Key(setting, method, seed, made.rate, made.strength)
+
+
+def finals(setting: str, seeds: int, results: Results) -> Iterator[Key]:
+    """The final runs, seed by seed."""
+    plan = PLANS[setting]
+    for seed in range(min(seeds, plan.seeds)):
+        for method in plan.methods:
+            yield key_of(setting, method, seed, False, results)
+        for method in plan.aggressive:
+            if method != "probe":
+                yield key_of(setting, method, seed, True, results)
+
+
+def grid(setting: str, method: str, results: Results) -> list[Choice]:
+    """Study (i): the grid around a method's strength and Adam's learning rate."""
+    rate, made = choice(setting, "adam", results).rate, choice(setting, method, results)
+    return [Choice(r * rate, s * made.strength) for r in GRID_RATES for s in GRID_STRENGTHS]
+
+
+def strengths(setting: str, results: Results) -> Iterator[Key]:
+    """The runs of study (i)."""
+    for seed in range(PLANS[setting].grid_seeds):
+        for method in GRID:
+            for made in grid(setting, method, results):
+                yield Key(setting, method, seed, made.rate, made.strength)
+
+
+def sign_test(setting: str, results: Results) -> Iterator[Key]:
+    """The runs of study (ii): SPD and its variants in both regimes."""
+    for seed in range(PLANS[setting].sign_seeds):
+        for fast in (False, True):
+            for method in SIGN:
+                yield key_of(setting, method, seed, fast, results)
+
+
+def keys(
+    part: str, setting: str, methods: Sequence[str], seeds: int, results: Results
+) -> Iterator[Key]:
+    """The runs of a part of the plan."""
+    made = {
+        "tune": lambda: tuning(setting, methods, results),
+        "final": lambda: finals(setting, seeds, results),
+        "strengths": lambda: strengths(setting, results),
+        "sign": lambda: sign_test(setting, results),
+    }[part]()
+    return (key for key in made if key.method in methods)

@@ -1,0 +1,296 @@
+"""Tables from the recorded runs. Intervals are unadjusted 95 % t intervals over seeds."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.markdown import Markdown
+from scipy import stats  # type: ignore[import-untyped]
+
+from benchmarks.robustness import plan
+from benchmarks.robustness.methods import METHODS
+from benchmarks.robustness.plan import Choice, Results
+from benchmarks.robustness.runs import Key, Result, Store
+
+Measure = Callable[[Result], float]
+REGIMES = {False: "at each method's own learning rate", True: "at three times Adam's learning rate"}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds and the half-width of its interval."""
+
+    mean: float
+    half: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Estimate:
+        """The estimate from one value a seed; one seed alone has no interval."""
+        numbers = np.array(list(values), float)
+        n = len(numbers)
+        if n < 2:
+            return cls(float(numbers.mean()), math.nan)
+        half = stats.t.ppf(0.975, n - 1) * numbers.std(ddof=1) / math.sqrt(n)
+        return cls(float(numbers.mean()), float(half))
+
+    @property
+    def shown(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return abs(self.mean) > self.half
+
+    def text(self, digits: int = 1, sign: bool = False) -> str:
+        """The mean and the half-width; a difference in bold if it is shown."""
+        number = f"{self.mean:{'+' if sign else ''}.{digits}f}"
+        if not math.isnan(self.half):
+            number += f" ± {self.half:.{digits}f}"
+        return f"**{number}**" if sign and self.shown else number
+
+
+def in_distribution(result: Result) -> float:
+    """Accuracy on the first test set, in per cent."""
+    return 100 * next(iter(result.accuracy.values()))
+
+
+def accuracy_on(test: str) -> Measure:
+    """Accuracy on one test set, in per cent."""
+    return lambda result: 100 * result.accuracy[test]
+
+
+def shifted(result: Result) -> float:
+    """Mean accuracy over the shifted test sets, in per cent."""
+    return 100 * float(np.mean(list(result.accuracy.values())[1:]))
+
+
+def auc_in_distribution(result: Result) -> float:
+    """Area under the ROC curve of the first test set."""
+    return next(iter(result.auc.values()))
+
+
+def auc_shifted(result: Result) -> float:
+    """Mean area under the ROC curve over the shifted test sets that have one."""
+    return float(np.mean([area for name, area in list(result.auc.items())[1:]]))
+
+
+@dataclass(frozen=True)
+class Row:
+    """The final runs of a method in one regime, seed by seed; and Adam's and L2-SP's."""
+
+    method: str
+    runs: Sequence[Result]
+    choice: Choice
+
+    @property
+    def diverged(self) -> int:
+        """On how many seeds training diverged."""
+        return sum(run.diverged for run in self.runs)
+
+    def of(self, measure: Measure) -> Estimate:
+        """The mean of a quantity over the seeds."""
+        return Estimate.of(map(measure, self.runs))
+
+    def against(self, other: Row, measure: Measure) -> Estimate:
+        """The mean difference on the same seeds."""
+        theirs = {run.key.seed: measure(run) for run in other.runs}
+        return Estimate.of(
+            measure(run) - theirs[run.key.seed] for run in self.runs if run.key.seed in theirs
+        )
+
+
+def rows(setting: str, fast: bool, results: Results) -> dict[str, Row]:
+    """The methods whose final runs are recorded. The probe stands in both regimes."""
+    made: dict[str, Row] = {}
+    settings = plan.PLANS[setting]
+    for method in settings.methods:
+        if fast and method != "probe" and method not in settings.aggressive:
+            continue
+        keys = [plan.key_of(setting, method, n, fast, results) for n in range(settings.seeds)]
+        found = [results[key] for key in keys if key in results]
+        if found:
+            made[method] = Row(method, found, Choice(keys[0].rate, keys[0].strength))
+    return made
+
+
+def accuracy_table(setting: str, fast: bool, results: Results) -> list[list[str]]:
+    """One row a method: accuracies in per cent, and the difference to Adam and to L2-SP."""
+    found = rows(setting, fast, results)
+    sets = next((list(row.runs[0].accuracy) for row in found.values()), [])
+    table = [["method", "rate", "strength", *sets, "shifted", "against Adam", "against L2-SP"]]
+    for name, row in found.items():
+        cells = [METHODS[name].title, f"{row.choice.rate:g}" if row.choice.rate else ""]
+        cells.append(f"{row.choice.strength:g}" if METHODS[name].strength else "")
+        if row.diverged:
+            cells.append(f"diverged on {row.diverged} of {len(row.runs)} seeds")
+        else:
+            cells += [row.of(accuracy_on(each)).text() for each in sets]
+            cells.append(row.of(shifted).text())
+            for other in ("adam", "l2-sp"):
+                ready = name != other and other in found and not found[other].diverged
+                difference = row.against(found[other], shifted).text(sign=True) if ready else ""
+                cells.append(difference)
+        table.append(cells)
+    return table
+
+
+def other_table(setting: str, fast: bool, results: Results) -> list[list[str]]:
+    """One row a method: AUC, distance, what is kept of another task, and the time of a step."""
+    found = rows(setting, fast, results)
+    kept = found["probe"].runs[0].retained if "probe" in found else None
+    head = ["method", "AUC", "AUC shifted", "distance", "pulled back", "ms a step"]
+    table = [head + (["kept"] if kept else [])]
+    for name, row in found.items():
+        if row.diverged:
+            continue
+        cells = [METHODS[name].title]
+        cells += [row.of(auc_in_distribution).text(3), row.of(auc_shifted).text(3)]
+        cells.append(row.of(lambda run: run.relative_distance or 0.0).text(3))
+        fired = [run.fired for run in row.runs if run.fired is not None]
+        cells.append(f"{100 * float(np.mean(fired)):.0f} %" if fired else "")
+        times = [run.step_seconds for run in row.runs if run.step_seconds is not None]
+        cells.append(f"{1000 * float(np.median(times)):.0f}" if times else "")
+        if kept:
+            cells.append(row.of(lambda run: 100 * (run.retained or 0.0) / kept).text())
+        table.append(cells)
+    return table
+
+
+def grid_table(setting: str, method: str, results: Results) -> dict[Choice, tuple[float, float]]:
+    """Study (i): mean accuracy in distribution and shifted, over the seeds, for each cell."""
+    cells: dict[Choice, tuple[float, float]] = {}
+    for made in plan.grid(setting, method, results):
+        keys = [
+            Key(setting, method, seed, made.rate, made.strength)
+            for seed in range(plan.PLANS[setting].grid_seeds)
+        ]
+        if all(key in results for key in keys):
+            found = [results[key] for key in keys]
+            # A run that diverged is as good as chance; it does not count as near the best.
+            pairs = [(0, 0) if r.diverged else (in_distribution(r), shifted(r)) for r in found]
+            cells[made] = (
+                float(np.mean([p[0] for p in pairs])),
+                float(np.mean([p[1] for p in pairs])),
+            )
+    return cells
+
+
+def near_best(values: Sequence[float], within: float = 1.0) -> float:
+    """The share of a grid that is within so many points of its best."""
+    return float(np.mean(np.array(values) >= max(values) - within))
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; short rows are filled."""
+    width = len(table[0])
+    lines = [[*row, *[""] * (width - len(row))] for row in table]
+    lines.insert(1, ["---"] * width)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def sign_table(setting: str, results: Results) -> list[list[str]]:
+    """Study (ii): SPD and the variants without its sign test, in both regimes."""
+    table = [["method", "learning rate", "in distribution", "shifted", "SPD is better by", "fired"]]
+    for fast in (False, True):
+        found = {}
+        for method in plan.SIGN:
+            seeds = range(plan.PLANS[setting].sign_seeds)
+            keys = [plan.key_of(setting, method, seed, fast, results) for seed in seeds]
+            runs = [results[key] for key in keys if key in results]
+            if runs:
+                found[method] = Row(method, runs, Choice(keys[0].rate, keys[0].strength))
+        for method, row in found.items():
+            cells = [METHODS[method].title, f"{row.choice.rate:g}"]
+            if row.diverged:
+                cells.append(f"diverged on {row.diverged} of {len(row.runs)} seeds")
+            else:
+                cells += [row.of(in_distribution).text(), row.of(shifted).text()]
+                ready = method != "spd" and "spd" in found
+                better = found["spd"].against(row, shifted).text(sign=True) if ready else ""
+                fired = [run.fired for run in row.runs if run.fired is not None]
+                cells += [better, f"{100 * float(np.mean(fired)):.0f} %" if fired else ""]
+            table.append(cells)
+    return table
+
+
+def forgiving_table(setting: str, results: Results) -> list[list[str]]:
+    """Study (i): how much of the grid is near the method's best."""
+    table = [
+        ["method", "best in distribution", "near it", "best shifted", "near it", "mean shifted"]
+    ]
+    for method in plan.GRID:
+        cells = list(grid_table(setting, method, results).values())
+        if len(cells) < len(plan.GRID_RATES) * len(plan.GRID_STRENGTHS):
+            continue
+        own, others = (list(each) for each in zip(*cells, strict=True))
+        table.append(
+            [
+                METHODS[method].title,
+                f"{max(own):.1f}",
+                f"{100 * near_best(own):.0f} %",
+                f"{max(others):.1f}",
+                f"{100 * near_best(others):.0f} %",
+                f"{np.mean(others):.1f}",
+            ]
+        )
+    return table
+
+
+def write(out: Path, stores: Mapping[str, Results], console: Console) -> None:
+    """Writes the tables and a CSV file of every setting."""
+    for setting, results in stores.items():
+        text = tables(setting, results)
+        (out / f"{setting}.md").write_text(text)
+        write_csv(out / f"{setting}.csv", results.values())
+        console.print(setting, style="bold")
+        console.print(Markdown(text))
+
+
+def tables(setting: str, results: Results) -> str:
+    """All tables of a setting, as Markdown."""
+    parts = []
+    for fast, regime in REGIMES.items():
+        if len(table := accuracy_table(setting, fast, results)) > 1:
+            parts += [f"Accuracy, {regime}:", markdown(table)]
+            parts += [f"The same runs, {regime}:", markdown(other_table(setting, fast, results))]
+    if plan.PLANS[setting].grid_seeds and len(table := forgiving_table(setting, results)) > 1:
+        parts += ["Strength times learning rate:", markdown(table)]
+    if plan.PLANS[setting].sign_seeds and len(table := sign_table(setting, results)) > 1:
+        parts += ["Without the sign test:", markdown(table)]
+    return "\n".join(parts)
+
+
+def write_csv(path: Path, results: Iterable[Result]) -> None:
+    """One row a run; test sets have a column each."""
+    flat = []
+    for run in results:
+        row = {
+            **vars(run.key),
+            **{k: v for k, v in vars(run).items() if not isinstance(v, Mapping)},
+        }
+        del row["key"]
+        row |= {f"accuracy {name}": share for name, share in run.accuracy.items()}
+        row |= {f"auc {name}": area for name, area in run.auc.items()}
+        flat.append(row)
+    columns = list(dict.fromkeys(name for row in flat for name in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(flat)
+
+
+def compare(out: Path, recorded: Path, console: Console) -> None:
+    """Prints the runs in `out` beside the recorded ones."""
+    table = [["run", "in distribution", "recorded", "shifted", "recorded"]]
+    for path in sorted(out.glob("*.jsonl")):
+        known = Store(recorded / path.name).results
+        for key, run in Store(path).results.items():
+            cells = [f"{key.setting}, {METHODS[key.method].title}, seed {key.seed}"]
+            for measure in (in_distribution, shifted):
+                cells.append(f"{measure(run):.1f}")
+                cells.append(f"{measure(known[key]):.1f}" if key in known else "")
+            table.append(cells)
+    console.print(Markdown(markdown(table)))

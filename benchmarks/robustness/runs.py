@@ -1,0 +1,256 @@
+"""One run: fine-tunes with one method on one seed and scores the result. Results are JSON lines."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from scipy.special import softmax  # type: ignore[import-untyped]
+from sklearn.metrics import log_loss, roc_auc_score
+
+import optax_spd
+from benchmarks.robustness.methods import METHODS, TPGM_EVERY
+from benchmarks.robustness.setting import Batch, Draw, Params, Setting
+from examples.demo.training import schedule
+
+
+@dataclass(frozen=True)
+class Key:
+    """What identifies a run. Two runs with one key give the same result."""
+
+    setting: str
+    method: str
+    seed: int
+    rate: float = 0.0  # the peak learning rate; 0 for methods that do not train
+    strength: float = 0.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of a results file. Shares are from 0 to 1; `auc` lacks sets with one class only."""
+
+    key: Key
+    validation: float = 0.0  # accuracy on the validation set
+    validation_loss: float | None = None
+    accuracy: Mapping[str, float] = field(default_factory=dict)
+    auc: Mapping[str, float] = field(default_factory=dict)
+    distance: float | None = None  # of the encoder from its pretrained weights, Euclidean
+    relative_distance: float | None = None
+    retained: float | None = None  # accuracy of the other task's probe on the encoder
+    fired: float | None = None  # share of SPD's decisions that pulled a layer back
+    seconds: float | None = None  # of the training, compilation included
+    step_seconds: float | None = None  # the median
+    diverged: bool = False
+    made: Mapping[str, str] = field(default_factory=dict)  # versions, device, commit
+
+    def line(self) -> str:
+        """The result as it stands in the file."""
+        return json.dumps(asdict(self), allow_nan=False) + "\n"
+
+    @classmethod
+    def parse(cls, line: str) -> Result:
+        """The result of a line."""
+        fields = json.loads(line)
+        return cls(**{**fields, "key": Key(**fields["key"])})
+
+
+class Store:
+    """The results of a setting: a file that only grows, one line a run."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads what is there. What a killed program left of a line is cut off."""
+        self.path = path
+        self.results: dict[Key, Result] = {}
+        if path.exists():
+            text = path.read_text()
+            whole = text[: text.rfind("\n") + 1]
+            if whole != text:
+                path.write_text(whole)
+            parsed = map(Result.parse, whole.splitlines())
+            self.results = {result.key: result for result in parsed}
+
+    def add(self, result: Result) -> None:
+        """Appends a line with one write."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(descriptor, result.line().encode())
+        finally:
+            os.close(descriptor)
+        self.results[result.key] = result
+
+
+@cache
+def provenance() -> Mapping[str, str]:
+    """Versions, device and commit, which stand with every result."""
+    packages = ("jax", "jaxlib", "optax", "flax")
+    device = jax.devices()[0]
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        **{name: importlib.metadata.version(name) for name in packages},
+        "optax_spd": optax_spd.__version__,
+        "device": f"{device.platform} ({device.device_kind})",
+        "commit": described.stdout.strip() or "unknown",
+    }
+
+
+class DivergedError(Exception):
+    """A loss or a parameter is no longer finite."""
+
+
+# Compiled apart from the optimizer's update, so that all methods of a setting share it.
+@partial(jax.jit, static_argnums=0)
+def _loss_and_gradient(setting: Setting, params: Params, batch: Batch) -> tuple[jax.Array, Params]:
+    return jax.value_and_grad(setting.loss)(params, batch)
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
+def _apply(
+    setting: Setting,
+    tx: optax.GradientTransformation,
+    params: Params,
+    state: Any,
+    grads: Params,
+    held_out: Batch | None,
+) -> tuple[Params, Any]:
+    extra: dict[str, Any] = {}
+    if held_out is not None:
+        extra = {"validation_fn": setting.loss, "validation_batches": held_out}
+    updates, state = tx.update(grads, state, params, **extra)
+    return optax.apply_updates(params, updates), state
+
+
+def fit(setting: Setting, draw: Draw, key: Key) -> tuple[Params, Any, float]:
+    """Trains a copy of the start.
+
+    Returns:
+      The weights, the optimizer's state, and the median of a step's seconds.
+
+    Raises:
+      DivergedError: a loss or a weight is not finite.
+    """
+    tx = optimizer(setting, key.method, key.rate, key.strength)
+    params = jax.tree.map(jnp.array, draw.start)
+    state = tx.init(params)
+    held_out = None
+    if METHODS[key.method].validates:
+        held_out = draw.held_out(-(-setting.steps // TPGM_EVERY))
+    times = [time.perf_counter()]
+    for step, batch in enumerate(draw.batches):
+        loss, grads = _loss_and_gradient(setting, params, batch)
+        at = step // TPGM_EVERY
+        one = held_out and jax.tree.map(lambda array, at=at: array[at : at + 1], held_out)
+        params, state = jax.block_until_ready(_apply(setting, tx, params, state, grads, one))
+        times.append(time.perf_counter())
+        if not jnp.isfinite(loss):
+            raise DivergedError
+    if not jnp.isfinite(optax.tree.norm(params)):
+        raise DivergedError
+    return params, state, float(np.median(np.diff(times)))
+
+
+def accuracy(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Share of right answers; logits of the second class, (n,), or of all classes."""
+    chosen = scores > 0 if scores.ndim == 1 else scores.argmax(-1)
+    return float(np.mean(chosen == labels))
+
+
+def auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
+    """Area under the ROC curve; for several classes the mean of each against the rest."""
+    if len(np.unique(labels)) < (2 if scores.ndim == 1 else scores.shape[1]):
+        return None
+    if scores.ndim == 1:
+        return float(roc_auc_score(labels, scores))
+    shares = softmax(scores.astype(np.float64), axis=-1)
+    return float(roc_auc_score(labels, shares, multi_class="ovr"))
+
+
+def cross_entropy(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The mean negative log-likelihood."""
+    scores = np.stack([np.zeros_like(scores), scores], -1) if scores.ndim == 1 else scores
+    shares = softmax(scores.astype(np.float64), axis=-1)
+    return float(log_loss(labels, shares, labels=range(scores.shape[-1])))
+
+
+@cache
+def optimizer(
+    setting: Setting, method: str, rate: float, strength: float
+) -> optax.GradientTransformation:
+    """A run's optimizer; cached, so that the next seed does not compile its update again."""
+    make = METHODS[method].make
+    assert make is not None
+    return make(setting, schedule(rate, setting.steps), strength)
+
+
+def execute(setting: Setting, draw: Draw, key: Key, after: Sequence[str] = ()) -> Iterator[Result]:
+    """Runs a method, and the methods in `after`, which start from its result."""
+    began = time.perf_counter()
+    params, state, step_seconds = draw.start, None, None
+    if METHODS[key.method].make is not None:
+        try:
+            params, state, step_seconds = fit(setting, draw, key)
+        except DivergedError:
+            for method in (key.method, *after):
+                yield Result(replace(key, method=method), diverged=True, made=provenance())
+            return
+    seconds = time.perf_counter() - began
+    fired = optax.tree.get(state, "spd_fired")
+    yield score(
+        setting,
+        draw,
+        key,
+        params,
+        seconds=seconds,
+        step_seconds=step_seconds,
+        fired=None if fired is None else float(np.mean(fired)) / setting.steps,
+    )
+
+    def validate(mixed: Params) -> float:
+        return accuracy(setting.scores(mixed, draw.validation), draw.validation.labels)
+
+    for method in after:
+        began = time.perf_counter()
+        finish = METHODS[method].after
+        assert finish is not None
+        made = jax.block_until_ready(finish(setting, draw, params, validate))
+        more = time.perf_counter() - began
+        yield score(setting, draw, replace(key, method=method), made, seconds=seconds + more)
+
+
+def score(setting: Setting, draw: Draw, key: Key, params: Params, **measured: Any) -> Result:
+    """Tests the weights on every set."""
+    validation, labels = setting.scores(params, draw.validation), draw.validation.labels
+    scores = {name: setting.scores(params, test) for name, test in draw.tests.items()}
+    areas = {name: auc(scores[name], draw.tests[name].labels) for name in scores}
+    encoder, anchor = params["encoder"], draw.start["encoder"]
+    distance = float(optax.tree.norm(optax.tree.sub(encoder, anchor)))
+    return Result(
+        key,
+        validation=accuracy(validation, labels),
+        validation_loss=cross_entropy(validation, labels),
+        accuracy={name: accuracy(scores[name], draw.tests[name].labels) for name in scores},
+        auc={name: area for name, area in areas.items() if area is not None},
+        distance=distance,
+        relative_distance=distance / float(optax.tree.norm(anchor)),
+        retained=setting.retained and setting.retained(encoder),
+        made=provenance(),
+        **measured,
+    )

@@ -1,0 +1,91 @@
+"""What the settings with texts share: MiniLM, the demo's loop over mails or snippets, retention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_score
+
+from benchmarks.robustness.setting import Draw, Examples, Params, Setting
+from examples.demo import data, methods, training
+from examples.demo.data import Texts
+from examples.demo.experiment import VALIDATION, HeldOut, Workbench, prepare
+
+STEPS = 128
+TESTED = 500  # texts of a test set
+PROBE_TESTED = 1000  # texts that the probe for the other task is tested on
+
+Retained = Callable[[Params], float]
+
+
+def setting(
+    name: str,
+    title: str,
+    bench: Workbench,
+    tests: Mapping[str, Texts],
+    examples: int,
+    retained: Retained | None,
+) -> Setting:
+    """Fine-tunes on `examples` texts, half of each class. The head starts as a linear probe."""
+    validation = bench.splits.validation.first(VALIDATION)
+    held_out = HeldOut(validation, {}, training.embed(bench.encoder, validation), {})
+
+    def draw(seed: int) -> Draw:
+        material = prepare(bench, held_out, examples, seed)
+        return Draw(
+            start=material.start,
+            batches=list(data.training_batches(material.texts, STEPS, seed)),
+            validation=_examples(material.validation),
+            tests={name: _examples(test.first(TESTED)) for name, test in tests.items()},
+            held_out=lambda count: data.validation_batches(material.validation, count, seed),
+        )
+
+    def scores(params: Params, examples: Examples) -> np.ndarray:
+        texts = Texts(examples.inputs, examples.labels)
+        return training.logits(params, training.embed(params["encoder"], texts))
+
+    return Setting(
+        name=name,
+        title=title,
+        tests=tuple(tests),
+        steps=STEPS,
+        draw=draw,
+        loss=training.validation_loss,
+        scores=scores,
+        layers=methods.LAYERS,
+        depth=methods.depth,
+        balanced=methods.BALANCED,
+        follows=methods.followed,
+        retained=retained,
+    )
+
+
+def _examples(texts: Texts) -> Examples:
+    return Examples(texts.tokens, texts.labels)
+
+
+def retention(encoder: Params, train: Texts, test: Texts) -> Retained:
+    """Accuracy of a linear probe of another task, by encoder.
+
+    The texts are always the same. The probe's regularisation is chosen once, by five-fold
+    cross-validation on the embeddings of `encoder`, the pretrained one.
+    """
+    frozen = training.embed(encoder, train)
+
+    def quality(strength: float) -> float:
+        return float(cross_val_score(_probe(strength), frozen, train.labels).mean())
+
+    chosen = max(training.PROBE_STRENGTHS, key=quality)
+
+    def retained(encoder: Params) -> float:
+        rows = training.embed_all(encoder, {"train": train, "test": test})
+        probe = _probe(chosen).fit(rows["train"], train.labels)
+        return float(probe.score(rows["test"], test.labels))
+
+    return retained
+
+
+def _probe(strength: float) -> LogisticRegression:
+    return LogisticRegression(C=strength, max_iter=1000)

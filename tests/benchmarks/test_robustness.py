@@ -1,0 +1,197 @@
+"""The robustness benchmark: runs resume, tuning chooses, and the tables' arithmetic is right."""
+
+import math
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_spd
+from benchmarks.robustness import __main__ as program, plan, report, runs, sign_test
+from benchmarks.robustness.methods import METHODS
+from benchmarks.robustness.plan import Choice, Plan
+from benchmarks.robustness.runs import Key, Result, Store
+from benchmarks.robustness.setting import Draw, Examples, Setting
+
+TRAINED = [name for name, method in METHODS.items() if method.make is not None]
+DERIVED = [name for name, method in METHODS.items() if method.after is not None]
+
+
+def features(params, inputs):
+    return jnp.tanh(inputs @ params["encoder"]["block_0"]["kernel"])
+
+
+def scores(params, inputs):
+    return features(params, inputs) @ params["head"]["kernel"][:, 0]
+
+
+def loss(params, batch):
+    return optax.sigmoid_binary_cross_entropy(scores(params, batch[0]), batch[1]).mean()
+
+
+def draw(seed):
+    rng = np.random.default_rng(seed)
+
+    def examples(n, shift=0.0):
+        inputs = rng.normal(size=(n, 4)).astype(np.float32) + shift
+        return Examples(inputs, (inputs[:, 0] > shift).astype(int))
+
+    def batches(n):
+        some = [examples(8) for _ in range(n)]
+        return np.stack([s.inputs for s in some]), np.stack([s.labels for s in some])
+
+    params = {
+        "encoder": {"block_0": {"kernel": np.eye(4, dtype=np.float32)}},
+        "head": {"kernel": np.ones((4, 1), np.float32)},
+    }
+    inputs, labels = batches(6)
+    return Draw(
+        start=params,
+        batches=list(zip(inputs, labels, strict=True)),
+        validation=examples(40),
+        tests={"own": examples(40), "other": examples(40, 1.0)},
+        held_out=batches,
+    )
+
+
+@pytest.fixture(scope="module")
+def setting():
+    return Setting(
+        name="tiny",
+        title="a tiny setting",
+        tests=("own", "other"),
+        steps=6,
+        draw=draw,
+        loss=loss,
+        scores=lambda params, examples: np.asarray(scores(params, examples.inputs)),
+        layers=None,
+        depth=lambda path: 1 if path.startswith("head") else 0,
+        balanced=optax_spd.path_mask("encoder"),
+        embedding="block_0",
+        retained=lambda encoder: float(jnp.linalg.norm(encoder["block_0"]["kernel"])),
+    )
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_every_method_trains_and_repeats(setting, method):
+    made = METHODS[method]
+    key = Key("tiny", method, 0, 1e-2 * made.rate, made.strengths[0])
+    (one,), (two,) = (list(runs.execute(setting, draw(0), key)) for _ in range(2))
+    assert replace(one, seconds=0, step_seconds=0) == replace(two, seconds=0, step_seconds=0)
+    assert set(one.accuracy) == {"own", "other"}
+    assert not one.diverged
+    assert (one.distance > 0) == (method != "sgd-freeze")
+    assert Result.parse(one.line()) == one
+
+
+def test_what_is_done_after_training_starts_from_adams_result(setting):
+    key = Key("tiny", "adam", 0, 3e-2)
+    adam, *after = runs.execute(setting, draw(0), key, DERIVED)
+    assert [run.key for run in after] == [replace(key, method=name) for name in DERIVED]
+    assert all(run.distance <= adam.distance * 1.001 for run in after)
+
+
+def test_a_run_that_diverges_says_so_for_all_that_needs_it(setting):
+    found = list(runs.execute(setting, draw(0), Key("tiny", "adam", 0, math.inf), ["wise-ft"]))
+    assert [run.diverged for run in found] == [True, True]
+
+
+def test_a_store_grows_by_lines_and_drops_a_torn_one(tmp_path):
+    store = Store(tmp_path / "runs.jsonl")
+    results = [Result(Key("tiny", "adam", seed), accuracy={"own": 0.5}) for seed in range(3)]
+    for result in results[:2]:
+        store.add(result)
+    with store.path.open("a") as file:
+        file.write(results[2].line()[:20])
+    again = Store(store.path)
+    assert list(again.results.values()) == results[:2]
+    again.add(results[2])
+    assert [key.seed for key in Store(store.path).results] == [0, 1, 2]
+
+
+@pytest.fixture
+def tiny_plan(monkeypatch):
+    methods = ("probe", "adam", "l2-sp", "spd", "sgd", "wise-ft")
+    made = Plan(3, (1e-3, 1e-2), None, methods, methods, grid_seeds=1, sign_seeds=2)
+    monkeypatch.setitem(plan.PLANS, "tiny", made)
+    return made
+
+
+def record(results, keys, quality):
+    for key in keys:
+        good = quality(key)
+        shares = {"own": good, "other": good / 2}
+        results[key] = Result(key, validation=good, accuracy=shares, auc=shares, distance=1.0)
+
+
+def test_tuning_chooses_the_rate_first_and_then_the_strength(tiny_plan):
+    results = {}
+
+    def quality(key):
+        return 0.9 - abs(math.log10(key.rate / 1e-2)) / 10 - abs(key.strength - 0.5) / 100
+
+    for key in plan.keys("tune", "tiny", METHODS, 9, results):  # decided while results grow
+        record(results, [key], quality)
+    trials = {name: {k for k in results if k.method == name} for name in tiny_plan.methods}
+    assert {len(trials[name]) for name in ("adam", "l2-sp", "spd")} == {2 * (2 + 3)}
+    assert plan.choice("tiny", "spd", results) == Choice(1e-2, 0.5)
+    assert plan.choice("tiny", "adam", results).rate == 1e-2
+    assert plan.aggressive("tiny", "spd", results) == Choice(3e-2, 0.5)
+    own = plan.choice("tiny", "sgd", results).rate
+    assert plan.aggressive("tiny", "sgd", results).rate == pytest.approx(3 * own)
+    final = list(plan.keys("final", "tiny", METHODS, 2, results))
+    assert len(final) == len(set(final)) == 2 * (6 + 5)
+    assert not set(final) & set(results)  # tuning seeds are not reported
+
+
+def test_final_runs_wait_for_the_tuning(tiny_plan):
+    with pytest.raises(plan.UndecidedError, match="adam is not tuned"):
+        list(plan.keys("final", "tiny", METHODS, 1, {}))
+
+
+def test_jobs_join_what_needs_one_training():
+    adam, wise, spd = (Key("tiny", name, 0, 0.1) for name in ("adam", "wise-ft", "spd"))
+    assert program.jobs([adam, spd, wise], {spd}) == {adam: ["wise-ft"]}
+    assert program.jobs([adam, spd, wise], {adam, spd}) == {adam: ["wise-ft"]}
+
+
+def test_intervals_are_those_of_students_t():
+    estimate = report.Estimate.of([1.0, 2.0, 3.0])
+    assert (estimate.mean, round(estimate.half, 4)) == (2.0, 2.4841)  # 4.3027 / sqrt(3)
+    assert estimate.text(1, sign=True) == "+2.0 ± 2.5"  # holds 0, so not in bold
+    assert report.Estimate.of([1.0, 1.1, 1.2]).text(1, sign=True) == "**+1.1 ± 0.2**"
+    assert report.Estimate.of([2.0]).text() == "2.0"
+
+
+def test_the_tables_hold_the_paired_differences(tiny_plan, monkeypatch):
+    monkeypatch.setattr(plan, "choice", lambda *_: Choice(1e-2, 1.0))
+    results = {}
+    gain = {"adam": 0.0, "spd": 0.1, "l2-sp": 0.05}
+
+    def quality(key):
+        return 0.5 + key.seed / 10 + gain.get(key.method, 0.0)
+
+    for fast in (False, True):
+        for method in tiny_plan.methods:
+            keys = [plan.key_of("tiny", method, seed, fast, {}) for seed in range(3)]
+            record(results, keys, quality)
+    head, *table = report.accuracy_table("tiny", False, results)
+    spd = next(dict(zip(head, row, strict=True)) for row in table if row[0] == "SPD")
+    assert spd["own"] == "70.0 ± 24.8"
+    assert spd["against Adam"] == "**+5.0 ± 0.0**"
+    assert spd["against L2-SP"] == "**+2.5 ± 0.0**"
+    text = report.tables("tiny", results)
+    assert text.count("| SPD |") == 6  # four tables, and the sign test's two regimes
+
+
+def test_a_grid_counts_what_is_within_a_point_of_its_best():
+    assert report.near_best([90.0, 89.0, 88.9, 50.0]) == 0.5
+
+
+def test_the_coin_is_fair_and_depends_on_every_bit():
+    tosses = sign_test.uniform(1 + jnp.arange(4096) * jnp.finfo(jnp.float32).eps)
+    assert abs(float(tosses.mean()) - 0.5) < 0.02
+    assert abs(float(jnp.corrcoef(tosses[1:], tosses[:-1])[0, 1])) < 0.05
+    assert float(tosses.max()) < 1

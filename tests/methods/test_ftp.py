@@ -266,51 +266,6 @@ def test_agrees_with_numpy_whatever_a_layer_is(x64: None) -> None:
     assert min(met[event] for event in oracles.FTP().met) >= 5, met
 
 
-@pytest.mark.parametrize(
-    ("inner", "norm", "scheduled"),
-    [
-        (optax.adam(0.03), "mars", True),
-        (optax.sgd(0.1, momentum=0.9), "l2", True),
-        (optax.contrib.muon(0.05), "mars", False),
-    ],
-    ids=["adam", "sgd with momentum", "muon"],
-)
-def test_agrees_with_numpy_behind_any_optimizer(
-    inner: Any, norm: str, scheduled: bool, x64: None
-) -> None:
-    """q comes from the raw gradient, C from the inner optimizer's step; schedules count updates."""
-    k = lambda count: jnp.where(count < 8, 0.25, 1.0)
-    rate = optax.piecewise_constant_schedule(0.0625, {12: 0.25})  # exact in float32
-    options = {"k": k, "radius_learning_rate": rate} if scheduled else {"k": 0.5}
-    tx = optax_spd.chain(inner, optax_spd.ftp(norm=norm, **options))
-    rng = np.random.default_rng(0)
-    params = {"bias": rng.normal(size=5), "kernel": rng.normal(size=(4, 5))}
-    specs = dict.fromkeys(params, LayerSpec())
-    rows = lambda tree: oracles.rows_by_layer(tree, specs)
-    theta_0, state, inner_state = rows(params), tx.init(params), inner.init(params)
-
-    @jax.jit
-    def train(grads: Any, state: Any, inner_state: Any, params: Any) -> Any:
-        inner_updates, inner_state = inner.update(grads, inner_state, params)
-        return inner_updates, inner_state, *tx.update(grads, state, params)
-
-    layers = {name: oracles.FTP(norm) for name in params}
-    for step in range(20):
-        grads = {name: np.cos(step / 3) + rng.normal(size=x.shape) for name, x in params.items()}
-        u, inner_state, updates, state = train(grads, state, inner_state, params)
-        values = (float(k(step)), float(rate(step))) if scheduled else (0.5, 0.01)
-        radii = dict(zip(optax_spd.layer_names(params), state[1].ftp_radii, strict=True))
-        trees = [rows(tree) for tree in (u, params)]
-        for name, layer in layers.items():
-            update, theta, grad = trees[0][name], trees[1][name], rows(grads)[name]
-            (expected,) = layer.step(update, theta, theta_0[name], grad, *values)
-            np.testing.assert_allclose(rows(updates)[name][0], expected, rtol=0, atol=1e-12)
-            np.testing.assert_allclose(radii[name], layer.gamma, rtol=0, atol=1e-12)
-        params = optax.apply_updates(params, updates)
-    for event in ("annealed", "projected"):
-        assert sum(layer.met[event] for layer in layers.values()) >= (5 if scheduled else 2), event
-
-
 # One layer's radius ------------------------------------------------------------------------------
 
 NO_MOMENTS = (0.0, 0.0)

@@ -160,29 +160,13 @@ def expected_direction(
     return {path: balls[2].back[path](rows) for path, rows in balls[2].rows.items()}, views
 
 
-def random_specs(rng: np.random.Generator, shapes: dict[str, Any]) -> dict[str, LayerSpec]:
-    """Stacked and output axes for each array, and perhaps a group with others of its like."""
-    specs = {}
-    for name, shape in shapes.items():
-        axes = tuple(map(int, rng.permutation(len(shape))))
-        stacked = int(rng.integers(len(shape)))
-        outputs = int(rng.integers(1, len(shape) - stacked + 1))
-        sizes = tuple(shape[a] for a in sorted(axes[:stacked]))
-        specs[name] = LayerSpec(
-            stacked_axes=axes[:stacked],
-            output_axes=axes[stacked:][:outputs] if rng.random() < 0.5 else (-1,),
-            group=f"group{sizes}" if rng.random() < 0.5 else None,
-        )
-    return specs
-
-
 def test_agrees_with_numpy_whatever_a_layer_is(x64: None) -> None:
     met: collections.Counter[str] = collections.Counter()
     shapes = {"a": (5,), "b": (2, 3, 2), "c": (6, 2), "d": (3, 2, 4), "e": (2, 3, 2)}
     decay, ratio = 0.3, 0.2
     for seed in range(14):
         rng = np.random.default_rng(seed)
-        specs = random_specs(rng, shapes)
+        specs = ball_oracles.random_specs(rng, shapes)
         w, g, p = (
             {name: rng.normal(size=shape) for name, shape in shapes.items()} for _ in range(3)
         )

@@ -237,7 +237,7 @@ def test_blocks_that_the_pattern_leaves_out_are_warned_of(pattern: str, names: l
     left_out = [not re.search(pattern, name) for name in optax_spd.layer_names(params)]
     np.testing.assert_array_equal(state.layer_decay_scale == 1, left_out)
     with pytest.warns(UserWarning, match="does not match the"):
-        tx.update(params, state, params)
+        jax.eval_shape(tx.update, params, state, params)
 
 
 ENCODER, LAYERS_OF = blocks("encoder/layer_", 3), blocks("encoder/layers/", 3, DENSE)
@@ -257,7 +257,7 @@ ENCODER, LAYERS_OF = blocks("encoder/layer_", 3), blocks("encoder/layers/", 3, D
     ],
 )
 def test_heads_and_what_is_in_a_block_are_not_warned_of(pattern: str, names: list[str]) -> None:
-    optax_spd.layerwise_lr_decay(0.5, pattern).init(tree_of(names))
+    jax.eval_shape(optax_spd.layerwise_lr_decay(0.5, pattern).init, tree_of(names))
 
 
 def test_scanned_towers_are_warned_of_and_other_stacks_are_not() -> None:

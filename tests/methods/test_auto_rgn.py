@@ -1,5 +1,6 @@
 """Auto-RGN: the original's multipliers; windows against NumPy in float64; layers without a norm."""
 
+import functools
 from typing import Any
 
 import golden
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import replays
 
 import optax_spd
 
@@ -15,78 +17,36 @@ CASES = {case["name"]: case for case in golden.settings("rgn")}
 # Auto-SNR is another criterion; of the others the multipliers are replayed, not the authors'
 # training loop, which begins each epoch with a new Adam.
 NOT_EXPRESSED = {"rgn_snr"}
-FIELDS = ("theta0", "params", "probe_grads")
 
 
-def fields_of(settings: dict[str, Any], dtype: Any) -> dict[str, dict[str, np.ndarray]]:
-    """By field the tensors that the original tunes."""
-    tuned = [tensor["name"] for tensor in settings["tensors"] if tensor["tuned"]]
-    with np.load(golden.DATA / "rgn.npz") as arrays:
-        read = lambda key: {n: arrays[f"{settings['name']}/{n}/{key}"].astype(dtype) for n in tuned}
-        return {key: read(key) for key in FIELDS}
-
-
-def epochs(settings: dict[str, Any], dtype: Any) -> list[tuple[Any, Any]]:
-    """For each epoch the parameters at its start, and the gradients of its probe batches."""
-    fields, each = fields_of(settings, dtype), settings["steps_per_epoch"]
-    found = []
-    for epoch in range(settings["epochs"]):
-        if epoch == 0:
-            start = fields["theta0"]
-        else:
-            start = {name: x[epoch * each - 1] for name, x in fields["params"].items()}
-        found.append((start, {name: x[epoch] for name, x in fields["probe_grads"].items()}))
-    return found
-
-
-def transposed(tree: dict[str, Any], leading: int) -> dict[str, Any]:
-    return {name: np.moveaxis(x, leading, -1) for name, x in tree.items()}
-
-
-def biases_stacked(tree: dict[str, Any], leading: int) -> dict[str, Any]:
-    """The two biases of one shape in one array, along its last axis."""
-    others = {name: x for name, x in tree.items() if name not in STACK}
-    return others | {"stack": np.stack([tree[name] for name in STACK], axis=leading + 1)}
-
-
-STACK = ("conv1.bias", "fc.bias")
-LAYOUTS = {
-    "PyTorch's": (lambda tree, leading: tree, optax_spd.outputs("", 0)),
-    "Flax's": (transposed, None),
-    "stacked": (biases_stacked, optax_spd.stacked("stack", 1)),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("name", sorted(CASES.keys() - NOT_EXPRESSED))
-def test_replays_the_multipliers_of_the_original(
-    name: str, dtype: Any, layout: str, x64: None
-) -> None:
-    settings, (arrange, layers) = CASES[name], LAYOUTS[layout]
-    batches, atol = settings["probe_batches"], 1e-9 if dtype == np.float64 else 1e-5
-    tx = optax_spd.auto_rgn(every=batches, layers=layers)
-    update, state = jax.jit(tx.update), None
+def test_replays_the_multipliers_of_the_original(name: str, dtype: Any, x64: None) -> None:
+    """Each epoch's, from its first parameters and the gradients of its probe batches."""
+    settings = CASES[name]
+    batches, each = settings["probe_batches"], settings["steps_per_epoch"]
+    tuned = [tensor["name"] for tensor in settings["tensors"] if tensor["tuned"]]
+    fields = {n: x for n, x in replays.fields("rgn", settings).items() if n in tuned}
+    read = lambda field: {n: x[field].astype(dtype) for n, x in fields.items()}
+    at = lambda tree, *index: {n: x[index] for n, x in tree.items()}
     with np.load(golden.DATA / "rgn.npz") as arrays:
-        fields = {key: arrays[f"{name}/{key}"] for key in ("metric", "multiplier")}
-    for epoch, (start, probes) in enumerate(epochs(settings, dtype)):
-        params, grads = arrange(start, 0), arrange(probes, 1)
-        state = tx.init(params) if state is None else state
+        ratios, multipliers = (arrays[f"{name}/{key}"] for key in ("metric", "multiplier"))
+    tx, params, trained = optax_spd.auto_rgn(every=batches), read("theta0"), read("params")
+    update, state = jax.jit(tx.update), tx.init(params)
+    order = [optax_spd.layer_names(params).index(n) for n in settings["metric_order"]]
+    close = functools.partial(
+        np.testing.assert_allclose, rtol=0, atol=1e-9 if dtype == np.float64 else 1e-5
+    )
+    for epoch in range(settings["epochs"]):
+        params = at(trained, epoch * each - 1) if epoch else params
         before = np.asarray(state.auto_rgn_scale)
         for batch in range(batches):
             np.testing.assert_array_equal(state.auto_rgn_scale, before)
-            given = {key: x[batch] for key, x in grads.items()}
-            _, state = update(given, state, params, grad=given)
-        names = [
-            f"stack[{STACK.index(n)}]" if layout == "stacked" and n in STACK else n
-            for n in settings["metric_order"]
-        ]
-        order = [optax_spd.layer_names(params, layers).index(n) for n in names]
+            grads = at(read("probe_grads"), epoch, batch)
+            _, state = update(grads, state, params, grad=grads)
         assert state.auto_rgn_scale.dtype == dtype
-        vectors = {"metric": state.auto_rgn_ratio, "multiplier": state.auto_rgn_scale}
-        for field, vector in vectors.items():
-            expected = fields[field][epoch]
-            np.testing.assert_allclose(np.asarray(vector)[order], expected, rtol=0, atol=atol)
+        close(np.asarray(state.auto_rgn_ratio)[order], ratios[epoch])
+        close(np.asarray(state.auto_rgn_scale)[order], multipliers[epoch])
 
 
 # Windows -----------------------------------------------------------------------------------------

@@ -106,29 +106,26 @@ def test_agrees_with_numpy(anchor: str, mask: Any, nesterov: bool) -> None:
         FALLING, 0.9, nesterov, weight_decay=FALLING, max_norm=max_norm, anchor=anchor, mask=mask
     )
     params = start = normal(0)
-    theta, state, update = params, tx.init(params), jax.jit(tx.update)
-    origin = jax.tree.map(np.zeros_like, start) if anchor == "zero" else start
-    velocity = jax.tree.map(np.zeros_like, start)
-    decayed = {"body": {"bias": 1, "kernel": 1}, "head": int(mask is None)}
-    fired = 0
+    state, update, fired = tx.init(params), jax.jit(tx.update), 0
+    theta = [np.float64(x) for x in jax.tree.leaves(start)]
+    origin = [0 * x if anchor == "zero" else x for x in theta]
+    decayed = [1, 1, int(mask is None)]  # bias and kernel of the body, and the head
+    velocity = [0 * x for x in theta]
     for step in range(5):
         grads = jax.tree.map(lambda x, s=step: (1 + s) * x, normal(step + 1))
         updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
         rate = decay = float(FALLING(step))
-        h = jax.tree.map(
-            lambda g, x, a, on, k=decay: g + k * on * (x - a), grads, theta, origin, decayed
-        )
+        pulls = [decay * on * (x - a) for x, a, on in zip(theta, origin, decayed, strict=True)]
+        h = [g + pull for g, pull in zip(jax.tree.leaves(grads), pulls, strict=True)]
         bound, norm = float(max_norm(step)), whole_norm(h)
         fired += norm > bound
-        factor = min(1, bound / norm)
-        clipped = jax.tree.map(lambda x, f=factor: f * x, h)
-        velocity = jax.tree.map(lambda v, c: 0.9 * v + c, velocity, clipped)
-        move = jax.tree.map(lambda v, c: c + 0.9 * v if nesterov else v, velocity, clipped)
-        theta = jax.tree.map(lambda x, m, r=rate: x - r * m, theta, move)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), params, theta
-        )
+        c = [min(1, bound / norm) * x for x in h]
+        velocity = [0.9 * v + x for v, x in zip(velocity, c, strict=True)]
+        moves = [x + 0.9 * v if nesterov else v for v, x in zip(velocity, c, strict=True)]
+        theta = [x - rate * move for x, move in zip(theta, moves, strict=True)]
+        for found, wanted in zip(jax.tree.leaves(params), theta, strict=True):
+            np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
     assert 0 < fired < 5
 
 

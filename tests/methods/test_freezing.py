@@ -297,15 +297,6 @@ def test_a_mask_of_the_trained_part_fits_the_whole_model() -> None:
         tx.init(trained | {"statistics": jnp.ones(3)})
 
 
-def test_an_anchor_that_is_missing_is_the_stage_s_to_name() -> None:
-    params = {"embed": jnp.ones(2), "head": jnp.ones(2)}
-    tx = optax_spd.with_frozen(optax_spd.chain(optax.sgd(0.1), optax_spd.spd()), "embed")
-    state = jax.tree.map(lambda x: None if x.shape == (2,) else x, tx.init(params))
-    with pytest.raises(ValueError, match=r"no anchor at 'head'.*call set_anchor"):
-        tx.update(params, state, params)
-    tx.update(params, optax_spd.set_anchor(state, params), params)
-
-
 NO_STATE = optax.GradientTransformation(lambda params: None, lambda u, s, p=None: (u, s))
 NO_STATES = {
     "second of a chain": optax.chain(optax.sgd(0.1), NO_STATE),

@@ -124,17 +124,10 @@ def program(kind: Kind, form: str) -> Any:
     return jax.jit(lambda task, numbers: run(task, numbers, kind, form))
 
 
-FORMS = ["optax.chain", "optax_spd.chain", "recipe"]
-# Where the recipe has the case's inner optimizer, it is that chain; once for each optimizer is
-# enough of a chain that gets ``grad=`` from outside.
-REPLAYS = [
-    (case, form)
-    for form in FORMS
-    for index, case in enumerate(CASES)
-    if (form == "recipe" and has_recipe(case))
-    or (form == "optax_spd.chain" and not has_recipe(case))
-    or (form == "optax.chain" and index % 6 == 0)
-]
+# Where the recipe has the case's inner optimizer, it is that chain. A few cases are enough of a
+# chain that gets ``grad=`` from outside.
+REPLAYS = [(c, "recipe" if has_recipe(c) else "optax_spd.chain") for c in CASES]
+REPLAYS += [(c, "optax.chain") for c in CASES[::6]]
 
 
 @pytest.mark.parametrize(
@@ -265,14 +258,6 @@ def updated(
     return float(new), int(after.steps), float(after.first), float(after.second)
 
 
-@pytest.mark.parametrize("largest", [0.0, 1e-9, 3.0])
-@pytest.mark.parametrize("q", [-5.0, 0.0, 5.0])
-def test_the_first_step_fixes_the_radius_and_keeps_the_moments_at_zero(
-    q: float, largest: float, x64: None
-) -> None:
-    assert updated(0.0, 0, NO_MOMENTS, q, largest) == (1e-8, 1, 0.0, 0.0)
-
-
 # Adam's bias corrections are those of its second step, though this is the first.
 FIRST_MOVE = 0.01 * (0.1 / 0.19) / np.sqrt(0.001 / 0.001999)
 
@@ -289,21 +274,6 @@ def test_the_second_step_moves_by_less_than_the_rate(size: float, x64: None) -> 
 def test_bias_corrections_have_digits_to_spare_in_float32() -> None:
     grown, *_ = updated(0.0, 1, NO_MOMENTS, -1.0, 10.0)
     np.testing.assert_allclose(grown, FIRST_MOVE, rtol=5e-7)
-
-
-def test_annealing_scales_positive_slopes_only(x64: None) -> None:
-    for k in (0.0, 0.25, 1.0):
-        *_, mu, nu = updated(1.0, 1, NO_MOMENTS, 2.0, 10.0, k)
-        np.testing.assert_allclose([mu, nu], [0.1 * 2 * k, 0.001 * (2 * k) ** 2], rtol=1e-12)
-        grown = updated(1.0, 1, NO_MOMENTS, -2.0, 10.0, k)
-        assert grown == updated(1.0, 1, NO_MOMENTS, -2.0, 10.0)
-
-
-def test_at_k_zero_a_radius_keeps_its_momentum_but_never_starts_to_shrink(x64: None) -> None:
-    assert updated(1.0, 1, NO_MOMENTS, 2.0, 10.0, 0.0)[0] == 1.0
-    radius, _, mu, nu = updated(1.0, 5, (-0.3, 0.2), 2.0, 10.0, 0.0)
-    assert radius > 1.0
-    np.testing.assert_allclose([mu, nu], [0.9 * -0.3, 0.999 * 0.2], rtol=1e-12)
 
 
 @pytest.mark.parametrize(

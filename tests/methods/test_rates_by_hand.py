@@ -87,26 +87,3 @@ def test_methods_judge_the_step_that_rates_have_scaled(form: str) -> None:
     assert 0 < fired < STEPS * len(names)
     moved = np.abs(np.diff(seen, axis=0)).max(axis=1) > 0.003
     np.testing.assert_array_equal(moved, [False, True, False, True, False])  # every 2
-
-
-def test_a_step_that_apply_if_finite_rejects_did_not_happen() -> None:
-    bad, tx = 3, FORMS["frozen around all"]
-
-    def train(tx: Any, grads: Any) -> Any:
-        def step(carry: Any, grads: Any) -> Any:
-            params, state = carry
-            updates, state = tx.update(grads, state, params)
-            decided = [optax.tree.get(state, f) for f in ("temp_balance_scale", "spd_ratio")]
-            return (optax.apply_updates(params, updates), state), decided
-
-        (params, _), decided = jax.lax.scan(step, (PARAMS, tx.init(PARAMS)), grads)
-        return params, decided
-
-    spoiled = jax.tree.map(lambda g: np.insert(g, bad, np.nan, axis=0), GRADS)
-    params, decided = jax.jit(lambda g: train(optax.apply_if_finite(tx, 2), g))(spoiled)
-    expected, wanted = jax.jit(lambda g: train(tx, g))(GRADS)
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
-    jax.tree.map(close, params, expected)
-    jax.tree.map(close, [np.delete(vector, bad, axis=0) for vector in decided], wanted)
-    for vector in decided:
-        np.testing.assert_array_equal(vector[bad], vector[bad - 1])

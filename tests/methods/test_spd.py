@@ -200,36 +200,26 @@ def ratios_of(layers: dict[str, np.ndarray]) -> np.ndarray:
 
 def textbook_ratio(layers: dict[str, np.ndarray], dtype: Any) -> np.ndarray:
     """(‖Δ̃‖ - ‖Δ‖) / ‖Δ̃‖ as written in the paper, in a given dtype."""
-    theta, theta_0, u = (jnp.asarray(layers[k], dtype) for k in ("params", "anchor", "updates"))
+    theta, theta_0, u = (layers[k].astype(dtype) for k in ("params", "anchor", "updates"))
     delta = theta - theta_0
-    new_norm, old_norm = (jnp.linalg.norm(d, axis=1) for d in (delta + u, delta))
-    return np.asarray(jnp.clip((new_norm - old_norm) / new_norm, 0, 1), np.float64)
+    new_norm, old_norm = (np.linalg.norm(d, axis=1) for d in (delta + u, delta))
+    return np.clip((new_norm - old_norm) / new_norm, 0, 1).astype(np.float64)
 
 
 @pytest.mark.parametrize("size", [7, 1000, 50_000])
-@pytest.mark.parametrize("relative_step", [1e-2, 1e-3, 1e-5])
-def test_small_steps_lose_no_digits(relative_step: float, size: int) -> None:
+@pytest.mark.parametrize("relative_step", [1e-5, 1e-3, 1e-2, 0.3, 5.0, 1e3])
+def test_no_step_loses_digits(relative_step: float, size: int) -> None:
+    """Small steps lose a hundred times less than the paper's formula, others less than 1e-6."""
     layers = random_layers(relative_step, size, seed=1, count=128 if size < 10_000 else 24)
-    ours, textbook = ratios_of(layers), textbook_ratio(layers, jnp.float32)
-    jax.config.update("jax_enable_x64", True)
-    try:
-        exact = textbook_ratio(layers, jnp.float64)
-    finally:
-        jax.config.update("jax_enable_x64", False)
+    ours = ratios_of(layers)
+    textbook, exact = (textbook_ratio(layers, dtype) for dtype in (np.float32, np.float64))
     fires = exact > 0
     assert fires.mean() > 0.5
+    np.testing.assert_allclose(ours, exact, rtol=0, atol=1e-6)
     our_error, textbook_error = (np.median(np.abs(r - exact)[fires]) for r in (ours, textbook))
-    assert textbook_error > 0
-    assert our_error <= textbook_error / 100
-
-
-@pytest.mark.parametrize("size", [1, 7, 1000, 50_000])
-@pytest.mark.parametrize("relative_step", [0.02, 0.3, 1.0, 5.0, 1e3])
-def test_large_steps_stay_within_a_millionth(relative_step: float, size: int, x64: None) -> None:
-    layers = random_layers(relative_step, size, seed=2, count=128 if size < 10_000 else 24)
-    exact = textbook_ratio(layers, jnp.float64)
-    assert (exact > 0).mean() > 0.5
-    np.testing.assert_allclose(ratios_of(layers), exact, rtol=0, atol=1e-6)
+    if relative_step <= 1e-2:
+        assert textbook_error > 0
+        assert our_error <= textbook_error / 100
 
 
 # One layer's decision --------------------------------------------------------------------------

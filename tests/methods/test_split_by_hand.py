@@ -23,7 +23,6 @@ SPECS: dict[str, Any] = {
     "outputs": {"blocks": {"bias": P(None, "x"), "kernel": P(None, None, "x")}, "embed": P()},
     "both": {"blocks": {"bias": P(None, "y"), "kernel": P(None, "x", "y")}, "embed": P(("x", "y"))},
     "one bias": {"blocks": {"bias": P(), "kernel": P(None, "y", "x")}, "embed": P("y", "x")},
-    "whole kernels": {"blocks": {"bias": P(None, "x"), "kernel": P()}, "embed": P("y")},
     "all": {"blocks": {"bias": P(None, "x"), "kernel": P(None, None, "x")}, "embed": P("x")},
     "some": {"blocks": {"bias": P(), "kernel": P(None, None, "x")}, "embed": P("x")},
 }
@@ -276,7 +275,7 @@ def without_radial_parts() -> tuple[Any, Any]:
     return grads, found
 
 
-@pytest.mark.parametrize("split", ["inputs", "outputs", "both", "one bias", "whole kernels"])
+@pytest.mark.parametrize("split", ["inputs", "outputs", "both", "one bias"])
 def test_remove_radial_tests_and_projects_as_on_one_device(split: str) -> None:
     specs, (grads, expected) = SPECS[split], without_radial_parts()
     tx = optax_spd.remove_radial(0.2, layers=STACKED, axis_name=specs)

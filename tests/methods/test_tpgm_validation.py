@@ -78,50 +78,6 @@ def test_an_array_without_an_update_is_seen_as_it_is(gap: Any) -> None:
     np.testing.assert_array_equal(radii_of(state) == 0, np.arange(5) == still)
 
 
-SICK = "blocks/kernel"
-
-
-def others(tree: Any) -> Any:
-    return {path: x for path, x in tree.items() if path != SICK}
-
-
-def distance_of_others(params: Any, batch: Any) -> Any:
-    return half_distance(others(params), others(batch))
-
-
-@pytest.mark.parametrize(("poison", "norm"), [(np.nan, "mars"), (np.inf, "l2")])
-@pytest.mark.parametrize("seen", [True, False], ids=["in the loss", "not in the loss"])
-def test_a_sick_update_of_one_layer_touches_no_other(seen: bool, poison: float, norm: str) -> None:
-    anchor = arrays(0)
-    names = optax_spd.layer_names(anchor)
-    victim = names.index(SICK)
-    loss = half_distance if seen else distance_of_others
-    tx, batches = optax_spd.tpgm(optax.adam(0.02), norm=norm), arrays(5, 3)
-    step = stepper(tx, loss)
-    params, state = step(anchor, tx.init(anchor), arrays(1), batches)
-    updates = arrays(2)
-    updates[SICK][1, 2, 3] = poison
-    sick_params, sick_state = step(params, state, updates, batches)
-    # What is sick passes through, as the inner optimizer made it.
-    np.testing.assert_array_equal(sick_params[SICK], params[SICK] + updates[SICK])
-    assert radii_of(sick_state)[victim] == radii_of(state)[victim]
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(sick_state))
-    if seen:  # then the loss is sick too: all radii stay, and the projection is in force
-        np.testing.assert_array_equal(radii_of(sick_state), radii_of(state))
-        tentative = jax.tree.map(np.add, params, updates)
-        project = jax.jit(optax_spd.project, static_argnames="norm")
-        wanted = project(tentative, anchor, radii_of(state), norm=norm)
-    else:
-        wanted, healthy_state = step(params, state, arrays(2), batches)
-        np.testing.assert_array_equal(
-            np.delete(radii_of(sick_state), victim), np.delete(radii_of(healthy_state), victim)
-        )
-    assert_close(others(sick_params), others(wanted))
-    # A healthy update of the same layer is projected and learned again.
-    params, state = step(params, sick_state, arrays(3), batches)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves((params, state)))
-
-
 @projects_only
 def test_a_layer_that_is_sick_at_first_starts_later() -> None:
     anchor, updates = arrays(0), arrays(1)

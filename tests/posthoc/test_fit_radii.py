@@ -58,31 +58,6 @@ def test_equals_the_learning_step_of_tpgm_and_numpy(layers: str, norm: str) -> N
     np.testing.assert_array_equal(fitted.params["dense/bias"], params["dense/bias"])
 
 
-def test_missing_leaves_and_integers_are_seen_and_come_back() -> None:
-    params: dict[str, Any] = {
-        "empty": jnp.ones((0, 2)),
-        "masked": optax.MaskedNode(),
-        "none": None,
-        "steps": jnp.arange(3),
-        "weight": jnp.array([3.0, 4.0]),
-    }
-
-    def loss(now: Any, batch: Any) -> jax.Array:
-        assert jax.tree.structure(now) == jax.tree.structure(params)
-        assert now["steps"].dtype == jnp.int32
-        return batch * jnp.sum(now["weight"] ** 2) * now["steps"][1]
-
-    anchor = params | {"weight": jnp.zeros(2), "steps": None}
-    fitted = optax_spd.fit_radii(
-        params, anchor, loss, np.ones(3, np.float32), radius_optimizer=ADAM, norm="l2"
-    )
-    np.testing.assert_array_equal(fitted.params["steps"], [0, 1, 2])
-    assert jax.tree.structure(fitted.params) == jax.tree.structure(params)
-    np.testing.assert_allclose(fitted.radii, [2.5 - 3 * 0.05], rtol=1e-4)
-    used = 2.5 - 0.05 * np.arange(3)  # a loss is taken before its step
-    np.testing.assert_allclose(fitted.losses, used**2, rtol=1e-4)
-
-
 def test_identical_checkpoints_and_sick_layers_come_back() -> None:
     params = arrays(0)
     fitted = optax_spd.fit_radii(params, params, half_distance, arrays(2, 3))
@@ -194,18 +169,24 @@ def test_wrong_input_is_refused(change: Any, error: type[Exception], words: str)
 
 
 def test_a_whole_model_is_fitted_as_its_parameters() -> None:
-    model = {"activation": jnp.tanh, "name": "model", "rate": 0.5, "training": False}
+    """Functions and numbers, and leaves that are no layers, come back and are seen."""
+    settings = {"activation": jnp.tanh, "name": "model", "rate": 0.5, "training": False}
+    model = settings | {"empty": np.ones((0, 2)), "none": None, "steps": np.arange(3)}
     params, anchor, batches = arrays(0), arrays(1), arrays(2, 3)
 
     def loss(whole: Any, batch: Any) -> jax.Array:
-        assert {key: whole[key] for key in model} == model
-        return half_distance({key: whole[key] for key in batch}, batch)
+        assert {key: whole[key] for key in settings} == settings
+        assert (whole["none"], whole["steps"].dtype) == (None, jnp.int32)
+        return whole["steps"][1] * half_distance({key: whole[key] for key in batch}, batch)
 
     fit = functools.partial(optax_spd.fit_radii, validation_batches=batches, radius_optimizer=ADAM)
     expected = fit(params, anchor, half_distance)
     for others in (dict.fromkeys(model), model):
         found = fit(params | model, anchor | others, loss)
-        assert {key: found.params.pop(key) for key in model} == model
+        np.testing.assert_array_equal(found.params.pop("steps"), model["steps"])
+        assert found.params.pop("empty").shape == (0, 2)
+        back = {key: found.params.pop(key) for key in (*settings, "none")}
+        assert back == settings | {"none": None}
         assert_same_bits(found, expected)
 
 

@@ -66,17 +66,6 @@ def test_the_arithmetic_of_halves_is_in_float32_and_the_result_in_the_dtype_of_p
     np.testing.assert_array_equal(blended["b"], jnp.full(2, 0.0019, jnp.float16))
 
 
-def test_it_may_be_jitted_and_differentiated_in_alpha() -> None:
-    params, anchor = pair()
-    blend = jax.jit(lambda alpha: optax_spd.wise_ft(params, anchor, alpha))
-    expected = optax_spd.wise_ft(params, anchor, 0.3)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), blend(0.3), expected)
-    # d/dα of the sum over all parameters is the sum of the deviations.
-    total = lambda alpha: sum(x.sum() for x in jax.tree.leaves(blend(alpha)))
-    slope = sum((theta.astype(np.float64) - anchor[name]).sum() for name, theta in params.items())
-    np.testing.assert_allclose(jax.grad(total)(0.3), slope, rtol=1e-5)
-
-
 def test_containers_and_boxes_of_the_two_trees_may_differ() -> None:
     params, anchor = pair()
     state = nnx.State(jax.tree.map(nnx.Param, params))

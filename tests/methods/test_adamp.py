@@ -264,14 +264,12 @@ def test_a_bias_is_never_projected_and_fully_decayed_also_in_its_module() -> Non
 
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("momentum", [None, 0.5])
-@pytest.mark.parametrize("number", [np.float32, jnp.float32])
-def test_numbers_of_numpy_and_jax_change_no_dtype(
-    number: Any, momentum: float | None, nesterov: bool
-) -> None:
+def test_numbers_of_numpy_and_jax_change_no_dtype(momentum: float | None, nesterov: bool) -> None:
     params = {"w": jnp.ones((3, 2), jnp.bfloat16), "wide": jnp.ones(2)}
     grads = {"w": jnp.full((3, 2), 2.0, jnp.bfloat16), "wide": jnp.ones(2, jnp.bfloat16)}
-    runs = []
-    for of in (number, float):
+    buffer = 2 * 0.75 * (1 if momentum is None else 1 + momentum)
+    ahead = 2 if momentum is None else 2 + momentum * buffer
+    for of in (np.float32, jnp.float32, float):
         tx = dampened_trace(None if momentum is None else of(momentum), of(0.25), nesterov)
         state = tx.init(params)
         dtypes = jax.tree.map(jnp.result_type, state)
@@ -279,11 +277,7 @@ def test_numbers_of_numpy_and_jax_change_no_dtype(
             updates, state = tx.update(grads, state)
             assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
             assert jax.tree.map(jnp.result_type, state) == dtypes
-        runs.append((updates, state))
-    jax.tree.map(np.testing.assert_array_equal, *runs)
-    buffer = 2 * 0.75 * (1 if momentum is None else 1 + momentum)
-    expected = buffer if not nesterov else 2 if momentum is None else 2 + momentum * buffer
-    np.testing.assert_array_equal(runs[0][0]["w"].astype(np.float32), np.full((3, 2), expected))
+        np.testing.assert_array_equal(np.float32(updates["w"]), ahead if nesterov else buffer)
 
 
 SCHEDULE = optax.constant_schedule(0.9)

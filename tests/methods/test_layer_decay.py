@@ -107,22 +107,15 @@ def test_a_layer_s_own_embedding_is_not_the_model_s() -> None:
     assert list(found.values()) == [0.25, 0.5]
 
 
-def test_a_function_of_the_name_gives_depths() -> None:
+@pytest.mark.parametrize("shift", [0, -5, 5])
+def test_of_a_function_s_depths_only_the_differences_matter(shift: int) -> None:
+    """Depths may be counted from the top, as negative numbers; the head is at the largest."""
     params = {name: jnp.ones(1) for name in "abcd"}
-    depth = {"a": -1, "b": np.float32(0.5), "c": 2, "d": None}.__getitem__
+    depth = {"a": -1 + shift, "b": np.float32(0.5 + shift), "c": 2 + shift, "d": None}.__getitem__
     found = scaled_ones(optax_spd.layerwise_lr_decay(0.25, depth), params)
     assert list(found.values()) == [0.25**3, 0.25**1.5, 1.0, 1.0]
     everywhere = scaled_ones(optax_spd.layerwise_lr_decay(0.25, lambda name: None), params)
     assert set(everywhere.values()) == {1.0}
-
-
-def test_only_the_differences_of_depths_matter() -> None:
-    """Depths may be counted from the top, as negative numbers; the head is at the largest."""
-    params = {name: jnp.ones(1) for name in "abcd"}
-    for a, b, c in ((0.0, 1.5, 2.0), (-5.0, -3.5, -3.0), (5.0, 6.5, 7.0)):
-        depth = {"a": a, "b": b, "c": c, "d": None}.__getitem__
-        found = scaled_ones(optax_spd.layerwise_lr_decay(0.25, depth), params)
-        assert list(found.values()) == [0.25**2, 0.25**0.5, 1.0, 1.0]
 
 
 def test_the_scales_are_in_the_state_before_the_first_step_and_after() -> None:

@@ -244,10 +244,7 @@ def test_a_nan_in_one_layer_reaches_no_other() -> None:
     assert np.isfinite(optax.tree.get(state, "temp_balance_alpha")).all()
 
 
-MESH_KINDS = pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-
-
-@MESH_KINDS
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_a_sharded_stack_is_gathered_a_few_layers_at_a_time(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

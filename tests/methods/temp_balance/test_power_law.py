@@ -131,6 +131,12 @@ def test_a_convolution_pools_the_spectra_of_its_positions() -> None:
     np.testing.assert_allclose(finger, numpy_alpha(0.25 * pooled, "fix-finger", bins=5), rtol=1e-5)
 
 
+@FITS
+def test_a_weight_with_rows_of_zeros_has_a_finite_exponent(fit: Any) -> None:
+    weight = jnp.zeros((16, 16)).at[:4].set(jax.random.normal(jax.random.key(3), (4, 16)))
+    assert 1 < optax_spd.power_law_alpha(weight, fit=fit) < np.inf
+
+
 def test_weights_without_an_exponent() -> None:
     assert np.isinf(optax_spd.power_law_alpha(jnp.zeros((8, 8))))
     orthogonal = np.linalg.qr(np.random.default_rng(0).normal(size=(64, 64)))[0]

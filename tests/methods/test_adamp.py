@@ -302,8 +302,3 @@ def test_wrong_arguments_are_refused(
     rate = {} if make == "remove_radial" else {"learning_rate": 0.1}
     with pytest.raises(error, match=words):
         getattr(optax_spd, make)(**rate, **arguments)
-
-
-def test_momentum_may_be_injected() -> None:
-    tx = optax.inject_hyperparams(optax_spd.sgdp)(0.1, momentum=SCHEDULE, weight_decay=0.1)
-    assert tx.init({"w": COLUMN}).hyperparams["momentum"] == np.float32(0.9)

@@ -117,7 +117,6 @@ FROZEN: dict[str, Any] = {
     "tree": EMBED,
     "callable tree": Mask(**EMBED),
     "function": lambda params: {"embed": True, "head": False},
-    "path_mask": optax_spd.path_mask("^embed"),
 }
 
 
@@ -295,6 +294,14 @@ def test_a_mask_of_the_trained_part_fits_the_whole_model() -> None:
     assert_equal(whole, tx.update(trained, state, trained))
     with pytest.raises(TypeError, match="got None at 'statistics'"):
         tx.init(trained | {"statistics": jnp.ones(3)})
+
+
+def test_an_anchor_that_is_missing_is_the_stage_s_to_name() -> None:
+    params = {"embed": jnp.ones(2), "head": jnp.ones(2)}
+    tx = optax_spd.with_frozen(optax_spd.chain(optax.sgd(0.1), optax_spd.spd()), "embed")
+    state = jax.tree.map(lambda x: None if x.shape == (2,) else x, tx.init(params))
+    with pytest.raises(ValueError, match=r"no anchor at 'head'.*call set_anchor"):
+        tx.update(params, state, params)
 
 
 NO_STATE = optax.GradientTransformation(lambda params: None, lambda u, s, p=None: (u, s))

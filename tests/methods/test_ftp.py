@@ -249,6 +249,14 @@ def updated(radius: float, q: float, largest: float) -> float:
     return float(radius_update(jnp.asarray(radius), moments, *numbers)[0])
 
 
+def test_the_first_step_fixes_the_radius_and_keeps_the_moments_at_zero(x64: None) -> None:
+    zero = jnp.zeros(())
+    for q, largest in ((-5.0, 0.0), (5.0, 1e-9), (5.0, 3.0)):
+        numbers = map(jnp.asarray, (q, largest, 1.0, 0.01))
+        found = radius_update(zero, RadiusMoments(jnp.int32(0), zero, zero), *numbers)
+        assert jax.tree.leaves(found) == [1e-8, 1, 0, 0]
+
+
 # Adam's bias corrections are those of its second step, though this is the first.
 FIRST_MOVE = 0.01 * (0.1 / 0.19) / np.sqrt(0.001 / 0.001999)
 

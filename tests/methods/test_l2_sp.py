@@ -16,16 +16,11 @@ import optax_spd
 STEPS = 10
 
 
-def trees_of(dtype: Any = np.float32) -> tuple[Any, Any, Any]:
+def trees_of() -> tuple[Any, Any, Any]:
     """Parameters, pretrained parameters, and what the loss pulls toward."""
     draw = np.random.default_rng(0)
-    make = lambda: {
-        "dense": {
-            "bias": draw.normal(size=3).astype(dtype),
-            "kernel": draw.normal(size=(2, 3)).astype(dtype),
-        },
-        "head": draw.normal(size=4).astype(dtype),
-    }
+    normal = lambda *shape: draw.normal(size=shape).astype(np.float32)
+    make = lambda: {"dense": {"bias": normal(3), "kernel": normal(2, 3)}, "head": normal(4)}
     return make(), make(), make()
 
 

@@ -84,8 +84,7 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
 }
 FIELDS = ("ftp_radii", "tpgm_radii", "auto_rgn_scale")
 
-Run = tuple[Any, list[Any]]
-"""The last parameters, and what the method decided in every step."""
+Run = tuple[Any, list[Any]]  # the last parameters, and what the method decided in every step
 
 
 def run(tx: Any, loss: Any, params: Any, state: Any, recorded: Any) -> Run:

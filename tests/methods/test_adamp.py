@@ -12,7 +12,6 @@ import numpy as np
 import optax
 import pytest
 import replays
-from jax.sharding import AxisType, PartitionSpec as P
 
 import optax_spd
 from optax_spd import LayerSpec
@@ -161,29 +160,13 @@ def expected_direction(
     return {path: balls[2].back[path](rows) for path, rows in balls[2].rows.items()}, views
 
 
-def random_specs(rng: np.random.Generator, shapes: dict[str, Any]) -> dict[str, LayerSpec]:
-    """Stacked and output axes for each array, and perhaps a group with others of its like."""
-    specs = {}
-    for name, shape in shapes.items():
-        axes = tuple(map(int, rng.permutation(len(shape))))
-        stacked = int(rng.integers(len(shape)))
-        outputs = int(rng.integers(1, len(shape) - stacked + 1))
-        sizes = tuple(shape[a] for a in sorted(axes[:stacked]))
-        specs[name] = LayerSpec(
-            stacked_axes=axes[:stacked],
-            output_axes=axes[stacked:][:outputs] if rng.random() < 0.5 else (-1,),
-            group=f"group{sizes}" if rng.random() < 0.5 else None,
-        )
-    return specs
-
-
 def test_agrees_with_numpy_whatever_a_layer_is(x64: None) -> None:
     met: collections.Counter[str] = collections.Counter()
     shapes = {"a": (5,), "b": (2, 3, 2), "c": (6, 2), "d": (3, 2, 4), "e": (2, 3, 2)}
     decay, ratio = 0.3, 0.2
     for seed in range(14):
         rng = np.random.default_rng(seed)
-        specs = random_specs(rng, shapes)
+        specs = ball_oracles.random_specs(rng, shapes)
         w, g, p = (
             {name: rng.normal(size=shape) for name, shape in shapes.items()} for _ in range(3)
         )
@@ -251,19 +234,13 @@ def test_without_a_test_that_passes_it_is_the_optimizer_with_decoupled_decay() -
     off = {"delta": 0.0, "weight_decay": 0.5}
     adam = (0.1, 0.8, 0.95, 1e-3, 1e-4)
     sgd = optax.trace(0.8, nesterov=True), optax.add_decayed_weights(0.5 / (1 - 0.8))
-    pairs = [
+    recorded = replays.Recording(params, jax.tree.map(lambda g: np.stack([g] * 3), grads), None)
+    for ours, plain in (
         (optax_spd.adamp(*adam, **off), optax.adamw(*adam, weight_decay=0.5)),
         (optax_spd.sgdp(0.1, 0.8, True, **off), optax.chain(*sgd, optax.scale(-0.1))),
-    ]
-    for pair in pairs:
-        runs = []
-        for tx in pair:
-            p, state = params, tx.init(params)
-            for _ in range(3):
-                updates, state = tx.update(grads, state, p)
-                p = optax.apply_updates(p, updates)
-            runs.append(p["w"])
-        np.testing.assert_allclose(*runs, rtol=1e-6)
+    ):
+        found, expected = replays.run(ours, recorded), replays.run(plain, recorded)
+        np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-6)
 
 
 # Corner cases ------------------------------------------------------------------------------------
@@ -309,35 +286,14 @@ def test_a_bias_is_never_projected_and_fully_decayed_also_in_its_module() -> Non
     np.testing.assert_allclose(found["dense"]["kernel"], kernel, rtol=1e-6)
 
 
-def test_schedules_of_all_numbers_are_followed() -> None:
-    """A step later in the schedules is the step of the numbers that they have then."""
-    then = {"weight_decay": 0.3, "delta": 1.3, "wd_ratio": 0.4, "eps": 0.2}
-    scheduled = {k: lambda count, v=v: jnp.where(count == 1, v, 0.0) for k, v in then.items()}
-    draw = np.random.default_rng(0)
-    w, g, p = ({"w": draw.normal(size=(4, 3)).astype(np.float32)} for _ in range(3))
-    tx, constant = optax_spd.remove_radial(**scheduled), optax_spd.remove_radial(**then)
-    updates, state = tx.update(p, tx.init(w), w, grad=g)
-    np.testing.assert_array_equal(updates["w"], p["w"])
-    found, _ = tx.update(p, state, w, grad=g)
-    expected, _ = constant.update(p, constant.init(w), w, grad=g)
-    np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-6)
-    # Each of them has a part in it.
-    for name in then:
-        other = optax_spd.remove_radial(**{**then, name: 0.0})
-        without, _ = other.update(p, other.init(w), w, grad=g)
-        assert np.abs(found["w"] - without["w"]).max() > 1e-3, name
-
-
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("momentum", [None, 0.5])
-@pytest.mark.parametrize("number", [np.float32, jnp.float32])
-def test_numbers_of_numpy_and_jax_change_no_dtype(
-    number: Any, momentum: float | None, nesterov: bool
-) -> None:
+def test_numbers_of_numpy_and_jax_change_no_dtype(momentum: float | None, nesterov: bool) -> None:
     params = {"w": jnp.ones((3, 2), jnp.bfloat16), "wide": jnp.ones(2)}
     grads = {"w": jnp.full((3, 2), 2.0, jnp.bfloat16), "wide": jnp.ones(2, jnp.bfloat16)}
-    runs = []
-    for of in (number, float):
+    buffer = 2 * 0.75 * (1 if momentum is None else 1 + momentum)
+    ahead = 2 if momentum is None else 2 + momentum * buffer
+    for of in (np.float32, jnp.float32, float):
         tx = dampened_trace(None if momentum is None else of(momentum), of(0.25), nesterov)
         state = tx.init(params)
         dtypes = jax.tree.map(jnp.result_type, state)
@@ -345,89 +301,28 @@ def test_numbers_of_numpy_and_jax_change_no_dtype(
             updates, state = tx.update(grads, state)
             assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
             assert jax.tree.map(jnp.result_type, state) == dtypes
-        runs.append((updates, state))
-    jax.tree.map(np.testing.assert_array_equal, *runs)
-    buffer = 2 * 0.75 * (1 if momentum is None else 1 + momentum)
-    expected = buffer if not nesterov else 2 if momentum is None else 2 + momentum * buffer
-    np.testing.assert_array_equal(runs[0][0]["w"].astype(np.float32), np.full((3, 2), expected))
+        np.testing.assert_array_equal(np.float32(updates["w"]), ahead if nesterov else buffer)
 
 
-def test_wrong_arguments_are_refused() -> None:
-    for name in ("weight_decay", "delta", "wd_ratio", "eps"):
-        with pytest.raises(ValueError, match=f"{name} must be finite and at least 0, got -1"):
-            optax_spd.remove_radial(**{name: -1})
-    with pytest.raises(ValueError, match="axis_name='x' does not tell which of them are split"):
-        optax_spd.remove_radial(axis_name="x")
-    with pytest.raises(ValueError, match="momentum must be below 1, got 1"):
-        optax_spd.sgdp(0.1, 1.0, weight_decay=0.1)
-    with pytest.raises(ValueError, match="momentum must be finite and between 0 and 1, got"):
-        optax_spd.sgdp(0.1, 1.5)
-    schedule = optax.constant_schedule(0.9)
-    with pytest.raises(TypeError, match=r"momentum must be a number .*inject_hyperparams"):
-        optax_spd.sgdp(0.1, momentum=schedule, weight_decay=0.1)
-    injected = optax.inject_hyperparams(optax_spd.sgdp)(0.1, momentum=schedule, weight_decay=0.1)
-    assert injected.init({"w": COLUMN}).hyperparams["momentum"] == np.float32(0.9)
-    with pytest.raises(ValueError, match="dampening must be finite and between 0 and 1"):
-        optax_spd.sgdp(0.1, dampening=-0.5)
-    for recipe in (optax_spd.adamp, optax_spd.sgdp):
-        with pytest.raises(TypeError, match="nesterov must be True or False, got 1"):
-            recipe(0.1, nesterov=1)
+SCHEDULE = optax.constant_schedule(0.9)
 
 
-# Split by hand -----------------------------------------------------------------------------------
-
-SPECS: dict[str, Any] = {
-    "inputs": {"blocks": P(None, "x"), "dense": {"bias": P(), "kernel": P("x")}},
-    "outputs": {"blocks": P(None, None, "x"), "dense": {"bias": P("x"), "kernel": P(None, "x")}},
-    "both": {"blocks": P(None, "x", "y"), "dense": {"bias": P("y"), "kernel": P(("y", "x"))}},
-    "mixed": {"blocks": P(), "dense": {"bias": P(), "kernel": P("y", "x")}},
-}
-
-
-def without_radial(x: np.ndarray, w: np.ndarray, axis: int | None) -> np.ndarray:
-    """The part of x that is orthogonal to w, along an axis or as a whole."""
-    inner, square = (np.sum(a * w, axis=axis, keepdims=True) for a in (x, w))
-    return x - inner / square * w
-
-
-@pytest.mark.parametrize("specs", SPECS.values(), ids=SPECS)
-def test_shard_map_equals_one_device(specs: Any) -> None:
-    draw = np.random.default_rng(0)
-    normal = lambda *shape: draw.normal(size=shape).astype(np.float32)
-    model = lambda: {
-        "blocks": normal(3, 8, 8),
-        "dense": {"bias": normal(8), "kernel": normal(8, 8)},
-    }
-    w, g, p = model(), model(), model()
-    # The first block passes by rows, the second as a whole only, the third not at all.
-    blocks = w["blocks"]
-    g["blocks"] = np.stack(
-        [
-            without_radial(g["blocks"][0], blocks[0], axis=0),
-            without_radial(g["blocks"][1], blocks[1], axis=None),
-            blocks[2],
-        ]
-    )
-    layers = optax_spd.stacked("blocks")
-    tx = optax_spd.remove_radial(0.2, layers=layers)
-    state = tx.init(w)
-    expected, _ = tx.update(p, state, w, grad=g)
-    projected = [
-        without_radial(p["blocks"][0], blocks[0], axis=0) + 0.2 * 0.1 * blocks[0],
-        without_radial(p["blocks"][1], blocks[1], axis=None) + 0.2 * 0.1 * blocks[1],
-        p["blocks"][2] + 0.2 * blocks[2],
-    ]
-    np.testing.assert_allclose(expected["blocks"], projected, rtol=1e-4, atol=1e-5)
-
-    by_hand = optax_spd.remove_radial(0.2, layers=layers, axis_name=specs)
-    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-    mapped = jax.shard_map(
-        lambda p, w, g: by_hand.update(p, state, w, grad=g)[0],
-        mesh=mesh,
-        in_specs=(specs, specs, specs),
-        out_specs=specs,
-    )
-    found = jax.jit(mapped)(p, w, g)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected
-    )
+@pytest.mark.parametrize(
+    ("make", "arguments", "error", "words"),
+    [
+        ("remove_radial", {"eps": -1}, ValueError, "eps must be finite and at least 0, got -1"),
+        ("remove_radial", {"axis_name": "x"}, ValueError, "does not tell which of them are split"),
+        ("sgdp", {"momentum": 1.0, "weight_decay": 0.1}, ValueError, "momentum must be below 1"),
+        ("sgdp", {"momentum": 1.5}, ValueError, "momentum must be finite and between 0 and 1"),
+        ("sgdp", {"momentum": SCHEDULE}, TypeError, "momentum must be .*inject_hyperparams"),
+        ("sgdp", {"dampening": -0.5}, ValueError, "dampening must be finite and between 0 and 1"),
+        ("sgdp", {"nesterov": 1}, TypeError, "nesterov must be True or False, got 1"),
+        ("adamp", {"nesterov": 1}, TypeError, "nesterov must be True or False, got 1"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    make: str, arguments: Any, error: type[Exception], words: str
+) -> None:
+    rate = {} if make == "remove_radial" else {"learning_rate": 0.1}
+    with pytest.raises(error, match=words):
+        getattr(optax_spd, make)(**rate, **arguments)

@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 from docs_examples import ROOT, run
-from flax.core import freeze
 
 import optax_spd
 
@@ -57,11 +56,8 @@ def assert_equal(a: Any, b: Any) -> None:
 # What it does ------------------------------------------------------------------------------------
 
 INNER = {
-    "sgd": optax.sgd(0.1, momentum=0.9),
     "clipped adamw": optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.1)),
     "adam_spd": optax_spd.adam_spd(0.1),
-    "adam_ftp": optax_spd.adam_ftp(0.1),
-    "adamw_l2_sp": optax_spd.adamw_l2_sp(0.1, weight_decay=0.1),
     "tpgm": optax.chain(optax.adam(0.1), optax_spd.tpgm(radii=0.5)),
 }
 
@@ -94,23 +90,15 @@ def test_the_rest_trains_as_if_the_frozen_arrays_were_not_there(inner: Any) -> N
         # Two moments and the anchor of what trains; two counts and a fingerprint; per array r and
         # the number of times it fired.
         (optax_spd.adam_spd(0.1), 3 * HEAD + 3 * COUNT + 2 * 8),
+        # Accumulated gradients are of what trains, too; and some counters.
+        (optax.MultiSteps(optax.adam(0.1), 2), 3 * HEAD + 3 * COUNT),
     ],
-    ids=["sgd", "momentum", "adam", "adam_spd"],
+    ids=["sgd", "momentum", "adam", "adam_spd", "MultiSteps"],
 )
 def test_frozen_arrays_have_no_state(inner: Any, size: int) -> None:
     params = model()
     assert state_bytes(optax_spd.with_frozen(inner, "^embed/"), params) == size
     assert state_bytes(inner, params) >= size + EMBEDDING * (size // HEAD)
-
-
-def test_frozen_arrays_accumulate_no_gradients_either() -> None:
-    steps = optax.MultiSteps(optax.adam(0.1), 2)
-    inside = state_bytes(optax_spd.with_frozen(steps, "^embed/"), model())
-    around = state_bytes(
-        optax.MultiSteps(optax_spd.with_frozen(optax.adam(0.1), "^embed/"), 2), model()
-    )
-    assert 3 * HEAD < inside < 3 * HEAD + 32  # and some counters
-    assert around - inside == EMBEDDING
 
 
 class Mask(eqx.Module):
@@ -126,15 +114,10 @@ class Mask(eqx.Module):
 FROZEN: dict[str, Any] = {
     "pattern": "^embed/",
     "patterns": ["embedding$", "^embed/scale"],
-    "tuple of patterns": ("embed",),
     "set of patterns": {"embedding$", "^embed/scale"},
     "tree": EMBED,
-    "numpy bools": jax.tree.map(np.bool_, EMBED),
-    "prefix": {"embed": True, "head": False},
-    "frozen dict": freeze(EMBED),
     "callable tree": Mask(**EMBED),
     "function": lambda params: {"embed": True, "head": False},
-    "path_mask": optax_spd.path_mask("^embed"),
 }
 
 
@@ -175,12 +158,8 @@ def test_a_nan_gradient_of_a_frozen_array_reaches_nothing() -> None:
 
 
 def test_dtypes_and_structure_stay() -> None:
-    params = {
-        "embed": jnp.ones(2, jnp.bfloat16),
-        "ids": jnp.arange(3),
-        "head": jnp.ones(2, jnp.bfloat16),
-        "static": None,
-    }
+    half = jnp.ones(2, jnp.bfloat16)
+    params = {"embed": half, "ids": jnp.arange(3), "head": half, "static": None}
     grads = params | {"ids": np.zeros(3, jax.dtypes.float0)}
     tx = optax_spd.with_frozen(optax.adam(0.1), ["embed", "ids"])
     updates, _ = tx.update(grads, tx.init(params), params)
@@ -209,12 +188,8 @@ def test_a_shared_anchor_may_stand_outside_or_inside() -> None:
 def test_tpgm_with_validation_data_stands_behind_it() -> None:
     # Inside, it would not see the whole tree for validation_fn, and says so.
     params = {"embed": jnp.ones(3), "head": jnp.ones(3)}
-    validation = {
-        "validation_fn": lambda params, batch: jnp.sum(
-            (params["head"] * params["embed"] - batch) ** 2
-        ),
-        "validation_batches": jnp.zeros((2, 3)),
-    }
+    loss = lambda params, batch: jnp.sum((params["head"] * params["embed"] - batch) ** 2)
+    validation = {"validation_fn": loss, "validation_batches": jnp.zeros((2, 3))}
     tpgm = optax_spd.tpgm(mask=optax_spd.path_mask("head"))
     tx = optax.chain(optax_spd.with_frozen(optax.adam(0.1), "embed"), tpgm)
     updates, _state = tx.update(params, tx.init(params), params, **validation)
@@ -255,30 +230,21 @@ def test_a_pattern_that_matches_nothing_is_named_with_the_nearest_paths() -> Non
         optax_spd.sgd_freeze_embed(0.1).init({"dense": {"kernel": jnp.ones(2)}})
 
 
-BAD = {
-    "everything": ("", ValueError, "True for every parameter, so nothing would be trained"),
-    "everything, as a bool": (True, ValueError, "True for every parameter"),
-    "no mask": (None, TypeError, "frozen must hold True or False, got None at 'embed/embedding'"),
-    "numbers": ({"embed": 1, "head": 0}, TypeError, "got 1 at 'embed/embedding'"),
-    "labels": ({"embed": "frozen", "head": False}, TypeError, "got 'frozen' at"),
-    "missing entry": ({"embed": True}, ValueError, "frozen has no entry for .* 'head/bias'"),
-    "too much": ({"embed": True, "head": False, "neck": True}, ValueError, "an entry at 'neck'"),
-    "no pattern": ([], ValueError, "frozen has no entry"),
-}
-
-
-@pytest.mark.parametrize("case", BAD.values(), ids=BAD)
-def test_bad_masks(case: Any) -> None:
-    frozen, error, message = case
-    with pytest.raises(error, match=message):
+@pytest.mark.parametrize(
+    ("frozen", "error", "words"),
+    [
+        ("", ValueError, "True for every parameter, so nothing would be trained"),
+        (None, TypeError, "frozen must hold True or False, got None at 'embed/embedding'"),
+        ({"embed": True}, ValueError, "frozen has no entry for .* 'head/bias'"),
+        ([], ValueError, "frozen has no entry"),
+    ],
+)
+def test_bad_masks(frozen: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
         optax_spd.with_frozen(optax.sgd(0.1), frozen).init(model())
 
 
-def test_bad_arguments_are_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="not valid"):
-        optax_spd.with_frozen(optax.sgd(0.1), "(")
-    with pytest.raises(TypeError, match="regular expression"):
-        optax_spd.with_frozen(optax.sgd(0.1), ["embed", True])
+def test_a_factory_is_refused() -> None:
     with pytest.raises(TypeError, match="A factory must be called"):
         optax_spd.with_frozen(optax.sgd, "embed")
 
@@ -304,9 +270,8 @@ def test_a_state_saved_with_others_frozen_says_so() -> None:
     params = {"embed": jnp.ones((4, 2)), "head": jnp.ones(2)}
     saved = optax_spd.sgd_freeze_embed(0.1, embedding="^embed").init(params)
     tx = optax_spd.sgd_freeze_embed(0.1, embedding="^head")
-    for update in (tx.update, jax.jit(tx.update)):
-        with pytest.raises(ValueError, match=r"None at .*trace/embed.* other parameters frozen"):
-            update(params, as_restored(saved), params)
+    with pytest.raises(ValueError, match=r"None at .*trace/embed.* other parameters frozen"):
+        tx.update(params, as_restored(saved), params)
 
 
 def test_a_state_made_of_a_filtered_tree_says_so() -> None:
@@ -338,7 +303,6 @@ def test_an_anchor_that_is_missing_is_the_stage_s_to_name() -> None:
     state = jax.tree.map(lambda x: None if x.shape == (2,) else x, tx.init(params))
     with pytest.raises(ValueError, match=r"no anchor at 'head'.*call set_anchor"):
         tx.update(params, state, params)
-    tx.update(params, optax_spd.set_anchor(state, params), params)
 
 
 NO_STATE = optax.GradientTransformation(lambda params: None, lambda u, s, p=None: (u, s))
@@ -351,17 +315,13 @@ NO_STATES = {
 
 
 @pytest.mark.parametrize("inner", NO_STATES.values(), ids=NO_STATES)
-@pytest.mark.parametrize("container", [list, tuple, lambda pair: {"0": pair[0], "1": pair[1]}])
-def test_a_stage_may_have_none_for_its_state(container: Any, inner: Any) -> None:
+def test_a_stage_may_have_none_for_its_state(inner: Any) -> None:
     """The paths in a chain's state and those of a list of parameters are numbers."""
-    params, frozen = container([jnp.ones(2), jnp.ones(2)]), container([True, False])
-    tx = optax_spd.with_frozen(inner, frozen)
-    state = tx.init(params)
-    for update in (tx.update, jax.jit(tx.update)):
-        new, _ = update(params, state, params)
-        still, moving = jax.tree.leaves(new)
-        assert not np.any(still)
-        assert np.all(moving)
+    params = [jnp.ones(2), jnp.ones(2)]
+    tx = optax_spd.with_frozen(inner, [True, False])
+    still, moving = tx.update(params, tx.init(params), params)[0]
+    assert not np.any(still)
+    assert np.all(moving)
 
 
 def test_a_list_of_parameters_may_lose_an_array_too() -> None:

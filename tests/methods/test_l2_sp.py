@@ -9,22 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import replays
 
 import optax_spd
 
 STEPS = 10
 
 
-def trees_of(dtype: Any = np.float32) -> tuple[Any, Any, Any]:
+def trees_of() -> tuple[Any, Any, Any]:
     """Parameters, pretrained parameters, and what the loss pulls toward."""
     draw = np.random.default_rng(0)
-    make = lambda: {
-        "dense": {
-            "bias": draw.normal(size=3).astype(dtype),
-            "kernel": draw.normal(size=(2, 3)).astype(dtype),
-        },
-        "head": draw.normal(size=4).astype(dtype),
-    }
+    normal = lambda *shape: draw.normal(size=shape).astype(np.float32)
+    make = lambda: {"dense": {"bias": normal(3), "kernel": normal(2, 3)}, "head": normal(4)}
     return make(), make(), make()
 
 
@@ -143,60 +139,42 @@ def test_the_derivative_of_a_decay_of_zero_is_the_deviation() -> None:
 # Cautious weight decay ---------------------------------------------------------------------------
 
 CASES = golden.settings("cautious")
-LAYOUTS = {
-    "PyTorch's": lambda x, axis: x,
-    "Flax's": lambda x, axis: np.moveaxis(x, axis, -1),
-    "a stack": lambda x, axis: np.stack([x, x], axis),
-}
 
 
-def direction(settings: dict[str, Any]) -> optax.GradientTransformation:
-    if settings["base"] == "adam":
-        return optax.scale_by_adam(*settings["betas"], settings["eps"])
-    return optax.trace(settings["momentum"], settings["nesterov"])
+@functools.cache
+def program(base: str, nesterov: bool) -> Any:
+    """A replay of all cases of a kind; their numbers are arguments, as float64 as Python's."""
+
+    def run(recorded: replays.Recording, numbers: dict[str, Any], anchor: Any) -> Any:
+        rate, decay = (lambda count: recorded.rates[count]), numbers["weight_decay"]
+        options: dict[str, Any] = {"anchor": anchor or "zero", "cautious": True}
+        if base == "adam":
+            adam = (*numbers["betas"], numbers["eps"])
+            tx = optax_spd.adamw_l2_sp(rate, *adam, weight_decay=decay, **options)
+        else:
+            trace = optax.trace(numbers["momentum"], nesterov)
+            stage = optax_spd.l2_sp(decay, **options)
+            tx = optax.chain(trace, stage, optax.scale_by_learning_rate(rate))
+        return replays.run(tx, recorded)
+
+    return jax.jit(run)
 
 
-def cautious_optimizer(settings: dict[str, Any], lr: np.ndarray, anchor: Any) -> Any:
-    rate, decay = (lambda count: jnp.asarray(lr)[count]), settings["weight_decay"]
-    options = {"anchor": "zero" if anchor is None else anchor, "cautious": True}
-    if settings["base"] == "adam":
-        adam = (*settings["betas"], settings["eps"])
-        return optax_spd.adamw_l2_sp(rate, *adam, weight_decay=decay, **options)
-    return optax.chain(
-        direction(settings),
-        optax_spd.l2_sp(decay, **options),
-        optax.scale_by_learning_rate(rate),
-    )
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
-@pytest.mark.parametrize("settings", CASES, ids=lambda case: case["name"])
-def test_cautious_decay_replays(settings: Any, dtype: Any, layout: str, x64: None) -> None:
-    # With x64 in float32 too: Optax's bias corrections need it. All arrays stay float32.
-    case, moved = golden.load("cautious", settings), LAYOUTS[layout]
-    first = lambda tree: {k: moved(np.asarray(x, dtype), 0) for k, x in tree.items()}
-    over_steps = lambda key: {
-        k: moved(np.asarray(field[key], dtype), 1) for k, field in case.fields.items()
-    }
-    anchors = {k: f["anchor"] for k, f in case.fields.items() if "anchor" in f}
-    tx = cautious_optimizer(settings, np.asarray(case.lr), first(anchors) if anchors else None)
-
-    @jax.jit
-    def run(params: Any) -> Any:
-        def step(carry: Any, grads: Any) -> Any:
-            params, state = carry
-            updates, state = tx.update(grads, state, params)
-            params = optax.apply_updates(params, updates)
-            return (params, state), params
-
-        return jax.lax.scan(step, (params, tx.init(params)), over_steps("grads"))[1]
-
-    found, expected = run(first(case.theta0)), over_steps("params")
-    for name, params in expected.items():
-        assert found[name].dtype == dtype
-        atol = 1e-9 if dtype == np.float64 else 1e-5
-        np.testing.assert_allclose(found[name], params, rtol=0, atol=atol, err_msg=name)
+# With x64 in float32 too: Optax's bias corrections need it. All arrays stay float32.
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [("PyTorch", "float64"), ("Flax", "float64"), ("stacked", "float64"), ("PyTorch", "float32")],
+)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_cautious_decay_replays(case: Any, layout: str, dtype: str, x64: None) -> None:
+    recorded = replays.recording("cautious", case, layout, dtype)
+    place, fields = replays.LAYOUTS[layout].place, replays.fields("cautious", case)
+    anchor = {k: place(f["anchor"].astype(dtype)) for k, f in fields.items() if "anchor" in f}
+    numbers = {k: case[k] for k in ("weight_decay", "betas", "eps", "momentum") if k in case}
+    found = program(case["base"], case.get("nesterov", False))(recorded, numbers, anchor)
+    assert {x.dtype for x in found.values()} == {np.dtype(dtype)}
+    error = replays.largest_error("cautious", case, layout, found)
+    assert error <= (1e-9 if dtype == "float64" else 1e-5)
 
 
 def test_what_is_decayed_cautiously() -> None:
@@ -212,8 +190,7 @@ def test_what_is_decayed_cautiously() -> None:
     assert (decayed[:5] == (u * delta >= 0)[:5]).all()
 
 
-@pytest.mark.parametrize("wrong", [1, "yes", None, lambda count: True])
-def test_cautious_is_a_flag(wrong: Any) -> None:
-    for make in (optax_spd.l2_sp, lambda decay, **options: optax_spd.adamw_l2_sp(0.1, **options)):
-        with pytest.raises(TypeError, match="cautious"):
-            make(0.1, cautious=wrong)
+@pytest.mark.parametrize("make", [optax_spd.l2_sp, functools.partial(optax_spd.adamw_l2_sp, 0.1)])
+def test_cautious_is_a_flag(make: Any) -> None:
+    with pytest.raises(TypeError, match="cautious"):
+        make(weight_decay=0.1, cautious=1)

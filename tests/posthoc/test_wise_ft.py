@@ -66,25 +66,6 @@ def test_the_arithmetic_of_halves_is_in_float32_and_the_result_in_the_dtype_of_p
     np.testing.assert_array_equal(blended["b"], jnp.full(2, 0.0019, jnp.float16))
 
 
-def test_leaves_that_are_no_layers_are_those_of_params() -> None:
-    params = {"n": np.arange(3), "e": np.ones((0, 2)), "w": np.ones(2, np.float32), "x": None}
-    blended = optax_spd.wise_ft(params, params | {"n": params["n"] + 1, "w": np.zeros(2)}, 0.0)
-    for name in "nex":
-        assert blended[name] is params[name]
-    np.testing.assert_array_equal(blended["w"], [0.0, 0.0])
-
-
-def test_it_may_be_jitted_and_differentiated_in_alpha() -> None:
-    params, anchor = pair()
-    blend = jax.jit(lambda alpha: optax_spd.wise_ft(params, anchor, alpha))
-    expected = optax_spd.wise_ft(params, anchor, 0.3)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), blend(0.3), expected)
-    # d/dα of the sum over all parameters is the sum of the deviations.
-    total = lambda alpha: sum(x.sum() for x in jax.tree.leaves(blend(alpha)))
-    slope = sum((theta.astype(np.float64) - anchor[name]).sum() for name, theta in params.items())
-    np.testing.assert_allclose(jax.grad(total)(0.3), slope, rtol=1e-5)
-
-
 def test_containers_and_boxes_of_the_two_trees_may_differ() -> None:
     params, anchor = pair()
     state = nnx.State(jax.tree.map(nnx.Param, params))
@@ -148,17 +129,6 @@ def test_the_ends_are_exact_to_the_bit_whatever_the_other_side_holds(sick: float
     np.testing.assert_array_equal(np.asarray(rows).view(np.int32), bits)
 
 
-def test_what_is_no_parameter_stays_as_it_is() -> None:
-    params, anchor = pair()
-    settings = {"activation": jnp.tanh, "name": "model", "rate": 0.5, "training": False}
-    expected = optax_spd.wise_ft(params, anchor, [0.25, 0.5])
-    for others in (dict.fromkeys(settings), settings, {}):
-        found = optax_spd.wise_ft(params | settings, anchor | others, [0.25, 0.5])
-        assert {key: found[key] for key in settings} == settings
-        for key, blended in expected.items():
-            np.testing.assert_array_equal(found[key], blended)
-
-
 def test_the_derivatives_at_the_ends_are_those_of_the_formula() -> None:
     params, anchor = pair()
     blend = lambda p, a, alpha: jax.tree.reduce(
@@ -175,8 +145,17 @@ def test_the_derivatives_at_the_ends_are_those_of_the_formula() -> None:
                 np.testing.assert_array_equal(x, np.float32(1 - alpha))
 
 
-def test_leaves_that_are_no_layers_need_no_anchor() -> None:
-    params = {"steps": np.arange(3), "w": np.ones(2, np.float32)}
-    found = optax_spd.wise_ft(params, {"w": np.zeros(2, np.float32), "steps": None}, 0.5)
-    np.testing.assert_array_equal(found["w"], [0.5, 0.5])
-    assert found["steps"] is params["steps"]
+def test_what_is_no_layer_stays_as_it_is_whatever_the_anchor_holds() -> None:
+    params, anchor = pair()
+    others: dict[str, Any] = {
+        "activation": jnp.tanh, "name": "model", "rate": 0.5, "training": False,
+        "count": np.arange(3), "empty": np.ones((0, 2)), "none": None,
+    }  # fmt: skip
+    expected = optax_spd.wise_ft(params, anchor, [0.25, 0.5])
+    for theirs in (dict.fromkeys(others), others, others | {"count": np.ones(3, int)}):
+        found = optax_spd.wise_ft(params | others, anchor | theirs, [0.25, 0.5])
+        assert all(found[key] is value for key, value in others.items())
+        for key, blended in expected.items():
+            np.testing.assert_array_equal(found[key], blended)
+    settings = {key: others[key] for key in ("activation", "name", "rate", "training")}
+    assert optax_spd.wise_ft(params | settings, anchor, 0.5).keys() == params.keys() | settings

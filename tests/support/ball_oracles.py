@@ -33,6 +33,22 @@ def to_rows(array: Any, spec: LayerSpec) -> tuple[np.ndarray, Callable[[np.ndarr
     return moved.reshape(size(stacked), size(units), -1), back
 
 
+def random_specs(rng: np.random.Generator, shapes: dict[str, Any]) -> dict[str, LayerSpec]:
+    """Stacked and output axes for each array, and perhaps a group with others of its like."""
+    specs = {}
+    for name, shape in shapes.items():
+        axes = tuple(map(int, rng.permutation(len(shape))))
+        stacked = int(rng.integers(len(shape) + 1))
+        rest, sizes = axes[stacked:], tuple(shape[a] for a in sorted(axes[:stacked]))
+        outputs = rest[: int(rng.integers(1, len(rest) + 1))] if rest else ()
+        specs[name] = LayerSpec(
+            stacked_axes=axes[:stacked],
+            output_axes=outputs if outputs and rng.random() < 0.5 else (-1,),
+            group=f"group{sizes}" if rng.random() < 0.5 else None,
+        )
+    return specs
+
+
 class Balls:
     """The layers of a deviation and the norms of their rows."""
 

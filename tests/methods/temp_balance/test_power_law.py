@@ -62,16 +62,21 @@ def ill_conditioned(rows: int, columns: int, decades: float, seed: int = 0) -> n
     return ((left * values) @ right.T).astype(np.float32)
 
 
-@FITS
-def test_float32_is_accurate_where_the_gram_matrix_has_no_small_eigenvalues(fit: str) -> None:
+@pytest.mark.parametrize(
+    ("fit", "xmin_pos"),
+    [*((fit, 2) for fit in power_law.FITS), *(("median", x) for x in (1.5, 8, 64))],
+)
+def test_float32_is_accurate_where_the_gram_matrix_has_no_small_eigenvalues(
+    fit: Any, xmin_pos: float
+) -> None:
     # Eigenvalues over ten decades: float32 holds seven, so the Gram matrix has lost the rest.
     weight = ill_conditioned(64, 96, decades=10)
     spectrum = np.linalg.svd(weight.astype(np.float64), compute_uv=False)[::-1] ** 2
     gram = np.linalg.eigvalsh(weight @ weight.T)
     assert np.abs(gram[0] / spectrum[0] - 1) > 0.5, "the Gram matrix should fail here"
-    alpha = optax_spd.power_law_alpha(weight, fit=fit)
+    alpha = optax_spd.power_law_alpha(weight, fit=fit, xmin_pos=xmin_pos)
     assert alpha.dtype == jnp.float32
-    np.testing.assert_allclose(alpha, numpy_alpha(spectrum, fit), rtol=0, atol=2e-3)
+    np.testing.assert_allclose(alpha, numpy_alpha(spectrum, fit, xmin_pos), rtol=0, atol=2e-3)
 
 
 @pytest.mark.usefixtures("x64")
@@ -97,15 +102,6 @@ def test_float32_on_weights_of_low_rank(rank: int) -> None:
             kept = optax_spd.power_law_alpha(same, fit=fit, filter_zeros=True)
             expected = numpy_alpha(spectrum[-rank:], fit)
             np.testing.assert_allclose(kept, expected, rtol=0, atol=2e-3)
-
-
-@pytest.mark.parametrize("xmin_pos", [1.5, 8, 64])
-def test_float32_is_accurate_wherever_the_tail_starts(xmin_pos: float) -> None:
-    weight = ill_conditioned(64, 96, decades=10)
-    spectrum = np.linalg.svd(weight.astype(np.float64), compute_uv=False)[::-1] ** 2
-    alpha = optax_spd.power_law_alpha(weight, xmin_pos=xmin_pos)
-    expected = numpy_alpha(spectrum, "median", xmin_pos)
-    np.testing.assert_allclose(alpha, expected, rtol=0, atol=2e-3)
 
 
 def test_invariances() -> None:
@@ -136,11 +132,9 @@ def test_a_convolution_pools_the_spectra_of_its_positions() -> None:
 
 
 @FITS
-def test_a_rank_deficient_weight_has_a_finite_exponent(fit: str) -> None:
+def test_a_weight_with_rows_of_zeros_has_a_finite_exponent(fit: Any) -> None:
     weight = jnp.zeros((16, 16)).at[:4].set(jax.random.normal(jax.random.key(3), (4, 16)))
-    for filter_zeros in (False, True):
-        alpha = optax_spd.power_law_alpha(weight, fit=fit, filter_zeros=filter_zeros)
-        assert 1 < alpha < np.inf
+    assert 1 < optax_spd.power_law_alpha(weight, fit=fit) < np.inf
 
 
 def test_weights_without_an_exponent() -> None:
@@ -160,17 +154,14 @@ def test_weights_without_an_exponent() -> None:
     [
         (np.ones((4, 4)), {"fit": "hill"}, ValueError, "fit must be one of 'median'"),
         (np.ones((4, 4)), {"xmin_pos": 1}, ValueError, "xmin_pos must be greater than 1"),
-        (np.ones((4, 4)), {"xmin_pos": np.nan}, ValueError, "xmin_pos must be finite"),
         (np.ones((4, 4)), {"conv_norm": 0}, ValueError, "conv_norm must be greater than 0"),
         (np.ones((4, 4)), {"bins": 0}, ValueError, "bins must be at least 1"),
-        (np.ones((4, 4)), {"bins": 2.5}, TypeError, "bins must be an integer"),
         (np.ones((4, 4)), {"filter_zeros": 1}, TypeError, "filter_zeros must be True or False"),
         (np.ones((4, 4)), {"xmin_pos": lambda _: 2}, TypeError, "xmin_pos shapes the program"),
         (np.ones(4), {}, ValueError, r"at least two axes.*\(4,\)"),
         (np.ones((0, 4)), {}, ValueError, r"not empty.*\(0, 4\)"),
         (np.ones((4, 4), np.complex64), {}, TypeError, "weight must hold real numbers"),
     ],
-    ids=range(11),
 )
 def test_bad_arguments(weight: Any, options: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):

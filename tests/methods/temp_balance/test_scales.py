@@ -125,7 +125,6 @@ def test_traced_scales() -> None:
         ([[2.0]], {}, ValueError, r"alpha must be a vector.*\(1, 1\)"),
         (["2"], {}, TypeError, "alpha must hold real numbers"),
     ],
-    ids=range(8),
 )
 def test_bad_arguments(alpha: Any, options: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):

@@ -66,42 +66,24 @@ def test_what_counts() -> None:
     assert set(counted(many, skip_first=True, skip_last=True)) == set(map(str, range(1, 10)))
 
 
-SPECS = {
-    "matrix": ((8, 6), optax_spd.LayerSpec(), lambda w: [w]),
-    "convolution": ((2, 3, 8, 6), optax_spd.LayerSpec(), lambda w: [w]),
-    "attention in": (
-        (10, 2, 3),
-        optax_spd.LayerSpec(output_axes=(1, 2)),
-        lambda w: [w.reshape(10, 6)],
-    ),
-    "attention out": ((2, 3, 10), optax_spd.LayerSpec(), lambda w: [w.reshape(6, 10)]),
-    "fused attention": (
-        (10, 3, 2, 3),
-        optax_spd.LayerSpec(output_axes=(1, 2, 3)),
-        lambda w: [w.reshape(10, 18)],
-    ),
-    "stacked": ((3, 8, 6), optax_spd.LayerSpec(stacked_axes=(0,)), list),
-    "stacked behind": (
-        (8, 3, 6),
-        optax_spd.LayerSpec(stacked_axes=(1,)),
-        lambda w: list(w.transpose(1, 0, 2)),
-    ),
-    "stacked convolution": ((2, 2, 3, 8, 6), optax_spd.LayerSpec(stacked_axes=(0,)), list),
+Spec = optax_spd.LayerSpec
+# The shape, what it means, and the matrices of each layer.
+SPECS: dict[str, tuple[tuple[int, ...], Spec, Any]] = {
+    "matrix": ((8, 6), Spec(), lambda w: [w]),
+    "convolution": ((2, 3, 8, 6), Spec(), lambda w: [w]),
+    "attention in": ((10, 2, 3), Spec(output_axes=(1, 2)), lambda w: [w.reshape(10, 6)]),
+    "attention out": ((2, 3, 10), Spec(), lambda w: [w.reshape(6, 10)]),
+    "fused": ((10, 3, 2, 3), Spec(output_axes=(1, 2, 3)), lambda w: [w.reshape(10, 18)]),
+    "stacked": ((3, 8, 6), Spec(stacked_axes=(0,)), list),
+    "stacked behind": ((8, 3, 6), Spec(stacked_axes=(1,)), lambda w: list(np.moveaxis(w, 1, 0))),
+    "stacked convolution": ((2, 2, 3, 8, 6), Spec(stacked_axes=(0,)), list),
     "PyTorch's convolution": (
         (6, 8, 2, 2),
-        optax_spd.LayerSpec(output_axes=(0,), spatial_axes=(2, 3)),
+        Spec(output_axes=(0,), spatial_axes=(2, 3)),
         lambda w: [w.transpose(2, 3, 1, 0)],
     ),
-    "one-dimensional convolution": (
-        (3, 8, 6),
-        optax_spd.LayerSpec(spatial_axes=(0,)),
-        lambda w: [w],
-    ),
-    "rank 4, no convolution": (
-        (2, 3, 4, 6),
-        optax_spd.LayerSpec(spatial_axes=()),
-        lambda w: [w.reshape(24, 6)],
-    ),
+    "one-dimensional convolution": ((3, 8, 6), Spec(spatial_axes=(0,)), lambda w: [w]),
+    "no convolution": ((2, 3, 4, 6), Spec(spatial_axes=()), lambda w: [w.reshape(24, 6)]),
 }
 
 
@@ -123,12 +105,7 @@ def test_any_layout_has_the_spectra_of_its_matrices() -> None:
 
 def test_the_eigenvalues_of_convolutions_alone_are_scaled() -> None:
     """The filter sees them scaled: it drops some of each convolution's and none of a matrix's."""
-    convolutions = (
-        "convolution",
-        "stacked convolution",
-        "PyTorch's convolution",
-        "one-dimensional convolution",
-    )
+    convolutions = [n for n in SPECS if n.endswith("convolution") and n != "no convolution"]
     params = {name: normal(1, *shape) for name, (shape, _, _) in SPECS.items()}
     selection = selected(params, lambda path, _: SPECS[path][1])
     alpha, found = selection.alphas(

@@ -1,6 +1,5 @@
 """The demo's pictures show the numbers they are given, and the sketch is computed."""
 
-import json
 import runpy
 import sys
 from pathlib import Path
@@ -86,21 +85,6 @@ def test_traces_of_several_seeds_are_drawn_with_their_mean():
     drawn = [line.get_ydata().tolist() for line in left.lines]
     assert drawn == [[0.6, 0.2], [0.6, 0.4], pytest.approx([0.6, 0.3])] * 2
     assert [text.get_text() for text in right.texts] == ["Adam", "SPD"]
-
-
-def test_a_short_trace_of_a_real_run_writes_pictures_and_numbers(tmp_path):
-    sizes = ["--steps", "2", "--every", "1", "--evaluation", "50"]
-    trace.main([*sizes, "--out", str(tmp_path)])
-    written = ["layers.png", "report.png", "trace.json", "trace.png"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == written
-    runs = json.loads((tmp_path / "trace.json").read_text())
-    (adam,), (spd,) = runs["adam"], runs["spd"]
-    assert adam["steps"] == spd["steps"] == [1, 2]
-    # The first step of both is Adam's from the same place.
-    assert adam["loss"][0] == spd["loss"][0]
-    assert spd["distance"][0] == pytest.approx(adam["distance"][0])
-    assert 0 < spd["distance"][1] < adam["distance"][1]  # SPD pulled it back
-    assert all(0.3 < accuracy < 1 for accuracy in adam["ood"])
 
 
 def test_the_sketch_is_computed_by_the_library(tmp_path, monkeypatch, capsys):

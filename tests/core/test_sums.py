@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import optax_spd
 from optax_spd import LayerSpec
-from optax_spd.core import stage, sums
+from optax_spd.core import sums
 from optax_spd.layers import plans, trees
 
 SHAPES = [(), (5,), (2, 3), (3, 2), (2, 3, 4), (0, 3)]
@@ -118,18 +118,6 @@ def test_a_scalar_or_one_number_a_layer_becomes_a_vector() -> None:
         sums.per_layer("radii", np.ones(3), plan)
     empty = plans.plan_layers(trees.flatten({}))
     assert sums.per_layer("radii", [], empty).shape == (1,)
-
-
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_halves_are_summed_in_float32(dtype: Any) -> None:
-    # More than the largest float16, and no bfloat16: a sum in either would show.
-    size = 70_001
-    theta, zeros = np.ones(size, dtype), np.zeros(size, dtype)
-    view = stage.StageOptions(anchor="zero").view([zeros], (), [theta], {})
-    products = view.map(lambda d, g: (d.delta * g, d.tentative**2), view.match([theta], "grad"))
-    for total in sums.layer_sums(view.plan, products, 2, view.axes):
-        assert total.dtype == jnp.float32
-        assert float(total[0]) == size
 
 
 # Under sharding ----------------------------------------------------------------------------------

@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
-from flax.core import freeze
 from hypothesis import given, settings, strategies as st
 
 from optax_spd.layers import trees
@@ -71,16 +69,6 @@ def test_only_masks_the_leaves_that_are_not_wanted() -> None:
     assert kept.leaves[2] is array
 
 
-def test_align_ignores_containers_boxes_and_order() -> None:
-    params = {"b": jnp.zeros(2), "a": {"x": jnp.zeros((2, 1))}}
-    reference = trees.flatten(nnx.State(jax.tree.map(nnx.Param, params)))
-    tree = freeze({"a": {"x": boxed(jnp.full((2, 1), 7.0))}, "b": jnp.full(2, 8.0)})
-    aligned = trees.align(reference, tree, "grad")
-    by_name = dict(zip(map(trees.path_name, reference.paths), aligned, strict=True))
-    np.testing.assert_array_equal(by_name["a/x"], np.full((2, 1), 7.0))
-    np.testing.assert_array_equal(by_name["b"], np.full(2, 8.0))
-
-
 def test_align_answers_with_what_is_missing_on_either_side() -> None:
     array = jnp.ones(2)
     reference = flat(a=optax.MaskedNode(), b=None, c={"x": array, "y": array}, d=array)
@@ -92,40 +80,10 @@ def test_align_answers_with_what_is_missing_on_either_side() -> None:
     assert aligned[4] == optax.MaskedNode()
 
 
-ARRAY = jnp.ones(1)
-
-
-@pytest.mark.parametrize(
-    ("reference", "tree", "told"),
-    [
-        (  # the first missing path, its shape and the nearest ones
-            {"encoder": {"bias": jnp.ones(3), "kernel": jnp.ones((2, 3))}},
-            {"encoder": {"bias": jnp.ones(3), "kernels": 0}},
-            [
-                "no leaf at 'encoder/kernel'",
-                "of shape (2, 3)",
-                "nearest in grad: 'encoder/kernels'",
-            ],
-        ),
-        (  # the first path too many
-            {"a": ARRAY},
-            {"a": ARRAY, "extra": ARRAY},
-            ["a leaf at 'extra', where the updates has none"],
-        ),
-        (  # the first path with another shape, and both shapes
-            {"a": ARRAY, "b": jnp.ones((2, 3)), "c": jnp.ones(4)},
-            {"a": ARRAY, "b": jnp.ones((3, 2)), "c": jnp.ones(5)},
-            ["at 'b'", "grad has shape (3, 2)", "the updates has shape (2, 3)"],
-        ),
-        (jnp.ones(2), jnp.ones(3), ["the tree itself"]),
-    ],
-    ids=["missing", "too many", "shape", "bare arrays"],
-)
-def test_align_names_the_first_difference(reference: Any, tree: Any, told: list[str]) -> None:
+def test_align_names_both_trees_and_a_tree_that_is_one_array() -> None:
     with pytest.raises(ValueError, match="grad does not match the updates") as error:
-        trees.align(trees.flatten(reference), tree, "grad", reference_name="the updates")
-    for part in told:
-        assert part in str(error.value)
+        trees.align(trees.flatten(jnp.ones(2)), jnp.ones(3), "grad", reference_name="the updates")
+    assert "the tree itself" in str(error.value)
 
 
 def is_number(node: Any) -> bool:
@@ -148,20 +106,6 @@ def test_a_prefix_need_not_cover_a_missing_leaf_and_may_have_entries_below() -> 
     assert trees.broadcast_prefix(reference, prefix, "mask", is_number) == [1, 2, None]
 
 
-def test_a_prefix_that_leaves_a_parameter_uncovered_is_refused() -> None:
-    with pytest.raises(ValueError, match="mask has no entry for the parameter 'a/kernel'") as error:
-        trees.broadcast_prefix(
-            trees.flatten({"a": {"kernel": jnp.ones(1)}}), {"a": {"kernels": 1}}, "mask", is_number
-        )
-    assert "its own paths: 'a/kernels'" in str(error.value)
-
-
-def test_a_prefix_with_an_entry_for_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="entry at 'heads', where params has nothing") as error:
-        trees.broadcast_prefix(flat(head=jnp.ones(1)), {"head": 1, "heads": 2}, "mask", is_number)
-    assert "paths in params: 'head'" in str(error.value)
-
-
 def test_replace_leaves_changes_the_given_paths_only() -> None:
     tree = {"a": boxed(jnp.ones((1, 2))), "b": {"x": jnp.ones(3)}, "c": None}
     new = trees.replace_leaves(tree, {("a",): jnp.zeros((1, 2))})
@@ -178,16 +122,6 @@ def test_nearest_paths_come_most_alike_first_and_quoted() -> None:
     # Nothing is alike: some paths are shown all the same, to say what the tree looks like.
     assert trees.nearest_paths("#", paths, count=2) == "'encoder/kernel', 'encoder/bias'"
     assert trees.nearest_paths("x", []) == "none"
-
-
-def test_missing_params_raise_the_words_of_optax() -> None:
-    with pytest.raises(ValueError, match="params") as ours:
-        trees.require_params(None)
-    decay = optax.add_decayed_weights(0.1)
-    with pytest.raises(ValueError, match="params") as theirs:
-        decay.update({"a": jnp.ones(1)}, decay.init({"a": jnp.ones(1)}), None)
-    assert str(ours.value) == str(theirs.value)
-    trees.require_params({})
 
 
 # Paths that are spelled alike --------------------------------------------------------------------

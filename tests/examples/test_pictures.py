@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from examples.demo import data, pictures, scores, trace
+from examples.demo import data, pictures, scores
 from examples.demo.minilm import BLOCKS
 
 REPOSITORY = Path(__file__).parents[2]
@@ -77,14 +77,6 @@ def test_radii_of_held_matrices_are_drawn_at_the_smallest_and_no_line_joins_bloc
     assert axes.lines == [] or len(axes.lines) == 0
     (empty,) = pictures.radius_picture({"adam": [score(0.7)]}).axes
     assert empty.get_title() == "No method of this run learns radii"
-
-
-def test_traces_of_several_seeds_are_drawn_with_their_mean():
-    seeds = [{"steps": [1, 8], "loss": [0.6, x], "ood": [0.7, x]} for x in (0.2, 0.4)]
-    left, right = trace.curves({"adam": seeds, "spd": seeds}).axes
-    drawn = [line.get_ydata().tolist() for line in left.lines]
-    assert drawn == [[0.6, 0.2], [0.6, 0.4], pytest.approx([0.6, 0.3])] * 2
-    assert [text.get_text() for text in right.texts] == ["Adam", "SPD"]
 
 
 def test_the_sketch_is_computed_by_the_library(tmp_path, monkeypatch, capsys):

@@ -190,21 +190,3 @@ def test_any_tree_is_matched_leaf_by_leaf_or_refused(tree: Any) -> None:
     assert trees.align(reference, numbered, "tree") == list(range(count))
     changed = trees.replace_leaves(numbered, {p: -x for p, x in reference.by_path.items()})
     assert jax.tree.leaves(changed) == [-i for i in range(count)]
-
-
-def test_numbers_and_other_leaves_of_a_model_are_told_apart() -> None:
-    array = np.ones(2, np.float32)
-    others = {"activation": jnp.tanh, "flag": True, "name": "model"}
-    model = {"array": array, "none": None, "rate": 0.5} | others
-    kept = lambda tree, updates=None: {
-        path[0]
-        for path, leaf in trees.only_parameters(trees.flatten(tree), updates).by_path.items()
-        if leaf is not None
-    }
-    assert kept(model) == {"array"}
-    assert kept({"array": array, "rate": 0.5}) == {"array", "rate"}
-    assert kept(model, dict.fromkeys(model)) == {"array"}
-    assert kept(model, dict.fromkeys(model, 1.0)) == {"array", "rate"}
-    assert kept(model, {"rate": None, "array": None}) == {"array"}
-    assert trees.without_settings({"array": array})["array"] is array
-    assert trees.without_settings(model) == dict.fromkeys(model) | {"array": array}

@@ -113,6 +113,5 @@ def test_two_processes_are_one(tmp_path: pathlib.Path) -> None:
         on_mesh = restored(tmp_path, name, split)
         jax.tree.map(np.testing.assert_array_equal, on_mesh, saved)
         worker.check_placement(on_mesh, split)
+        # (On a mesh in one process: tests/compat/test_orbax.py.)
         assert_same(goes_on(name, *saved, worker.PULL), rest)
-        if name == "adam_ftp":  # a second program of each would take long to compile
-            assert_same(goes_on(name, *on_mesh, worker.sharded(mesh, worker.PULL)), rest)

@@ -141,10 +141,6 @@ def test_axes_may_be_given_and_nothing_global_changes() -> None:
     assert optax_spd.plot_report(report, ax=right) is right
     assert isinstance(optax_spd.plot_report(report).figure, Figure)
     assert (dict(matplotlib.rcParams), matplotlib.get_backend()) == (before, backend)
-    assert (
-        "matplotlib.pyplot" not in sys.modules
-        or sys.modules["matplotlib.pyplot"].get_fignums() == []
-    )
 
 
 ONE = report_of({"a": 1.0}, spd_ratio=[0.5])

@@ -34,7 +34,7 @@ class Model(eqx.Module):
         return x
 
 
-# What could be taken for a schedule, as what can be called.
+# What could be taken for a schedule, since it can be called.
 CALLED: dict[str, Any] = {
     "anchor": Model(**PARAMS),
     "anchor_dtype": np.float16,

@@ -124,30 +124,31 @@ def test_anchor_dtype_is_what_is_stored_and_used(anchor_dtype: Any) -> None:
     assert_close(params, trajectory(reference)[0])
 
 
-def test_a_copy_of_host_data_is_a_copy_and_is_placed_nowhere_in_particular() -> None:
-    # 64 bytes apart, JAX would take the memory over without a copy.
-    memory = np.zeros(128, np.uint8)
+def aligned(size: int) -> np.ndarray:
+    """Zeros that start at a multiple of 64 bytes: JAX would take the memory over without a copy."""
+    memory = np.zeros(4 * size + 64, np.uint8)
     start = -memory.ctypes.data % 64
-    aligned = memory[start : start + 16].view(np.float32)
-    held = optax_spd.spd().init({"a": aligned}).anchor["a"]
-    aligned += 1
-    np.testing.assert_array_equal(held, np.zeros(4))
+    return memory[start : start + 4 * size].view(np.float32)
+
+
+def test_a_copy_of_host_data_is_a_copy_also_where_the_parameters_are_placed() -> None:
+    array = aligned(16)
+    placed = {"a": jax.device_put(jnp.ones(16), jax.devices()[0])}
+    for make in (
+        lambda: optax_spd.spd().init({"a": array}),
+        lambda: optax_spd.spd(anchor={"a": array}).init(placed),
+        lambda: optax_spd.spd(anchor={"a": array}, anchor_dtype=np.float32).init(placed),
+    ):
+        held = make().anchor["a"]
+        array += 1
+        np.testing.assert_array_equal(held, array - 1)
+
+
+def test_a_copy_is_placed_nowhere_in_particular_and_has_the_dtype_asked_for() -> None:
     held = optax_spd.spd(anchor={"a": np.ones(4)}).init({"a": jnp.ones(4)}).anchor["a"]
     assert not held.committed
-    dtype = jnp.bfloat16
-    shared = optax_spd.with_anchor(optax_spd.spd(anchor="argument"), anchor_dtype=dtype)
-    assert shared.init({"a": jnp.ones(4)}).anchor["a"].dtype == dtype
-
-
-def test_a_placed_copy_of_host_data_is_a_copy() -> None:
-    memory = np.zeros(128, np.uint8)
-    start = -memory.ctypes.data % 64
-    aligned = memory[start : start + 64].view(np.float32)
-    placed = {"a": jax.device_put(jnp.ones(16), jax.devices()[0])}
-    for dtype in (None, np.float32):
-        held = optax_spd.spd(anchor={"a": aligned}, anchor_dtype=dtype).init(placed).anchor["a"]
-        aligned += 1
-        np.testing.assert_array_equal(held, aligned - 1)
+    shared = optax_spd.with_anchor(optax_spd.spd(anchor="argument"), anchor_dtype=jnp.bfloat16)
+    assert shared.init({"a": jnp.ones(4)}).anchor["a"].dtype == jnp.bfloat16
 
 
 def test_every_array_of_the_state_is_its_own_buffer() -> None:

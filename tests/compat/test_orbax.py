@@ -23,6 +23,7 @@ from contract_runs import (
     assert_close,
     assert_same_bits,
     at,
+    state_like_params,
     step_of,
     vectors,
 )
@@ -42,15 +43,7 @@ class Place:
     def __init__(self, everywhere: Any, *shardings: Any) -> None:
         self.everywhere = everywhere
         self.params = jax.tree.unflatten(jax.tree.structure(PRETRAINED), shardings)
-        is_missing = lambda x: isinstance(x, optax.MaskedNode)
-        self.state = optax.tree.map_params(
-            TX,
-            lambda x, sharding: x if is_missing(x) else sharding,
-            jax.eval_shape(TX.init, PRETRAINED),
-            self.params,
-            transform_non_params=lambda _: self.everywhere,
-            is_leaf=is_missing,
-        )
+        self.state = state_like_params(TX, self.params, everywhere)
 
     @property
     def mesh(self) -> Any:

@@ -122,16 +122,6 @@ def test_strict_settings_change_no_function(function: str, setting: str) -> None
 # Programs ----------------------------------------------------------------------------------------
 
 
-@every_method()
-def test_a_compiled_step_transfers_nothing(name: str) -> None:
-    tx = contract_methods.optimizer(name)
-    params = on_device(PRETRAINED)
-    state, grads = jax.jit(tx.init)(params), on_device(at(GRADS, 0))
-    compiled = jax.jit(step_of(name, tx)).lower(params, state, grads).compile()
-    with jax.transfer_guard("disallow"):
-        jax.block_until_ready(compiled(params, state, grads))
-
-
 @every_method("symbolic shapes", where=lambda method: method.build is not optax_spd.temp_balance)
 def test_a_step_is_exported_with_symbolic_shapes(name: str) -> None:
     """Not for TempBalance: how spectra are decomposed follows from the shapes."""
@@ -148,34 +138,6 @@ def test_a_step_is_exported_with_symbolic_shapes(name: str) -> None:
     again = export.deserialize(exported.serialize())
     grads = on_device(at(GRADS, 0))
     assert_close(jax.device_get(again.call(grads, params)), jax.device_get(step(grads, params)))
-
-
-@every_method()
-def test_a_step_is_traced_and_compiled_once(name: str) -> None:
-    """Three steps, a restored state and a second optimizer made of the same arguments."""
-    traces = 0
-
-    def make() -> Any:
-        tx = METHODS[name].optimizer(layers=optax_spd.stacked("^blocks/"))
-        step = step_of(name, tx)
-
-        @jax.jit
-        def counted(params: Any, state: Any, grads: Any) -> Any:
-            nonlocal traces
-            traces += 1
-            return step(params, state, grads)
-
-        return tx, counted
-
-    for made in (1, 2):
-        tx, counted = make()
-        params, state = on_device(PRETRAINED), tx.init(on_device(PRETRAINED))
-        for index in range(3):
-            params, state = counted(params, state, on_device(at(GRADS, index)))
-        state = jax.tree.map(jnp.asarray, jax.device_get(state))  # as a checkpoint gives it back
-        counted(params, state, on_device(at(GRADS, 3)))
-        assert traces == made
-        assert counted._cache_size() == 1
 
 
 @every_method(where=lambda method: method.is_stage)

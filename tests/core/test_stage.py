@@ -80,17 +80,6 @@ def test_a_float0_update_leaves_its_parameter() -> None:
     assert stage.applied(half, jnp.ones(2)).dtype == jnp.bfloat16
 
 
-def test_arrays_without_an_update_are_left_out_if_init_did_not_get_them() -> None:
-    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
-    planned = lambda size: stage.planned(
-        {"a": jnp.ones(2), "b": None}, params, None, None, {"ratio": jnp.zeros(size)}
-    )
-    assert planned(2)[1].names == ("a", "b")
-    flat, plan = planned(1)
-    assert plan.names == ("a",)
-    assert flat.leaves[1] is None
-
-
 def test_zeros_like_layers_answer_in_kind() -> None:
     params = {"a": jnp.ones(2, jnp.bfloat16), "ids": jnp.arange(2), "none": None}
     plan = plans.planned(params, None, None).plan

@@ -186,13 +186,6 @@ def test_every_other_method_starts_trains_and_stays_finite(name, monkeypatch):
     assert (training._balance(params, state)[0] is not None) == (name == "temp-balance")
 
 
-def test_depths_and_what_follows_what():
-    paths = ("encoder/word/embedding", "encoder/norm/scale", "encoder/block_3/query/kernel")
-    assert [*map(methods.depth, (*paths, "head/kernel"))] == [-1, -1, 3, methods.BLOCKS]
-    block = "encoder/block_0/"
-    assert methods.followed(block + "feed_forward_norm") == block + "feed_forward_out"
-
-
 def test_tpgm_after_training_projects_onto_balls_that_it_learned(monkeypatch):
     monkeypatch.setattr(training, "validation_loss", half_square)
     start = made_up_params()

@@ -4,6 +4,7 @@ How all methods train on a mesh is tested in tests/contract; what a compiled ste
 parameters that are split by hand, in test_compiled_steps.py and beside the methods.
 """
 
+import contextlib
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -107,10 +108,12 @@ def test_a_sharded_step_is_that_of_one_device(case: Case, axis_type: AxisType) -
     assert not np.allclose(updates["blocks"]["kernel"], case.params()["blocks"]["kernel"])
     if case.stage == "spd":  # it undoes the step of each layer
         np.testing.assert_allclose(decided, np.full_like(decided, 0.5), rtol=1e-6)
-    with jax.set_mesh(mesh):
-        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), case.specs)
-        found = jax.block_until_ready(step(jax.device_put(case.params(), shardings)))
-    assert_close(jax.device_get(found), expected)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), case.specs)
+    params = jax.device_put(case.params(), shardings)
+    for is_set in (False, True):
+        with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
+            found = jax.block_until_ready(step(params))
+        assert_close(jax.device_get(found), expected)
 
 
 if host_memory_works():  # on CPU, from JAX 0.10.2 on

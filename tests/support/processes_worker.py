@@ -13,9 +13,8 @@ import contract_methods
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
-from contract_runs import GRADS, PRETRAINED, STOP, jitted, run
+from contract_runs import GRADS, PRETRAINED, STOP, jitted, run, state_like_params
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
@@ -36,17 +35,8 @@ SPECS = {
 def shardings(mesh: Any, name: str) -> tuple[Any, Any]:
     """Those of parameters and state: what is like a parameter lies where that does."""
     tx = contract_methods.optimizer(name)
-    is_missing = lambda node: isinstance(node, optax.MaskedNode)
     params = jax.tree.map(lambda spec: NamedSharding(mesh, spec), SPECS)
-    state = optax.tree.map_params(
-        tx,
-        lambda held, sharding: held if is_missing(held) else sharding,
-        jax.eval_shape(tx.init, PRETRAINED),
-        params,
-        transform_non_params=lambda _: NamedSharding(mesh, P()),
-        is_leaf=is_missing,
-    )
-    return params, state
+    return params, state_like_params(tx, params, NamedSharding(mesh, P()))
 
 
 def begin(name: str, params: Any, place: Any) -> Any:

@@ -132,16 +132,16 @@ def aligned(size: int) -> np.ndarray:
 
 
 def test_a_copy_of_host_data_is_a_copy_also_where_the_parameters_are_placed() -> None:
-    array = aligned(16)
+    given = {"a": aligned(16)}
     placed = {"a": jax.device_put(jnp.ones(16), jax.devices()[0])}
-    for make in (
-        lambda: optax_spd.spd().init({"a": array}),
-        lambda: optax_spd.spd(anchor={"a": array}).init(placed),
-        lambda: optax_spd.spd(anchor={"a": array}, anchor_dtype=np.float32).init(placed),
+    for tx, params in (
+        (optax_spd.spd(), given),
+        (optax_spd.spd(anchor=given), placed),
+        (optax_spd.spd(anchor=given, anchor_dtype=np.float32), placed),
     ):
-        held = make().anchor["a"]
-        array += 1
-        np.testing.assert_array_equal(held, array - 1)
+        held = tx.init(params).anchor["a"]
+        given["a"] += 1
+        np.testing.assert_array_equal(held, given["a"] - 1)
 
 
 def test_a_copy_is_placed_nowhere_in_particular_and_has_the_dtype_asked_for() -> None:

@@ -32,20 +32,6 @@ import optax_spd
 
 # Every method, on given gradients -----------------------------------------------------------------
 
-NOT_VALIDATING = every_method(where=lambda method: not method.validates)
-
-
-@NOT_VALIDATING
-def test_a_linen_train_state_runs_the_program_of_a_plain_loop(name: str) -> None:
-    tx = contract_methods.optimizer(name)
-
-    def step(params: Any, grads: Any) -> Any:
-        state = TrainState.create(apply_fn=None, params=params, tx=tx)
-        state = state.apply_gradients(grads=grads)
-        return state.params, vectors(name, state.opt_state)
-
-    assert str(jax.make_jaxpr(step)(PRETRAINED, at(GRADS, 0))) == program(name)
-
 
 @projects_only
 @every_method()

@@ -56,17 +56,6 @@ def test_bars_of_accuracies_are_what_the_label_says(seeds):
     np.testing.assert_allclose(widths, expected, atol=1e-12)
 
 
-def test_the_heat_map_has_a_row_a_method_that_moved_and_a_column_a_matrix():
-    results = {"probe": [score(0.7, 0.0)], "adam": [score(0.7, 0.03)], "spd": [score(0.7, 1e-6)]}
-    axes, bar = pictures.deviation_picture(results).axes
-    assert texts(axes.get_yticklabels()) == ["Adam", "SPD"]
-    mesh = axes.collections[0]
-    np.testing.assert_allclose(mesh.get_array(), [[0.03] * 39, [1e-6] * 39])
-    assert mesh.norm.vmin == pictures.SMALLEST_DEVIATION
-    assert "relative deviation" in bar.get_xlabel()
-    assert bar.xaxis.get_major_formatter()(0.02, 0) == "2 %"
-
-
 def test_radii_of_held_matrices_are_drawn_at_the_smallest_and_no_line_joins_blocks():
     results = {"adam": [score(0.7)], "tpgm": [score(0.7, radius=0.02)], "ftp": [score(0.7)]}
     results["ftp"] = [score(0.7, radius=1e-8)]

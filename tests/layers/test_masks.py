@@ -200,7 +200,6 @@ def with_entry(entry: Any) -> Any:
         (jax.tree.map(lambda _: False, model()), "never act"),
         (lambda params: False, "never act"),
     ],
-    ids=repr,
 )
 def test_masks_that_cannot_be_right_are_refused(mask: Any, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):

@@ -138,18 +138,6 @@ def test_vectors_have_the_widest_dtype_and_at_least_float32(
     assert plans.compute_dtype(*params.values()) == expected
 
 
-def test_arrays_under_the_mask_count_for_nothing() -> None:
-    params = {"a": jnp.ones(2), "b": jnp.ones((3, 2)), "c": jnp.ones(2)}
-    mask = {"a": False, "b": True, "c": True}
-    flat, plan, selected = plans.planned(params, optax_spd.stacked("b"), mask)
-    assert selected == [False, True, True]
-    assert flat.paths == [("a",), ("b",), ("c",)]
-    assert plan.arrays[0] is None
-    assert plan.names == ("b[0]", "b[1]", "b[2]", "c")
-    assert plans.planned(params, None, None).selected is None
-    assert optax_spd.layer_names(params, mask=mask) == ["b", "c"]
-
-
 def test_outputs_names_axes_of_the_whole_array() -> None:
     params = {
         "conv": jnp.ones((3, 3, 2, 4)),

@@ -42,14 +42,6 @@ def test_only_the_key_of_a_box_is_left_out() -> None:
     assert names({"head": Value(boxed(array), array)}) == ["head/value", "head/scale"]
 
 
-def test_lists_are_numbered_and_a_bare_array_has_the_empty_path() -> None:
-    array = jnp.ones(1)
-    assert names([array, (array, {"x": array})]) == ["0", "1/0", "1/1/x"]
-    assert names(array) == [""]
-    assert trees.shown(()) == "the tree itself"
-    assert trees.shown(("a", "b")) == "'a/b'"
-
-
 def test_missing_leaves_are_leaves_and_survive_a_round_trip() -> None:
     tree = {"a": None, "b": optax.MaskedNode(), "c": jnp.ones(2)}
     flattened = trees.flatten(tree)
@@ -59,14 +51,6 @@ def test_missing_leaves_are_leaves_and_survive_a_round_trip() -> None:
     assert again["a"] is None
     assert again["b"] == optax.MaskedNode()
     assert again["c"] is tree["c"]
-
-
-def test_only_masks_the_leaves_that_are_not_wanted() -> None:
-    array = jnp.ones(2)
-    kept = flat(a=None, b=array, c=array).only([True, False, True])
-    assert kept.leaves[0] is None
-    assert kept.leaves[1] == optax.MaskedNode()
-    assert kept.leaves[2] is array
 
 
 def test_align_answers_with_what_is_missing_on_either_side() -> None:

@@ -191,6 +191,10 @@ def test_losses_are_those_before_each_step_and_the_last_radii_are_clipped() -> N
     np.testing.assert_array_equal(learned.radii, np.float32([1e-8, 1e-8]))
     learned = learn(DELTAS, jnp.array([9.0]), optax.sgd(9.0), [2.0, 1.0], distance)
     np.testing.assert_allclose(learned.radii, [5.0, 10.0])
+    # A step starts from clipped radii, also where the optimizer needs no gradient.
+    decay = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.1))
+    learned = learn(DELTAS, jnp.zeros(1), decay, [9.0, 20.0], distance)
+    np.testing.assert_allclose(learned.radii, [4.75, 9.5], rtol=1e-6)
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])

@@ -5,13 +5,15 @@ import re
 
 import numpy as np
 import pytest
+import small_demo
 from docs_examples import PAGES, ROOT, blocks, run
 
 import optax_spd
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.name)
-def test_code_blocks_run(page: pathlib.Path) -> None:
+def test_code_blocks_run(page: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_demo.shrink(monkeypatch)  # which the tutorial trains
     run(page)
 
 

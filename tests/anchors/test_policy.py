@@ -32,10 +32,6 @@ def leaf_bytes(tree: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
-def buffers(tree: Any) -> list[int]:
-    return [x.unsafe_buffer_pointer() for x in jax.tree.leaves(tree)]
-
-
 def assert_close(actual: Any, desired: Any, atol: float = 1e-6) -> None:
     assert jax.tree.structure(actual) == jax.tree.structure(desired)
     for a, d in zip(jax.tree.leaves(actual), jax.tree.leaves(desired), strict=True):
@@ -75,22 +71,6 @@ def test_policies_agree_where_they_mean_the_same_anchor(stage: str) -> None:
     assert_close(step("argument", anchor=jax.tree.map(np.asarray, PRETRAINED)), given)
     for other in ("initial", "zero"):  # and the anchor matters
         assert not np.allclose(step(other)["kernel"], given["kernel"], atol=1e-3)
-
-
-@pytest.mark.parametrize("jitted", [False, True])
-@pytest.mark.parametrize("anchor", ["initial", "tree"])
-def test_every_array_of_the_state_is_its_own_buffer(anchor: str, jitted: bool) -> None:
-    params = jax.tree.map(jnp.copy, PARAMS)
-    chosen = "initial" if anchor == "initial" else params
-    tx = optax_spd.with_gradient(
-        optax_spd.with_anchor(
-            optax.chain(optax_spd.l2_sp(0.1, anchor=chosen), inner(), optax_spd.spd(anchor=chosen)),
-            chosen,
-        )
-    )
-    state = (jax.jit(tx.init) if jitted else tx.init)(params)
-    pointers = buffers(params) + buffers(state)
-    assert len(set(pointers)) == len(pointers)
 
 
 def test_with_anchor_holds_one_copy_for_two_stages() -> None:
@@ -144,64 +124,56 @@ def test_anchor_dtype_is_what_is_stored_and_used(anchor_dtype: Any) -> None:
     assert_close(params, trajectory(reference)[0])
 
 
-def test_a_copy_of_host_data_is_a_copy_and_is_placed_nowhere_in_particular() -> None:
-    # 64 bytes apart, JAX would take the memory over without a copy.
-    memory = np.zeros(128, np.uint8)
+def aligned(size: int) -> np.ndarray:
+    """Zeros that start at a multiple of 64 bytes: JAX would take the memory over without a copy."""
+    memory = np.zeros(4 * size + 64, np.uint8)
     start = -memory.ctypes.data % 64
-    aligned = memory[start : start + 16].view(np.float32)
-    held = optax_spd.spd().init({"a": aligned}).anchor["a"]
-    aligned += 1
-    np.testing.assert_array_equal(held, np.zeros(4))
+    return memory[start : start + 4 * size].view(np.float32)
+
+
+def test_a_copy_of_host_data_is_a_copy_also_where_the_parameters_are_placed() -> None:
+    given = {"a": aligned(16)}
+    placed = {"a": jax.device_put(jnp.ones(16), jax.devices()[0])}
+    for tx, params in (
+        (optax_spd.spd(), given),
+        (optax_spd.spd(anchor=given), placed),
+        (optax_spd.spd(anchor=given, anchor_dtype=np.float32), placed),
+    ):
+        held = tx.init(params).anchor["a"]
+        given["a"] += 1
+        np.testing.assert_array_equal(held, given["a"] - 1)
+
+
+def test_a_copy_is_placed_nowhere_in_particular_and_has_the_dtype_asked_for() -> None:
     held = optax_spd.spd(anchor={"a": np.ones(4)}).init({"a": jnp.ones(4)}).anchor["a"]
     assert not held.committed
-    dtype = jnp.bfloat16
-    shared = optax_spd.with_anchor(optax_spd.spd(anchor="argument"), anchor_dtype=dtype)
-    assert shared.init({"a": jnp.ones(4)}).anchor["a"].dtype == dtype
+    shared = optax_spd.with_anchor(optax_spd.spd(anchor="argument"), anchor_dtype=jnp.bfloat16)
+    assert shared.init({"a": jnp.ones(4)}).anchor["a"].dtype == jnp.bfloat16
 
 
-def test_a_placed_copy_of_host_data_is_a_copy() -> None:
-    memory = np.zeros(128, np.uint8)
-    start = -memory.ctypes.data % 64
-    aligned = memory[start : start + 64].view(np.float32)
-    placed = {"a": jax.device_put(jnp.ones(16), jax.devices()[0])}
-    for dtype in (None, np.float32):
-        held = optax_spd.spd(anchor={"a": aligned}, anchor_dtype=dtype).init(placed).anchor["a"]
-        aligned += 1
-        np.testing.assert_array_equal(held, aligned - 1)
+def test_every_array_of_the_state_is_its_own_buffer() -> None:
+    """Also where each of three stages is given the parameters themselves."""
+    params = jax.tree.map(jnp.copy, PARAMS)
+    stages = optax.chain(optax_spd.l2_sp(0.1, anchor=params), optax_spd.spd(anchor=params))
+    tx = optax_spd.with_anchor(stages, params)
+    for init in (tx.init, jax.jit(tx.init)):
+        arrays = jax.tree.leaves((params, init(params)))
+        assert len({x.unsafe_buffer_pointer() for x in arrays}) == len(arrays)
 
 
-def test_init_answers_shape_dtype_structs_in_kind() -> None:
+def test_a_tree_goes_where_the_parameters_are_unless_it_has_a_place() -> None:
     mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharding = NamedSharding(mesh, P("x"))
-    params = {
-        "kernel": jax.ShapeDtypeStruct((8, 2), jnp.float32, sharding=sharding),
-        "bias": jax.ShapeDtypeStruct((2,), jnp.bfloat16),
-    }
-    for anchor, dtype in (("initial", None), ("initial", jnp.bfloat16)):
-        held = optax_spd.adam_spd(0.1, anchor=anchor, anchor_dtype=dtype).init(params)[1].anchor
-        expected = jax.tree.map(
-            lambda p, dtype=dtype: (p.shape, jnp.dtype(dtype or p.dtype), p.sharding), params
-        )
-        assert jax.tree.map(lambda s: (s.shape, s.dtype, s.sharding), held) == expected
-    real = {"kernel": np.ones((8, 2), np.float32), "bias": np.ones(2, np.float32)}
-    held = optax_spd.spd(anchor=real).init(params).anchor
-    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(held))
-
-
-@pytest.mark.parametrize("jitted", [False, True])
-def test_the_anchor_takes_the_sharding_of_the_params(jitted: bool) -> None:
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharding = NamedSharding(mesh, P("x", None))
+    sharding, elsewhere = NamedSharding(mesh, P("x", None)), NamedSharding(mesh, P(None, None))
     params = {"kernel": jax.device_put(jnp.ones((8, 4)), sharding)}
+    shapes = {"kernel": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=sharding)}
+    held = lambda anchor, params=params: optax_spd.spd(anchor=anchor).init(params).anchor["kernel"]
     numpy = {"kernel": np.zeros((8, 4), np.float32)}
-    state = optax_spd.spd().init(params) if not jitted else jax.jit(optax_spd.spd().init)(params)
-    assert state.anchor["kernel"].sharding.is_equivalent_to(sharding, 2)
-    if not jitted:
-        for loose in (numpy, jax.tree.map(jnp.asarray, numpy)):  # neither says where it belongs
-            assert optax_spd.spd(anchor=loose).init(params).anchor["kernel"].sharding == sharding
-        elsewhere = NamedSharding(mesh, P(None, None))  # the caller's choice
-        placed = jax.device_put(numpy, elsewhere)
-        assert optax_spd.spd(anchor=placed).init(params).anchor["kernel"].sharding == elsewhere
+    for loose in (numpy, jax.tree.map(jnp.asarray, numpy)):  # neither says where it belongs
+        assert held(loose).sharding == sharding
+    placed = jax.device_put(numpy, elsewhere)  # the caller's choice
+    assert held(placed).sharding == elsewhere
+    found = held(numpy, shapes)
+    assert (type(found), found.sharding) == (jax.ShapeDtypeStruct, sharding)
 
 
 def test_a_jitted_init_bakes_a_tree_in_but_initial_copies() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 import optax_spd
 from benchmarks import against_pytorch, one_optimizer, reporting, vit
-from benchmarks.one_optimizer import JAX_ADAMW, JAX_SPD, RUNS, TORCH_FUSED, TORCH_SPD
+from benchmarks.one_optimizer import JAX_SPD, RUNS, TORCH_SPD
 
 TINY = vit.Scale(8, 16, 0, 2, 5, 3)
 
@@ -36,17 +36,12 @@ def test_without_pytorch_one_line_says_what_to_install(monkeypatch: pytest.Monke
         against_pytorch.main(["--scale", "small"])
 
 
-def test_the_process_for_jax_times_the_steps_asked_for(
-    tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_process_for_jax_times_the_steps_asked_for(tmp_path: pathlib.Path) -> None:
     assert len(against_pytorch.save_trees(tmp_path, TINY)) == 8
     arguments = ["--learning-rate=1e-6", "--steps=3", "--warm-up=1"]
     found = against_pytorch.run_child(JAX_SPD, tmp_path, 1, *arguments)
     assert (found["version"], found["device"], found["fired"]) == (jax.__version__, "cpu", 0.5)
     assert [seconds > 0 for seconds in found["seconds"]] == [True] * 3
-    with pytest.raises(SystemExit, match=r"'optax\.adamw' ended with 2; its words are above"):
-        against_pytorch.run_child(JAX_ADAMW, tmp_path, 1, "--steps=many")
-    assert "invalid int value: 'many'" in capfd.readouterr().err
 
 
 def test_jax_steps_on_the_multiples_of_the_gradients(tmp_path: pathlib.Path) -> None:
@@ -81,7 +76,6 @@ def test_ratios_are_of_the_medians_of_a_round() -> None:
     }
     rows = {x[:28].strip(): x[28:].split() for x in against_pytorch.table(result).splitlines()}
     assert rows[JAX_SPD] == ["2250.0", "1125.0-7500.0", "0.50", "0.50-0.50", "50%"]
-    assert rows[TORCH_FUSED][-1] == "-"
 
 
 def test_differences_are_found_and_refused() -> None:

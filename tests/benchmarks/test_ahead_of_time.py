@@ -1,7 +1,5 @@
 """Steps compiled ahead of time: what is placed where, and errors in place of a compiler."""
 
-from unittest.mock import Mock
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,26 +31,3 @@ def test_a_share_is_what_one_device_holds() -> None:
     arrays = {"kernel": jnp.ones((8, 16), jnp.bfloat16), "bias": jnp.ones(16)}
     tree = ahead_of_time.placed(arrays, mesh)
     assert ahead_of_time.share(tree) == (8 * 4 + 16, 2 * 8 * 4 + 4 * 16)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (["tpu", "v5e:2x2"], RuntimeError("none"), 'for tpu here (none): pip install "jax[tpu]"'),
-        (["tpu", "v5e:7x9"], jax.errors.JaxRuntimeError("odd"), "topology 'v5e:7x9': odd"),
-        (["cuda", "z80"], None, "for cuda the topology is one of ['h100'], got 'z80'"),
-        (["cpu", "cpu", "--devices", "99"], None, "set JAX_NUM_CPU_DEVICES=99"),
-    ],
-)
-def test_a_missing_compiler_or_device_ends_in_a_clear_message(
-    arguments: list[str],
-    error: Exception | None,
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(ahead_of_time, "LIBTPU", {})  # leaves the test's environment as it is
-    compiler = Mock(get_topology_desc=Mock(side_effect=error))
-    monkeypatch.setattr(ahead_of_time, "topologies", compiler)
-    with pytest.raises(SystemExit) as raised:
-        ahead_of_time.main([*arguments, "--scale", "small"])
-    assert message in str(raised.value)

@@ -41,7 +41,6 @@ ENTRY %main.1 (a: f32, b: bf16[8,128], h: f32) -> (f32, f32[]) {
 """
 LINES = {
     "a kernel reads and writes": "ROOT %x = f32 fusion(%a, %b, %one), kind=kLoop, calls=%fused",
-    "operands with shapes": "ROOT %x = f32 add(f32 %a, f32 %a), control-predecessors={%b, %h}",
     "other memories": """%x = f32[8,128]{1,0:T(8,128)S(1)} negate(%h)
         ROOT %y = f32 negate(%x)""",
     "temporaries one after the other": """%x = f32 negate(%a)
@@ -68,13 +67,10 @@ LINES = {
     "the branch that moves most": """%t = (f32, h32) tuple(%a, %h)
         %c = f32 conditional(%p, %t, %a), branch_computations={%much, %little}
         ROOT %y = f32 negate(%c)""",
-    "an empty buffer": """%x = f32 custom-call(), custom_call_target="AllocateBuffer"
-        ROOT %y = f32 add(%x, %a)""",
 }
 # Bytes moved, and temporaries.
 BYTES = {
     "a kernel reads and writes": (A + A // 2 + A, 0),
-    "operands with shapes": (3 * A, 0),
     "other memories": (A, 0),
     "temporaries one after the other": (6 * A + 8, A),
     "temporaries at a time": (7 * A, 2 * A),
@@ -82,7 +78,6 @@ BYTES = {
     "a copy out of host memory": (2 * A + (A + 4) + A + (A + 8), 2 * A + 4),
     "a slice": (A // 4, 0),
     "the branch that moves most": (A + 2 * A + A + 2 * A, 2 * A),
-    "an empty buffer": (3 * A, A),
 }
 
 

@@ -1,7 +1,7 @@
 """What the benchmarks share: spreads, bytes of buffers, trees, steps, and their command lines."""
 
 import math
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,7 @@ import optax
 import pytest
 from jax_support import host_memory_works
 
-import optax_spd
-from benchmarks import against_pytorch, measuring, memory, radii, reporting, scaling, step_time, vit
-
-TINY = vit.Scale(8, 16, 0, 2, 5, 3)
+from benchmarks import measuring, memory, reporting, vit
 
 
 def test_spreads_and_ratios() -> None:
@@ -40,16 +37,6 @@ def test_bytes_are_split_by_memory_and_a_buffer_held_twice_counts_once() -> None
     assert measuring.state_bytes(candidate) == (4 * 16, 4)
 
 
-def test_steps_donate_parameters_and_state() -> None:
-    anchor, params, grads = vit.make_trees(TINY, 0.5)
-    candidate = measuring.make_candidate(optax_spd.adam_spd(1e-3), anchor, params)
-    given = jax.tree.leaves((candidate.params, candidate.state[0]))
-    grads = jax.tree.map(jnp.array, grads)
-    measuring.compile_step(candidate, grads)
-    measuring.take_steps(candidate, 1, grads)
-    assert all(leaf.is_deleted() for leaf in given)
-
-
 @pytest.mark.parametrize("misplaced", [20, 0])
 def test_arguments_in_host_memory_are_not_the_devices(misplaced: int) -> None:
     """XLA may count the 20 bytes of a host anchor, which is donated, as the device's."""
@@ -71,24 +58,3 @@ def test_the_default_tree_is_vit_b16() -> None:
     assert len(shapes) == 152
     # 86,567,656: what the literature gives as 86 M, with the head for 1000 classes.
     assert sum(math.prod(shape) for shape in shapes) == 86_567_656
-
-
-@pytest.mark.parametrize(
-    ("benchmark", "arguments", "message"),
-    [
-        (step_time, ["--fire", "1.5"], "a share lies between 0 and 1, got 1.5"),
-        (step_time, ["--samples", "0"], "at least 1 is needed, got 0"),
-        (step_time, ["--recipe", "adam_spd", "sgd"], "adamw_l2_sp"),
-        (step_time, ["--json", "no/such/folder/x.json"], "there is no folder 'no/such/folder'"),
-        (scaling, ["--plot", "no/such/folder/x.png"], "there is no folder 'no/such/folder'"),
-        (radii, ["--plot", "x.png"], "unrecognized arguments: --plot"),
-        (against_pytorch, ["--threads", "100000"], "got 100000"),
-    ],
-)
-def test_a_wrong_command_line_is_refused_before_anything_runs(
-    benchmark: ModuleType, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as error:
-        benchmark.main(arguments)
-    assert error.value.code == 2
-    assert message in capsys.readouterr().err

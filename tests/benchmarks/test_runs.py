@@ -58,18 +58,12 @@ def run(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> Run:
 def test_step_time_compares_all_recipes_and_chains(run: Run) -> None:
     sizes = ["--scale", "small", "--samples", "2", "--steps", "2", "--compilations", "1"]
     result = run(step_time, *sizes, "--recipe", "all")
-    found, arrays = result["optimizers"], result["tree"]["arrays"]
+    found = result["optimizers"]
     assert [*found] == ["adamw", *measuring.RECIPES]
     assert set(step_time.NUMBERS_MOVED) == set(found)
     for name, optimizer in found.items():
         assert optimizer["state_bytes_per_parameter"] == STATE.get(name, 12), name
         assert optimizer["share_of_layers_fired"] == (0.5 if "spd" in name else None), name
-        for key in ("step_seconds", "time_ratio"):
-            spread = optimizer[key]
-            assert 0 < spread["lower_quartile"] <= spread["median"] <= spread["upper_quartile"]
-        for key in ("trace", "compile"):
-            assert optimizer[f"{key}_seconds"] > 0
-            assert optimizer[f"{key}_cpu_seconds"] > 0
     assert found["adamw"]["time_ratio"]["median"] == 1
     rows = {x[:36].strip(): x[36:].split() for x in step_time.table(result).splitlines()}
     spd, ftp = "1.14-1.71", "1.43-2.14"  # 8/7-12/7, 10/7-15/7
@@ -77,18 +71,14 @@ def test_step_time_compares_all_recipes_and_chains(run: Run) -> None:
     assert rows["must move [bytes/parameter]"][:2] == ["28", "32-48"]
     rate = 28 * result["tree"]["parameters"] / found["adamw"]["step_seconds"]["median"] / 1e9
     assert rows["that is [GB/s]"][0] == f"{rate:.1f}"
-    # Adam's count; the stage's count and fingerprint, and per layer the ratio and a counter.
-    assert found["adamw"]["state_bytes_other"] == 4
-    assert found["adam_spd"]["state_bytes_other"] == 12 + 8 * arrays
 
 
-@pytest.mark.parametrize("fire", [0, 1])
-def test_spd_fires_in_the_share_of_layers_asked_for(run: Run, fire: int) -> None:
+def test_spd_fires_in_the_share_of_layers_asked_for(run: Run) -> None:
     sizes = ["--scale", "small", "--samples", "2", "--compilations", "1"]
-    result = run(step_time, *sizes, "--fire", str(fire))
-    assert [*result["optimizers"]] == ["adamw", "adam_spd"]
-    assert result["optimizers"]["adam_spd"]["share_of_layers_fired"] == fire
-    assert result["optimizers"]["adam_spd"]["share_of_parameters_in_them"] == fire
+    found = run(step_time, *sizes, "--fire", "1")["optimizers"]
+    assert [*found] == ["adamw", "adam_spd"]
+    assert found["adam_spd"]["share_of_layers_fired"] == 1
+    assert found["adam_spd"]["share_of_parameters_in_them"] == 1
 
 
 def test_scaling_measures_its_sweeps_and_draws_them(run: Run, tmp_path: pathlib.Path) -> None:
@@ -104,10 +94,8 @@ def test_scaling_measures_its_sweeps_and_draws_them(run: Run, tmp_path: pathlib.
             adamw, spd = (point["optimizers"][name] for name in ("adamw", "adam_spd"))
             assert spd["share_of_layers_fired"] == 0.5
             cpu = [one["ready_cpu_seconds"]["median"] for one in (adamw, spd)]
-            assert cpu[1] == pytest.approx(spd["trace_cpu_seconds"] + spd["compile_cpu_seconds"])
             assert point["ready_cpu_ratio"]["median"] == pytest.approx(cpu[1] / cpu[0])
     assert result["trace_cpu_ratio"].keys() == scaling.TRACED.keys()
-    assert all(ratio["median"] > 0.5 for ratio in result["trace_cpu_ratio"].values())
 
 
 def test_memory_counts_the_bytes_of_training(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

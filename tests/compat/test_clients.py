@@ -1,7 +1,6 @@
 """Every library that calls an optimizer in its own way gets the numbers of a plain Optax loop."""
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import contract_methods
 import jax
@@ -32,20 +31,6 @@ from tpgm_steps import projects_only
 import optax_spd
 
 # Every method, on given gradients -----------------------------------------------------------------
-
-NOT_VALIDATING = every_method(where=lambda method: not method.validates)
-
-
-@NOT_VALIDATING
-def test_a_linen_train_state_runs_the_program_of_a_plain_loop(name: str) -> None:
-    tx = contract_methods.optimizer(name)
-
-    def step(params: Any, grads: Any) -> Any:
-        state = TrainState.create(apply_fn=None, params=params, tx=tx)
-        state = state.apply_gradients(grads=grads)
-        return state.params, vectors(name, state.opt_state)
-
-    assert str(jax.make_jaxpr(step)(PRETRAINED, at(GRADS, 0))) == program(name)
 
 
 @projects_only
@@ -125,157 +110,51 @@ def test_an_nnx_optimizer_gets_the_pretrained_weights_after_init(name: str, cont
         np.testing.assert_array_equal(x, y)
 
 
-# Real models --------------------------------------------------------------------------------------
-
-RATE, STEPS, LAYERS = 0.1, 12, 3
-FTP = {"k": 0.5, "radius_learning_rate": 0.05}
-# Data whose target changes sign every third step: momentum then carries Adam on against the
-# gradient, which is when SPD acts.
-KEY, OTHER_KEY = jax.random.split(jax.random.key(0))
-DRAW = np.random.default_rng(0)
-X, Y = (jnp.asarray(DRAW.normal(size=(16, n)), jnp.float32) for n in (4, 8))
-
-
-def target(step: int) -> jax.Array:
-    return Y * (1.0 if (step // 3) % 2 == 0 else -1.0)
-
-
-def squares(prediction: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.mean((prediction - y) ** 2)
-
-
-class Run(NamedTuple):
-    """What a training run came to: the final parameters, and r or γ at every step and layer."""
-
-    params: Any
-    ratios: np.ndarray
-
-
-def plain(tree: Any) -> dict[str, jax.Array]:
-    """Any tree's arrays in a plain dict on one device, in the same order."""
-    return {f"{i:03}": jnp.asarray(np.asarray(x)) for i, x in enumerate(jax.tree.leaves(tree))}
-
-
-def reference(params: Any, grads: list[Any], tx: Any = None) -> Run:
-    """The run of a plain loop on recorded gradients; the optimizer wants ``grad=``."""
-    tx = tx or optax.chain(optax.adam(RATE), optax_spd.spd())
-
-    def step(carry: Any, grad: Any) -> Any:
-        params, state = carry
-        updates, state = tx.update(grad, state, params, grad=grad)
-        return (optax.apply_updates(params, updates), state), oracles.decisions(state)
-
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads)
-    scan = jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), stacked))
-    (params, _), ratios = scan(params)
-    return Run(params, np.asarray(ratios))
-
-
-def assert_same_run(found: Run, expected: Run) -> None:
-    """Checks parameters and ratios, in a run in which SPD acts, but not always, or γ changes."""
-    nothing = 1e-8  # the smallest radius, too
-    assert (expected.ratios > nothing).any()
-    assert (expected.ratios <= nothing).any()
-    np.testing.assert_allclose(found.ratios, expected.ratios, rtol=1e-5, atol=1e-6)
-    assert_close(plain(found.params), plain(expected.params))
-
-
-def assert_like_plain_loop(start: Any, end: Any, grads: Any, ratios: Any, tx: Any = None) -> None:
-    """Replays the gradients that a client saw in a plain loop, and compares the runs."""
-    expected = reference(plain(start), [plain(g) for g in grads], tx)
-    assert_same_run(Run(end, np.stack([np.asarray(r) for r in ratios])), expected)
-
-
-# Flax linen ---------------------------------------------------------------------------------------
-
-
-def linen_step(state: TrainState, y: jax.Array) -> tuple[TrainState, Any]:
-    grads = jax.grad(lambda params: squares(state.apply_fn({"params": params}, X), y))(state.params)
-    return state.apply_gradients(grads=grads), grads
-
-
-def create_linen(model: nn.Module, tx: Any, key: jax.Array) -> TrainState:
-    return TrainState.create(apply_fn=model.apply, params=model.init(key, X)["params"], tx=tx)
-
-
-def run_linen(state: TrainState, step: Any) -> tuple[TrainState, list[Any], list[Any]]:
-    grads, ratios = [], []
-    for index in range(STEPS):
-        state, grad = step(state, target(index))
-        grads.append(grad)
-        ratios.append(oracles.decisions(state.opt_state))
-    return state, grads, ratios
-
-
-RULES = (("embed", "x"), ("mlp", "y"))
-
-
-# Flax NNX ----------------------------------------------------------------------------------------
-
+# Placement ----------------------------------------------------------------------------------------
 
 NORMAL = nnx.initializers.lecun_normal()
 
 
-class NNXNet(nnx.Module):
-    """Two layers and a variable that is no parameter."""
+def train_linear(recipe: str, kernel_init: Any, steps: int, place: Any = None) -> Any:
+    """A model and its optimizer, trained in jitted steps whose gradients turn round."""
+    tx = optax_spd.adam_spd(0.1) if recipe == "adam_spd" else optax_spd.adam_ftp(0.1, k=0.5)
+    model = nnx.Linear(8, 8, kernel_init=kernel_init, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    step = nnx.jit(lambda model, optimizer, grads: optimizer.update(model, grads))
+    for index in range(steps):
+        away = jnp.arange(1.0, 9.0) * (1.0 if index < 3 else -0.2)
+        params = nnx.state(model, nnx.Param)
+        step(model, optimizer, jax.tree.map(lambda x, u=away: u + 0.1 * x, params))
+        jax.block_until_ready(nnx.state((model, optimizer)))
+        if place is not None:  # else the partitioner may split the parameters too
+            nnx.update(model, jax.device_put(nnx.state(model), place))
+    return model, optimizer
 
-    def __init__(self, rngs: nnx.Rngs, kernel_init: Any = NORMAL) -> None:
-        self.first = nnx.Linear(4, 8, kernel_init=kernel_init, rngs=rngs)
-        self.second = nnx.Linear(8, 8, kernel_init=kernel_init, rngs=rngs)
-        self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.second(nnx.tanh(self.first(x)))
-
-
-def nnx_loss(model: NNXNet, y: jax.Array) -> jax.Array:
-    return squares(model(X), y)
+def assert_placed(model: Any, optimizer: Any, kernel: Any, held: Any) -> None:
+    """Where the kernel lies, and what the state holds of it."""
+    assert model.kernel[...].sharding.is_equivalent_to(kernel, 2)
+    fields = {"anchor", "ftp_deviation"}
+    found = [optax.tree.get(optimizer.opt_state, field) for field in fields]
+    for tree in [tree for tree in found if tree is not None]:
+        assert tree["kernel"][...].sharding.is_equivalent_to(held, 2)
 
 
-def run_nnx(model: NNXNet, optimizer: Any) -> tuple[Any, list[Any], list[Any]]:
-    """Trains in a jitted step; returns the first parameters, the gradients and the ratios."""
-
-    @nnx.jit
-    def step(model: NNXNet, optimizer: Any, y: jax.Array) -> Any:
-        grads = nnx.grad(nnx_loss)(model, y)
-        optimizer.update(model, grads)
-        return jax.tree.leaves(grads)
-
-    start = plain(nnx.state(model, nnx.Param))
-    grads, ratios = [], []
-    for index in range(STEPS):
-        grads.append(step(model, optimizer, target(index)))
-        ratios.extend(jax.tree.leaves(oracles.decisions(optimizer.opt_state)))
-    return start, grads, ratios
+def assert_same_run(found: Any, expected: Any) -> None:
+    leaves = lambda pair: list(map(np.asarray, jax.tree.leaves(nnx.state(pair))))
+    assert_close(leaves(found), leaves(expected))
 
 
 @pytest.mark.parametrize("recipe", ["adam_spd", "adam_ftp"])
 def test_an_nnx_optimizer_with_sharding_metadata(recipe: str) -> None:
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
     kernel_init = nnx.with_partitioning(NORMAL, ("x", "y"))
-    tx = optax_spd.adam_spd(RATE) if recipe == "adam_spd" else optax_spd.adam_ftp(RATE, **FTP)
+    split = NamedSharding(mesh, P("x", "y"))
     with jax.set_mesh(mesh):
-
-        @nnx.jit
-        def create() -> Any:
-            model = NNXNet(nnx.Rngs(0), kernel_init)
-            optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-            for node in (model, optimizer):
-                state = nnx.state(node)
-                nnx.update(
-                    node, jax.lax.with_sharding_constraint(state, nnx.get_partition_spec(state))
-                )
-            return model, optimizer
-
-        model, optimizer = create()
-        start, grads, ratios = run_nnx(model, optimizer)
-        for field in ("anchor", "ftp_deviation") if recipe == "adam_ftp" else ("anchor",):
-            kernel = optax.tree.get(optimizer.opt_state, field)["first"]["kernel"][...]
-            assert kernel.sharding.is_equivalent_to(NamedSharding(mesh, P("x", "y")), 2)
-            assert kernel.sharding.is_equivalent_to(model.first.kernel[...].sharding, 2)
-    end = nnx.state(model, nnx.Param)
-    ftp = optax.chain(optax.adam(RATE), optax_spd.ftp(**FTP))
-    assert_like_plain_loop(start, end, grads, ratios, ftp if recipe == "adam_ftp" else None)
+        for steps in (0, 6):
+            found = train_linear(recipe, kernel_init, steps)
+            assert_placed(*found, split, split)
+    assert_same_run(found, train_linear(recipe, NORMAL, 6))
 
 
 if optimizer_sharding_works():  # from some Flax after 0.12.0 on
@@ -289,36 +168,16 @@ if optimizer_sharding_works():  # from some Flax after 0.12.0 on
         kernel_init = nnx.with_metadata(
             NORMAL, out_sharding=(None, None), optimizer_sharding=("x", None)
         )
-        tx = optax_spd.adam_spd(RATE) if recipe == "adam_spd" else optax_spd.adam_ftp(RATE, **FTP)
-        fields = ("anchor", "ftp_deviation") if recipe == "adam_ftp" else ("anchor",)
-
-        def train(kernel_init: Any, steps: int) -> Any:
-            model = nnx.Linear(8, 8, kernel_init=kernel_init, rngs=nnx.Rngs(0))
-            optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-            step = nnx.jit(lambda model, optimizer, grads: optimizer.update(model, grads))
-            for index in range(steps):
-                away = target(index)[:8, 0]
-                params = nnx.state(model, nnx.Param)
-                step(model, optimizer, jax.tree.map(lambda x, u=away: u + 0.1 * x, params))
-                jax.block_until_ready(nnx.state((model, optimizer)))
-                if kernel_init is not NORMAL:  # else the partitioner may split the parameters too
-                    nnx.update(model, jax.device_put(nnx.state(model), whole))
-            return model, optimizer
-
         with jax.set_mesh(mesh):
             for steps in (0, 6):
-                model, optimizer = train(kernel_init, steps)
-                assert model.kernel[...].sharding.is_equivalent_to(whole, 2)
-                for field in fields:
-                    kernel = optax.tree.get(optimizer.opt_state, field)["kernel"][...]
-                    assert kernel.sharding.is_equivalent_to(split, 2)
-        expected_model, expected = train(NORMAL, 6)
-        assert_close(
-            plain(nnx.state((model, optimizer))), plain(nnx.state((expected_model, expected)))
-        )
+                found = train_linear(recipe, kernel_init, steps, place=whole)
+                assert_placed(*found, whole, split)
+        assert_same_run(found, train_linear(recipe, NORMAL, 6))
 
 
 # MaxText -----------------------------------------------------------------------------------------
+
+COUNT = 3
 
 
 class Block(nn.Module):
@@ -340,47 +199,55 @@ class ScannedNet(nn.Module):
             Block,
             variable_axes={"params": 1},
             split_rngs={"params": True},
-            length=LAYERS,
+            length=COUNT,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        return scanned(name="layers")(jnp.tile(x, 2), None)[0]
+        return scanned(name="layers")(x, None)[0]
 
 
-def unrolled(tree: Any) -> dict[str, jax.Array]:
+def unrolled(tree: Any, axis: int) -> list[Any]:
     """Every layer of the stacked arrays by itself, in ``layer_names`` order."""
-    return {
-        f"{i:02}[{layer}]": jnp.asarray(np.take(np.asarray(leaf), layer, axis=1))
-        for i, leaf in enumerate(jax.tree.leaves(tree))
-        for layer in range(LAYERS)
-    }
+    return [
+        np.take(x, i, axis) for x in map(np.asarray, jax.tree.leaves(tree)) for i in range(COUNT)
+    ]
 
 
 def test_maxtext_scanned_boxed_layers_loaded_after_init() -> None:
     mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
-    net = ScannedNet()
-    tx = optax_spd.adam_spd(RATE, layers=optax_spd.stacked("layers", axis=1))
-    create = functools.partial(create_linen, net, tx)
-    abstract = jax.eval_shape(create, KEY)
-    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, RULES)
-    start = jax.jit(create, out_shardings=shardings)(KEY)
+    net, x = ScannedNet(), jnp.ones((1, 8))
+    tx = optax_spd.adam_spd(0.1, layers=optax_spd.stacked("layers", axis=1))
+
+    def create(key: jax.Array) -> TrainState:
+        params = net.init(key, x)["params"]
+        return TrainState.create(apply_fn=net.apply, params=params, tx=tx)
+
+    specs = nn.get_partition_spec(jax.eval_shape(create, jax.random.key(0)))
+    rules = (("embed", "x"), ("mlp", "y"))
+    shardings = nn.logical_to_mesh_sharding(specs, mesh, rules)
+    state = jax.jit(create, out_shardings=shardings)(jax.random.key(0))
 
     # The pretrained weights come without boxes, and only after tx.init.
-    loaded = nn.meta.unbox(net.init(OTHER_KEY, X)["params"])
+    loaded = nn.meta.unbox(net.init(jax.random.key(1), x)["params"])
     loaded = jax.device_put(loaded, nn.meta.unbox(shardings.params))
-    start = start.replace(
-        params=nn.meta.replace_boxed(start.params, loaded),
-        opt_state=optax_spd.set_anchor(start.opt_state, loaded),
+    state = state.replace(
+        params=nn.meta.replace_boxed(state.params, loaded),
+        opt_state=optax_spd.set_anchor(state.opt_state, loaded),
     )
-    step = jax.jit(linen_step, out_shardings=(shardings, None))
-    end, grads, ratios = run_linen(start, step)
-    assert ratios[0].shape == (2 * LAYERS,)
-    for state in (start, end):
-        anchor = optax.tree.get(state.opt_state, "anchor")
-        assert jax.tree.structure(anchor) == jax.tree.structure(state.params)
-        kernel = anchor["layers"]["Dense_0"]["kernel"].unbox(apply_constraint=False)
-        assert kernel.sharding.is_equivalent_to(NamedSharding(mesh, P("x", None, "y")), 3)
-        assert oracles.decisions(state.opt_state).sharding.is_fully_replicated
+    step = jax.jit(lambda state, grads: state.apply_gradients(grads=grads), out_shardings=shardings)
+    draw, given, ratios = np.random.default_rng(0), [], []
+    drift = jax.tree.map(lambda x: draw.normal(size=x.shape).astype(np.float32), loaded)
+    for sign in (1.0, 1.0, -1.0, -1.0, 1.0, 1.0):
+        grads = jax.tree.map(lambda x, s=sign: np.float32(s) * x, drift)
+        state = jax.block_until_ready(step(state, nn.meta.replace_boxed(state.params, grads)))
+        given.append(unrolled(grads, axis=1))
+        ratios.append(np.asarray(oracles.decisions(state.opt_state)))
+    anchor = optax.tree.get(state.opt_state, "anchor")
+    assert jax.tree.structure(anchor) == jax.tree.structure(state.params)
+    kernel = anchor["layers"]["Dense_0"]["kernel"].unbox(apply_constraint=False)
+    assert kernel.sharding.is_equivalent_to(NamedSharding(mesh, P("x", None, "y")), 3)
+    assert oracles.decisions(state.opt_state).sharding.is_fully_replicated
 
-    replayed = [unrolled(g) for g in grads]
-    expected = reference(unrolled(loaded), replayed)
-    assert_same_run(Run(unrolled(end.params), np.stack(ratios)), expected)
+    over_steps = jax.tree.map(lambda *leaves: np.stack(leaves), *given)
+    expected, decided = oracles.train(optax_spd.adam_spd(0.1), unrolled(loaded, axis=1), over_steps)
+    assert 0 < np.count_nonzero(decided) < decided.size
+    assert_close((unrolled(state.params, axis=1), np.stack(ratios)), (expected, decided), 1e-5)

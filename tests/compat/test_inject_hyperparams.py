@@ -34,7 +34,7 @@ class Model(eqx.Module):
         return x
 
 
-# What could be taken for a schedule, as what can be called.
+# What could be taken for a schedule, since it can be called.
 CALLED: dict[str, Any] = {
     "anchor": Model(**PARAMS),
     "anchor_dtype": np.float16,
@@ -45,18 +45,6 @@ CALLED: dict[str, Any] = {
     "mask": lambda params: jax.tree.map(lambda p: p.ndim == 2, params),
     "mu_dtype": jnp.bfloat16,
     "state_dtype": np.float16,
-}
-# The same arguments as what cannot.
-NOT_CALLED: dict[str, Any] = {
-    "anchor": PARAMS,
-    "anchor_dtype": "bfloat16",
-    "depth": r"layer_(\d+)",
-    "embedding": ("^emb",),
-    "follows": None,
-    "layers": None,
-    "mask": {"embedding": True, "layer_0": False, "layer_1": True},
-    "mu_dtype": jnp.dtype("bfloat16"),
-    "state_dtype": "bfloat16",
 }
 NUMBERS = {
     **dict.fromkeys(("learning_rate", "b1", "b2", "eps", "eps_root", "momentum"), 0.1),
@@ -113,10 +101,3 @@ def test_each_of_them_is_needed(name: str) -> None:
         static = [other for other in documented if other != argument]
         with pytest.raises((TypeError, ValueError)):
             injected(name, VALUES | CALLED, static)
-
-
-@each_maker
-def test_what_cannot_be_called_needs_no_name(name: str) -> None:
-    parameters = inspect.signature(MAKERS[name]).parameters.keys()
-    found = injected(name, VALUES | NOT_CALLED, parameters & SHAPING.keys())
-    assert found == parameters & NUMBERS.keys()

@@ -98,11 +98,6 @@ def flax_bytes(path: pathlib.Path, tree: Any) -> Read:
     return lambda target: flax.serialization.from_bytes(arrays(target), saved)
 
 
-def flax_state_dict(path: pathlib.Path, tree: Any) -> Read:
-    saved = flax.serialization.to_state_dict(tree)
-    return lambda target: flax.serialization.from_state_dict(arrays(target), saved)
-
-
 def equinox(path: pathlib.Path, tree: Any) -> Read:
     eqx.tree_serialise_leaves(path, tree)
     return lambda target: eqx.tree_deserialise_leaves(path, target)
@@ -117,7 +112,6 @@ FORMATS: dict[str, Callable[[pathlib.Path, Any], Read]] = {
     "Orbax": orbax,
     "Orbax PyTree": orbax_pytree,
     "flax bytes": flax_bytes,
-    "flax state dict": flax_state_dict,
     "Equinox": equinox,
     "pickle": pickled,
 }

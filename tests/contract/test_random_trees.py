@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 import optax_spd
 
 # Few shapes and dtypes, so that eager operations are compiled once and examples stay cheap.
-SHAPES = [(), (1,), (3,), (2, 3), (0,), (2, 0), (2, 2, 3)]
-DTYPES = [jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16]
+SHAPES = [(), (3,), (2, 3), (2, 0), (2, 2, 3)]
+DTYPES = [jnp.float64, jnp.float32, jnp.bfloat16]
 
 pytestmark = pytest.mark.usefixtures("x64")
 EXAMPLES = settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+    max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 
 
@@ -160,5 +160,5 @@ def test_each_layer_is_judged_by_itself_whatever_the_tree(apply: Any) -> None:
 
     EXAMPLES(given(TREES, st.integers(0, 2**16))(check))()
     # Else little was checked.
-    assert layers >= 40
+    assert layers >= 25
     assert acted >= 0.2 * layers

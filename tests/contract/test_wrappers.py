@@ -144,14 +144,6 @@ def test_masked_is_the_method_on_the_chosen_arrays_alone(name: str) -> None:
     assert_close(params["head"], passed, atol=1e-5)
 
 
-@MASKABLE
-def test_a_partition_is_the_method_on_its_group_alone(name: str) -> None:
-    groups = {"a": contract_methods.optimizer(name), "b": optax.set_to_zero()}
-    params, seen = trained(name, optax.partition(groups, LABELS))
-    assert_close((chosen(params), seen), alone(name))
-    assert_same_bits(params["head"], PRETRAINED["head"])
-
-
 @every_method(where=lambda method: method.validates)
 def test_masked_methods_refuse_validation_data(name: str) -> None:
     tx = optax.masked(contract_methods.optimizer(name), MASK)

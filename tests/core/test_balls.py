@@ -46,24 +46,13 @@ def test_the_slope_is_along_the_previous_deviation(norm: str, before: float, x64
     np.testing.assert_allclose(slope, [10.0 / (before + 1e-8)], rtol=1e-14)
 
 
-@pytest.mark.parametrize("norm", ["L2", "MARS", "linf", None, 2, ("l2",)], ids=repr)
-def test_an_unknown_norm_is_refused(norm: Any) -> None:
-    with pytest.raises(ValueError, match="norm must be 'l2' or 'mars', got") as error:
-        balls.check_norm(norm)
-    assert repr(norm) in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "radii", [-1.0, np.nan, -np.inf, [1.0, -1e-9, 1.0], jnp.array([1.0, 1.0, jnp.nan])], ids=repr
-)
+@pytest.mark.parametrize("radii", [-1.0, np.nan, -np.inf, [1.0, -1e-9], [1.0, np.nan]], ids=repr)
 def test_radii_that_are_negative_or_nan_are_refused(radii: Any) -> None:
-    with pytest.raises(ValueError, match="radii must not be negative or NaN, got"):
-        balls.check_radii(radii)
-    balls.check_radii(abs(np.nan_to_num(radii)))
+    for given in (radii, jnp.asarray(radii)):
+        with pytest.raises(ValueError, match="radii must not be negative or NaN, got"):
+            balls.check_radii(given)
+    balls.check_radii(np.abs(np.nan_to_num(radii)))
     jax.jit(balls.check_radii)(np.asarray(radii))  # a tracer is not looked at
-
-
-@pytest.mark.parametrize("radii", ["1", None, 1j, {"a": 1.0}, True], ids=repr)
-def test_radii_that_are_no_numbers_are_refused(radii: Any) -> None:
-    with pytest.raises(TypeError, match="radii"):
-        balls.check_radii(radii)
+    for wrong in ("1", None, 1j, {"a": 1.0}, True):
+        with pytest.raises(TypeError, match="radii"):
+            balls.check_radii(wrong)

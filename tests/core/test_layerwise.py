@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
+from oracles import row_ball
 
 import optax_spd
 from optax_spd import Decision, LayerSpec
@@ -133,26 +134,6 @@ def test_a_stage_with_memory_equals_numpy(layers: str, x64: None) -> None:
     assert 0 < sum(held.values()) < 7 * len(names)
 
 
-def row_ball(radius: Any, **options: Any) -> optax.GradientTransformationExtraArgs:
-    """MARS projection with a fixed radius, row by row."""
-
-    def decide(norm: jax.Array, one: jax.Array, *, radius: jax.Array) -> Decision:
-        factor = jnp.clip(radius / (norm + 1e-8), 0, 1)
-        return Decision({"factor": factor, "ones": one}, (factor,), factor < 1)
-
-    return optax_spd.layerwise(
-        "row ball",
-        measure=lambda d: (jnp.abs(d.tentative), jnp.ones_like(d.step)),
-        decide=decide,
-        act=lambda d, factor: d.step - (1 - factor) * d.tentative,
-        sums=2,
-        hyperparameters={"radius": radius},
-        level="row",
-        gradient=False,
-        **options,
-    )
-
-
 @pytest.mark.parametrize("layers", LAYERS)
 def test_a_decision_for_each_row_is_tpgms_projection(layers: str) -> None:
     anchor, params, step = arrays(0), arrays(1), arrays(2, 0.5)
@@ -173,6 +154,14 @@ def test_a_decision_for_each_row_is_tpgms_projection(layers: str) -> None:
         np.testing.assert_allclose(state.record["ones"][index], weights / norms.size, rtol=1e-6)
 
 
+def test_a_row_method_keeps_its_state_where_no_array_has_an_update() -> None:
+    params = {"w": jnp.ones((2, 2))}
+    tx = row_ball(1.0)
+    state = tx.init(params)
+    _, after = tx.update({"w": None}, state, params)
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+
+
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_rows_take_schedules_and_keep_what_is_not_finite_apart(poison: float) -> None:
     params, step = {"w": np.ones((3, 2), np.float32)}, {"w": np.ones((3, 2), np.float32)}
@@ -183,6 +172,8 @@ def test_rows_take_schedules_and_keep_what_is_not_finite_apart(poison: float) ->
         updates, state = tx.update(step, state, params)
         np.testing.assert_allclose(params["w"][:, 0] + updates["w"][:, 0], radius / 3, rtol=1e-6)
         np.testing.assert_array_equal(updates["w"][:, 1], step["w"][:, 1])
+        # A row that is not finite is decided as one whose sums are 0.
+        np.testing.assert_array_equal(state.record["ones"], [1.5])
 
 
 # The state ---------------------------------------------------------------------------------------
@@ -192,25 +183,15 @@ def test_records_and_memory_have_their_own_dtypes_from_the_start() -> None:
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), arrays(0))
     tx = leash(layers=LAYERS["stacked"])
     state = tx.init(params)
-    _, after = tx.update(params, state, params, grad=params)
-    for found in (state, after, jax.eval_shape(tx.init, params)):
-        assert {k: v.shape for k, v in found.record.items()} == dict.fromkeys(
-            ["length", "descends"], (9,)
-        )
-        types = {k: str(v.dtype) for k, v in (found.record | found.memory).items()}
-        assert types == {
-            "length": "float32",
-            "descends": "bool",
-            "average": "float32",
-            "held": "int32",
-        }
-        assert found.layer_fingerprint.dtype == jnp.int32
+    types = {k: (*v.shape, str(v.dtype)) for k, v in (state.record | state.memory).items()}
+    floats = dict.fromkeys(("length", "average"), (9, "float32"))
+    assert types == floats | {"descends": (9, "bool"), "held": (9, "int32")}
     np.testing.assert_array_equal(state.memory["average"], np.full(9, START, np.float32))
-    optax_spd.check_state(after, params, layers=LAYERS["stacked"])
+    _, after = tx.update(params, state, params, grad=params)
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
     # Row records are means: floating whatever decide returned.
     state = row_ball(1.0).init(params)
-    assert state.record["factor"].dtype == jnp.float32
-    assert state.memory == {}
+    assert (state.record["factor"].dtype, state.memory) == (jnp.float32, {})
     # A tree without layers has one unused entry in every vector.
     state = tx.init({"ids": jnp.arange(2)})
     assert {x.shape for x in (*state.record.values(), *state.memory.values())} == {(1,)}
@@ -240,34 +221,14 @@ def test_a_state_class_of_ones_own_holds_the_same_and_its_anchor_is_found() -> N
     assert isinstance(state, LeashState)
     for key, vector in (reference.record | reference.memory).items():
         np.testing.assert_array_equal(getattr(state, key), vector)
-    for found in (state, reference):
-        moved = optax_spd.set_anchor(found, step)
-        np.testing.assert_array_equal(moved.anchor["scale"], step["scale"])
-        dropped = optax_spd.drop_anchor(found)
-        assert jax.tree.leaves(dropped.anchor) == []
-        with pytest.raises(ValueError, match="the anchor was dropped; call set_anchor"):
-            (own if found is state else plain).update(step, dropped, params, grad=step)
-        optax_spd.check_state(found, params)
+    moved = optax_spd.set_anchor(state, step)
+    np.testing.assert_array_equal(moved.anchor["scale"], step["scale"])
+    with pytest.raises(ValueError, match="the anchor was dropped; call set_anchor"):
+        own.update(step, optax_spd.drop_anchor(state), params, grad=step)
+    optax_spd.check_state(state, params)
 
 
 # What passes through -----------------------------------------------------------------------------
-
-
-def test_a_layer_without_an_update_or_under_the_mask_keeps_its_memory() -> None:
-    params, step = arrays(0), arrays(1, 0.5)
-    mask = {path: path != "scale" for path in params}
-    tx = leash(layers=LAYERS["stacked"], mask=mask)
-    names = optax_spd.layer_names(params, layers=LAYERS["stacked"], mask=mask)
-    _, state = tx.update(step, tx.init(params), params, grad=step)
-    partial = step | {"blocks/kernel": None}
-    updates, after = tx.update(partial, state, params, grad=partial)
-    assert updates["scale"] is step["scale"]
-    assert updates["blocks/kernel"] is None
-    for index, name in enumerate(names):
-        kept = after.memory["average"][index] == state.memory["average"][index]
-        assert kept == name.startswith("blocks/kernel")
-        if kept:
-            assert after.memory["held"][index] == state.memory["held"][index]
 
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
@@ -380,60 +341,11 @@ def test_arguments_are_checked_when_the_stage_is_built(
         leash(**options)
 
 
-class Lacking(NamedTuple):
-    anchor: Any
-    held: Any
-
-
-def test_what_does_not_fit_together_is_named() -> None:
-    params = arrays(0)
-    with pytest.raises(ValueError, match=r"state=Lacking has the fields anchor, held; .*length"):
-        leash(state=Lacking).init(params)
-    tx = leash(measure=lambda d, g: (d.delta,))
-    with pytest.raises(ValueError, match=r"measure of 'leash' must return a tuple of sums=3"):
-        tx.update(params, leash().init(params), params, grad=params)
-    tx = leash(measure=lambda d, g: d.delta)
-    with pytest.raises(ValueError, match=r"measure of 'leash' must return a tuple of sums=3"):
-        tx.update(params, leash().init(params), params, grad=params)
-    with pytest.raises(ValueError, match="leash needs the raw gradient"):
-        leash().update(params, leash().init(params), params)
-    stacked = leash(layers=LAYERS["stacked"])
-    with pytest.raises(ValueError, match=r"The state's descends has shape \(5,\).* 9 layers"):
-        stacked.update(params, leash().init(params), params, grad=params)
-    rows = row_ball(1.0, layers=LAYERS["stacked"])
-    with pytest.raises(ValueError, match=r"The state's factor has shape \(5,\).* 9 layers"):
-        rows.update(params, row_ball(1.0).init(params), params)
-    group = lambda path, array: LayerSpec((0,) if array.ndim > 2 else (), group="all")
-    with pytest.raises(ValueError, match="in the group 'all'"):
-        leash(layers=group).init(params)
-
-
-def test_a_row_method_keeps_its_state_where_no_array_has_an_update() -> None:
-    tx = optax_spd.layerwise(
-        "rows",
-        measure=lambda d: (d.step,),
-        decide=lambda total: optax_spd.Decision({"total": total}, (), total > 0),
-        act=lambda d: d.step,
-        sums=1,
-        level="row",
-        gradient=False,
-    )
-    params = {"w": jnp.ones((2, 2))}
-    state = tx.init(params)
-    _, after = tx.update({"w": None}, state, params)
-    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
-    # And a row that is not finite is decided as one whose sums are 0.
-    step = {"w": jnp.array([[jnp.nan, 1.0], [0.0, 1.0]])}
-    updates, after = tx.update(step, state, params)
-    np.testing.assert_array_equal(after.record["total"], [1.0])
-    np.testing.assert_array_equal(updates["w"], step["w"])
-
-
 def hits(**changes: Any) -> Any:
     """A method whose record and coefficients have no layer axis of their own."""
     arguments = {
         "measure": lambda d: (d.step**2,),
-        "decide": lambda square, *, size: optax_spd.Decision(
+        "decide": lambda square, *, size: Decision(
             {"hit": jnp.where(square >= 0, 1.0, 0.0)}, (size,), square > 0
         ),
         "act": lambda d, size: size * d.step,
@@ -453,13 +365,47 @@ def test_scalars_among_coefficients_and_records_keep_shapes_and_types() -> None:
     assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
 
 
-def test_names_that_decide_and_the_state_do_not_share_are_errors() -> None:
-    params = {"w": jnp.ones(2)}
-    with pytest.raises(ValueError, match=r"returned the memory \[\], but memory= declares"):
-        hits(
-            memory={"m": 0.0}, decide=lambda q, m, *, size: optax_spd.Decision({}, (size,), q > m)
-        ).init(params)
-    with pytest.raises(ValueError, match=r"records \['count'\]"):
-        hits(decide=lambda q, *, size: optax_spd.Decision({"count": q}, (size,), q > 0)).init(
-            params
-        )
+class Lacking(NamedTuple):
+    anchor: Any
+    held: Any
+
+
+def one_group(path: str, array: Any) -> LayerSpec:
+    return LayerSpec((0,) if array.ndim > 2 else (), group="all")
+
+
+@pytest.mark.parametrize(
+    ("tx", "made_by", "message"),
+    [
+        (leash(state=Lacking), None, r"state=Lacking has the fields anchor, held; .*length"),
+        (leash(layers=one_group), None, "in the group 'all'"),
+        (leash(measure=lambda d, g: (d.delta,)), leash(), r"'leash' must return a tuple of sums=3"),
+        (leash(measure=lambda d, g: d.delta), leash(), r"'leash' must return a tuple of sums=3"),
+        (leash(), leash(), "leash needs the raw gradient"),
+        (
+            leash(layers=LAYERS["stacked"], gradient=False, measure=lambda d: d),
+            leash(),
+            r"The state's descends has shape \(5,\).* 9 layers",
+        ),
+        (
+            row_ball(1.0, layers=LAYERS["stacked"]),
+            row_ball(1.0),
+            r"The state's factor has shape \(5,\).* 9 layers",
+        ),
+        (
+            hits(memory={"m": 0.0}, decide=lambda q, m, *, size: Decision({}, (size,), q > m)),
+            None,
+            r"returned the memory \[\], but memory= declares",
+        ),
+        (
+            hits(decide=lambda q, *, size: Decision({"count": q}, (size,), q > 0)),
+            None,
+            r"records \['count'\]",
+        ),
+    ],
+)
+def test_what_does_not_fit_together_is_named(tx: Any, made_by: Any, message: str) -> None:
+    params = arrays(0)
+    extra = {} if "raw gradient" in message else {"grad": params}
+    with pytest.raises(ValueError, match=message):
+        tx.update(params, (made_by or tx).init(params), params, **extra)

@@ -37,19 +37,14 @@ def normal(shape: tuple[int, ...], seed: int) -> np.ndarray:
 # Shape and stacked axes: pieces of one dimension, of several, no pieces, and the largest piece.
 SUMS: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
     ((), ()),
-    ((5,), ()),
-    ((8,), ()),
     ((127,), ()),
     ((4096,), ()),
     ((7,), (0,)),
-    ((9, 11), ()),
     ((128, 67), ()),
-    ((4, 30), (0,)),
     ((30, 4), (1,)),
     ((3, 40), (0, 1)),
     ((2, 3, 32), (1,)),
     ((2, 3, 32), (0, 2)),
-    ((32, 3, 2), (1,)),
     ((3, 2, 4, 5), (1, 2)),
 ]
 
@@ -106,10 +101,8 @@ def test_the_sums_have_derivatives_and_batches() -> None:
         return {
             "value": value(x),
             "grad": gradient(x),
-            "jvp": jax.jvp(value, (x,), (dx,))[1],
             "second derivative": jax.jvp(gradient, (x,), (dx,))[1],
             "vmap": jax.vmap(value)(jnp.stack([x, dx, -x])),
-            "vmap of grad": jax.vmap(gradient)(jnp.stack([x, dx])),
             "checkpoint": jax.grad(jax.checkpoint(value))(x),
         }
 

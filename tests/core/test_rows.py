@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
-from jax_support import equations, primitives
+from jax_support import primitives
 
 from optax_spd import LayerSpec
 from optax_spd.core.rows import layer_extremes, row_sums
@@ -170,24 +170,3 @@ def test_a_row_that_is_not_finite_reaches_no_other_row(bad: float) -> None:
         np.testing.assert_array_equal(found[~hit], healthy[~hit])
     assert not np.isfinite(high[hit]).any()
     assert not np.isfinite(sick_totals[hit]).any()
-
-
-def test_whole_rows_need_no_sum_between_devices() -> None:
-    splits = {name: SPLITS[name] for name in ("rows y", "units x", "units of two axes", "bias")}
-    mesh = jax.make_mesh((2, 2, 2), ("x", "y", "z"), axis_types=(AxisType.Auto,) * 3)
-    specs = {name: split.spec for name, split in splits.items()}
-    rows = {name: split.rows for name, split in splits.items()}
-
-    def measure(terms: Any) -> Any:
-        flat = trees.flatten(terms)
-        plan = plans.plan_layers(flat, lambda path, _: splits[path].layer)
-        axes = manual_axes.sharded_axes(specs, flat, plan)
-        own = row_sums(plan, [(leaf,) for leaf in flat.leaves], axes).local
-        return {name: found[0] for (name,), found in zip(flat.paths, own, strict=True) if found}
-
-    mapped = jax.shard_map(measure, mesh=mesh, in_specs=(specs,), out_specs=rows)
-    terms = {name: np.ones(split.shape, np.float32) for name, split in splits.items()}
-    traced = jax.jit(mapped).trace(terms)
-    sums = [e for e in equations(traced.jaxpr) if e.primitive.name.startswith(("psum", "all_"))]
-    assert [tuple(e.params["axes"]) for e in sums] == [("y",)]
-    np.testing.assert_array_equal(traced.lower().compile()(terms)["units x"], np.full((1, 4), 3.0))

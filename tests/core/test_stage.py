@@ -20,31 +20,6 @@ def view_of(
     return stage.StageOptions(**options).view(updates, optax.EmptyState(), params, extra or {})
 
 
-def test_rebuild_passes_everything_else_through_as_the_same_object() -> None:
-    params = {
-        "changed": jnp.ones(2),
-        "count": jnp.arange(3),
-        "empty": jnp.ones((0, 4)),
-        "masked": jnp.ones(2),
-        "none": None,
-        "node": optax.MaskedNode(),
-        "without update": jnp.ones(2),
-    }
-    updates = params | {"changed": jnp.full(2, 3.0), "without update": None}
-    mask = {name: name != "masked" for name in params}
-    view = view_of(updates, params, mask=mask)
-    new = view.rebuild(view.map(lambda d: d.step + 1))
-    assert new.keys() == updates.keys()
-    np.testing.assert_array_equal(new["changed"], [4.0, 4.0])
-    for name in updates.keys() - {"changed"}:
-        assert new[name] is updates[name], name
-    # Lists and tuples stay what they are.
-    updates = {"list": [jnp.ones(1), (jnp.ones(2),)]}
-    view = view_of(updates, updates)
-    new = view.rebuild(view.map(lambda d: -d.step))
-    assert jax.tree.structure(new) == jax.tree.structure(updates)
-
-
 def test_rebuild_hands_each_layer_its_own_values_and_keeps_the_updates_dtype() -> None:
     params = {"a": jnp.ones((2, 3), jnp.bfloat16), "b": jnp.ones((4,))}
     updates = {"a": jnp.zeros((2, 3), jnp.float16), "b": jnp.zeros(4, jnp.bfloat16)}
@@ -55,18 +30,6 @@ def test_rebuild_hands_each_layer_its_own_values_and_keeps_the_updates_dtype() -
     np.testing.assert_array_equal(new["a"], np.tile([0.0, 11.0, 22.0], (2, 1)))
     np.testing.assert_array_equal(new["b"], np.full(4, 33.0))
     assert (new["a"].dtype, new["b"].dtype) == (jnp.float16, jnp.bfloat16)
-
-
-def test_deviations_are_taken_in_float32_at_least() -> None:
-    theta, theta_0 = jnp.full(3, 1.0, jnp.bfloat16), jnp.full(3, 0.5, jnp.bfloat16)
-    step = jnp.full(3, 2.0**-12, jnp.bfloat16)  # lost in a bfloat16 sum with 0.5
-    view = view_of([step], [theta], {"anchor": [theta_0]}, anchor="argument")
-    (deviation,) = view.deviations
-    assert deviation is not None
-    assert {x.dtype for x in deviation} == {jnp.dtype(jnp.float32)}
-    np.testing.assert_array_equal(deviation.delta, np.full(3, 0.5))
-    np.testing.assert_array_equal(deviation.step, np.full(3, 2.0**-12))
-    np.testing.assert_array_equal(deviation.tentative, np.full(3, 0.5 + 2.0**-12))
 
 
 def test_one_float64_array_makes_the_vectors_float64(x64: None) -> None:
@@ -117,27 +80,6 @@ def test_a_float0_update_leaves_its_parameter() -> None:
     assert stage.applied(half, jnp.ones(2)).dtype == jnp.bfloat16
 
 
-def test_a_vector_of_another_number_of_layers_is_refused() -> None:
-    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
-    planned = lambda vector, updates: stage.planned(updates, params, None, None, {"ratio": vector})
-    assert planned(jnp.zeros(2), params)[1].names == ("a", "b")
-    for wrong in (jnp.zeros(1), jnp.zeros(3), jnp.zeros(()), jnp.zeros((1, 2))):
-        with pytest.raises(ValueError, match=r"state's ratio has shape .* 2 layers.*'a', 'b'") as e:
-            planned(wrong, params)
-        assert str(wrong.shape) in str(e.value)
-
-
-def test_arrays_without_an_update_are_left_out_if_init_did_not_get_them() -> None:
-    params = {"a": jnp.ones(2), "b": jnp.ones(3)}
-    planned = lambda size: stage.planned(
-        {"a": jnp.ones(2), "b": None}, params, None, None, {"ratio": jnp.zeros(size)}
-    )
-    assert planned(2)[1].names == ("a", "b")
-    flat, plan = planned(1)
-    assert plan.names == ("a",)
-    assert flat.leaves[1] is None
-
-
 def test_zeros_like_layers_answer_in_kind() -> None:
     params = {"a": jnp.ones(2, jnp.bfloat16), "ids": jnp.arange(2), "none": None}
     plan = plans.planned(params, None, None).plan
@@ -148,26 +90,6 @@ def test_zeros_like_layers_answer_in_kind() -> None:
             assert (zeros["a"].shape, zeros["a"].dtype) == ((2,), expected)
             assert (zeros["ids"], zeros["none"]) == (optax.MaskedNode(), None)
     assert stage.zeros_like_layers({}, plan) == {}
-
-
-@pytest.mark.parametrize("dtype", [None, jnp.float32])
-def test_zeros_like_layers_are_sharded_like_the_parameters(dtype: Any) -> None:
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
-    shape = jax.ShapeDtypeStruct((2, 8), jnp.bfloat16, sharding=split)
-    for leaf in (shape, jax.device_put(jnp.ones((2, 8), jnp.bfloat16), split)):
-        plan = plans.planned({"a": leaf}, None, None).plan
-        zeros = stage.zeros_like_layers({"a": leaf}, plan, dtype)["a"]
-        assert zeros.sharding.is_equivalent_to(split, 2)
-
-
-def test_options_are_checked_when_a_stage_is_built() -> None:
-    with pytest.raises(ValueError, match="anchor must be one of 'initial', 'zero', 'argument'"):
-        stage.StageOptions(anchor="pretrained")
-    with pytest.raises(TypeError, match="layers must be a function"):
-        stage.StageOptions(layers={"a": spec.LayerSpec()})  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="axis_name must be a mesh axis name"):
-        stage.StageOptions(axis_name=3)
 
 
 def test_the_anchor_tells_which_arrays_init_did_not_get() -> None:

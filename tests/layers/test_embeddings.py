@@ -43,12 +43,6 @@ def test_the_embedding_layer_is_found_and_nothing_else(model: Model) -> None:
     assert found == model.embedding
 
 
-@pytest.mark.parametrize("family", ["ViT", "BERT", "GPT-2", "T5", "CLIP", "ConvNeXt", "ResNet"])
-def test_every_family_is_there_in_linen_and_in_nnx(family: str) -> None:
-    for kind in ("(linen)", "(NNX)"):
-        assert any(family in name and kind in name for name in MODELS), family
-
-
 @pytest.mark.parametrize(
     "path",
     [

@@ -108,13 +108,6 @@ def test_the_upper_half_is_that_of_the_arrays() -> None:
     np.testing.assert_array_equal(fingerprints.arrays_half(negative), [0xFFFF, 0x7FFF])
 
 
-def test_states_inside_of_states_are_found() -> None:
-    inner = optax_spd.spd().init(PARAMS)
-    nested = {"a": [inner, (inner,)], "b": jnp.ones(1), "c": None}
-    assert [node is inner for node, _ in fingerprints.fingerprinted(nested)] == [True, True]
-    assert list(fingerprints.fingerprinted(jnp.ones(1))) == []
-
-
 def test_other_stacked_axes_of_a_square_array_are_other_layers() -> None:
     params = {"w": jnp.ones((3, 3))}
     state = optax_spd.spd(layers=optax_spd.stacked("w", 0)).init(params)

@@ -138,18 +138,6 @@ def test_vectors_have_the_widest_dtype_and_at_least_float32(
     assert plans.compute_dtype(*params.values()) == expected
 
 
-def test_arrays_under_the_mask_count_for_nothing() -> None:
-    params = {"a": jnp.ones(2), "b": jnp.ones((3, 2)), "c": jnp.ones(2)}
-    mask = {"a": False, "b": True, "c": True}
-    flat, plan, selected = plans.planned(params, optax_spd.stacked("b"), mask)
-    assert selected == [False, True, True]
-    assert flat.paths == [("a",), ("b",), ("c",)]
-    assert plan.arrays[0] is None
-    assert plan.names == ("b[0]", "b[1]", "b[2]", "c")
-    assert plans.planned(params, None, None).selected is None
-    assert optax_spd.layer_names(params, mask=mask) == ["b", "c"]
-
-
 def test_outputs_names_axes_of_the_whole_array() -> None:
     params = {
         "conv": jnp.ones((3, 3, 2, 4)),
@@ -182,73 +170,71 @@ def spec(**axes: Any) -> Any:
     return lambda path, array: LayerSpec(**axes)
 
 
+def arrays(*shapes: tuple[int, ...]) -> list[Any]:
+    return [jnp.ones(shape) for shape in shapes]
+
+
+ALIKE = {path: jnp.ones(2) for path in "ab"}
+
+
 @pytest.mark.parametrize(
-    ("shapes", "layers", "message"),
+    ("params", "layers", "message"),
     [
         (
-            [(3, 2), (4, 2)],
+            arrays((3, 2), (4, 2)),
             spec(stacked_axes=(0,), group="all"),
             r"'0' and '1' in the group 'all', but .* sizes \(3,\) and \(4,\)",
         ),
         (
-            [(3, 2), (2,)],
+            arrays((3, 2), (2,)),
             lambda _, array: LayerSpec((0,) if array.ndim == 2 else (), group="all"),
             r"'0' and '1' .* sizes \(3,\) and \(\)",
         ),
-        ([(3, 2)], spec(stacked_axes=(2,)), r"the stacked axis 2 of '0'.* shape \(3, 2\)"),
-        ([(3, 2)], spec(stacked_axes=(-3,)), r"the stacked axis -3 of '0'.* shape \(3, 2\)"),
-        ([(3, 2)], spec(output_axes=(2,)), r"the output axis 2 of '0'.* shape \(3, 2\)"),
-        ([(3, 2)], spec(stacked_axes=(0, -2)), r"a stacked axis of '0' twice: \(0, -2\)"),
+        (arrays((3, 2)), spec(stacked_axes=(2,)), r"the stacked axis 2 of '0'.* shape \(3, 2\)"),
+        (arrays((3, 2)), spec(stacked_axes=(-3,)), r"the stacked axis -3 of '0'.* shape \(3, 2\)"),
+        (arrays((3, 2)), spec(output_axes=(2,)), r"the output axis 2 of '0'.* shape \(3, 2\)"),
+        (arrays((3, 2)), spec(stacked_axes=(0, -2)), r"a stacked axis of '0' twice: \(0, -2\)"),
         (
-            [(2, 3, 4)],
+            arrays((2, 3, 4)),
             spec(stacked_axes=(2,), output_axes=(-1, 1)),
             r"'0' of shape \(2, 3, 4\) .* an axis cannot be both",
         ),
-        ([(6, 8, 3)], spec(spatial_axes=(4,)), "the spatial axis 4 of '0'"),
+        (arrays((6, 8, 3)), spec(spatial_axes=(4,)), "the spatial axis 4 of '0'"),
         (
-            [(6, 8, 3)],
+            arrays((6, 8, 3)),
             spec(spatial_axes=(0, 2), output_axes=(0,)),
             r"spatial axes \(0, 2\), and some of them are",
         ),
         (
-            [(6, 8, 3)],
+            arrays((6, 8, 3)),
             spec(spatial_axes=(0, 2), stacked_axes=(0,)),
             r"spatial axes \(0, 2\), and some of them are",
         ),
+        ({"a": jnp.ones(1)}, lambda *_: 0, "must return a LayerSpec, got 0 for 'a'"),
+        ({"a": jnp.ones(1, complex)}, None, r"'a' is complex .*split_real_and_imaginary"),
+        ({"a": jnp.ones(1)}, "a", r"optax_spd\.stacked, outputs and by_module"),
+        # Two layers of one name.
+        (
+            ALIKE,
+            lambda path, _: LayerSpec(group={"a": None, "b": "a"}[path]),
+            "Two layers have the name 'a'.*'a'.*'b'",
+        ),
+        (
+            ALIKE,
+            lambda path, _: LayerSpec(group={"a": 1, "b": "1"}[path]),
+            "Two layers have the name '1'.*'a'.*'b'",
+        ),
+        (
+            {"w": jnp.ones((2, 3)), "w[1]": jnp.ones(3)},
+            optax_spd.stacked("^w$"),
+            r"name 'w\[1\]': that of the array 'w' and .* 'w\[1\]'",
+        ),
     ],
 )
-def test_what_does_not_fit_is_named(shapes: Any, layers: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        optax_spd.spd(layers=layers).init([jnp.ones(shape) for shape in shapes])
+def test_what_does_not_fit_is_named(params: Any, layers: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        optax_spd.spd(layers=layers).init(params)
 
 
-def test_what_layers_returns_must_be_specs() -> None:
-    with pytest.raises(TypeError, match="must return a LayerSpec, got 0 for 'a'"):
-        optax_spd.layer_names({"a": jnp.ones(1)}, layers=lambda path, array: 0)
-    with pytest.raises(TypeError, match=r"'a' is complex .*split_real_and_imaginary"):
-        optax_spd.layer_names({"a": jnp.ones(1, complex)})
-
-
-@pytest.mark.parametrize(
-    ("groups", "name", "told"),
-    [
-        ({"a": None, "b": "a"}, "a", ["'a'", "'b'"]),
-        ({"a": 1, "b": "1"}, "1", ["'a'", "'b'"]),
-    ],
-    ids=["label and path", "two labels"],
-)
-def test_two_layers_of_one_name_are_refused(groups: Any, name: str, told: list[str]) -> None:
-    params = {path: jnp.ones(2) for path in groups}
-    layers = lambda path, _: optax_spd.LayerSpec(group=groups[path])
-    with pytest.raises(ValueError, match=f"Two layers have the name '{name}'") as error:
-        optax_spd.layer_names(params, layers=layers)
-    assert all(part in str(error.value) for part in told)
-    # An array in the group of its own name is one layer with the others.
-    together = lambda path, _: optax_spd.LayerSpec(group="a")
-    assert optax_spd.layer_names(params, layers=together) == ["a"]
-
-
-def test_a_path_like_a_stacked_layer_is_refused() -> None:
-    params = {"w": jnp.ones((2, 3)), "w[1]": jnp.ones(3)}
-    with pytest.raises(ValueError, match=r"name 'w\[1\]': that of the array 'w' and .* 'w\[1\]'"):
-        optax_spd.layer_names(params, layers=optax_spd.stacked("^w$"))
+def test_an_array_in_the_group_of_its_own_name_is_one_layer_with_the_others() -> None:
+    assert optax_spd.layer_names(ALIKE, layers=spec(group="a")) == ["a"]

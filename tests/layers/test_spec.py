@@ -1,7 +1,6 @@
 """Descriptions of layers, and how they compose. (What a plan makes of them: test_plan.py.)"""
 
 import jax.numpy as jnp
-import pytest
 
 import optax_spd
 from optax_spd import LayerSpec
@@ -26,10 +25,3 @@ def test_by_module_keeps_groups_that_are_given() -> None:
     params = {f"{m}": {"kernel": jnp.ones(1), "scale": jnp.ones(1)} for m in "ab"}
     names = optax_spd.layer_names(params, layers=optax_spd.by_module(layers=given))
     assert names == ["a", "norms", "b"]
-
-
-def test_layers_is_a_function_and_a_pattern_a_regular_expression() -> None:
-    with pytest.raises(TypeError, match=r"optax_spd\.stacked, outputs and by_module"):
-        optax_spd.spd(layers="blocks")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="not valid"):
-        optax_spd.stacked("(")

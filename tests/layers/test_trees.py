@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
-from flax.core import freeze
 from hypothesis import given, settings, strategies as st
 
 from optax_spd.layers import trees
@@ -44,14 +42,6 @@ def test_only_the_key_of_a_box_is_left_out() -> None:
     assert names({"head": Value(boxed(array), array)}) == ["head/value", "head/scale"]
 
 
-def test_lists_are_numbered_and_a_bare_array_has_the_empty_path() -> None:
-    array = jnp.ones(1)
-    assert names([array, (array, {"x": array})]) == ["0", "1/0", "1/1/x"]
-    assert names(array) == [""]
-    assert trees.shown(()) == "the tree itself"
-    assert trees.shown(("a", "b")) == "'a/b'"
-
-
 def test_missing_leaves_are_leaves_and_survive_a_round_trip() -> None:
     tree = {"a": None, "b": optax.MaskedNode(), "c": jnp.ones(2)}
     flattened = trees.flatten(tree)
@@ -61,24 +51,6 @@ def test_missing_leaves_are_leaves_and_survive_a_round_trip() -> None:
     assert again["a"] is None
     assert again["b"] == optax.MaskedNode()
     assert again["c"] is tree["c"]
-
-
-def test_only_masks_the_leaves_that_are_not_wanted() -> None:
-    array = jnp.ones(2)
-    kept = flat(a=None, b=array, c=array).only([True, False, True])
-    assert kept.leaves[0] is None
-    assert kept.leaves[1] == optax.MaskedNode()
-    assert kept.leaves[2] is array
-
-
-def test_align_ignores_containers_boxes_and_order() -> None:
-    params = {"b": jnp.zeros(2), "a": {"x": jnp.zeros((2, 1))}}
-    reference = trees.flatten(nnx.State(jax.tree.map(nnx.Param, params)))
-    tree = freeze({"a": {"x": boxed(jnp.full((2, 1), 7.0))}, "b": jnp.full(2, 8.0)})
-    aligned = trees.align(reference, tree, "grad")
-    by_name = dict(zip(map(trees.path_name, reference.paths), aligned, strict=True))
-    np.testing.assert_array_equal(by_name["a/x"], np.full((2, 1), 7.0))
-    np.testing.assert_array_equal(by_name["b"], np.full(2, 8.0))
 
 
 def test_align_answers_with_what_is_missing_on_either_side() -> None:
@@ -92,40 +64,10 @@ def test_align_answers_with_what_is_missing_on_either_side() -> None:
     assert aligned[4] == optax.MaskedNode()
 
 
-ARRAY = jnp.ones(1)
-
-
-@pytest.mark.parametrize(
-    ("reference", "tree", "told"),
-    [
-        (  # the first missing path, its shape and the nearest ones
-            {"encoder": {"bias": jnp.ones(3), "kernel": jnp.ones((2, 3))}},
-            {"encoder": {"bias": jnp.ones(3), "kernels": 0}},
-            [
-                "no leaf at 'encoder/kernel'",
-                "of shape (2, 3)",
-                "nearest in grad: 'encoder/kernels'",
-            ],
-        ),
-        (  # the first path too many
-            {"a": ARRAY},
-            {"a": ARRAY, "extra": ARRAY},
-            ["a leaf at 'extra', where the updates has none"],
-        ),
-        (  # the first path with another shape, and both shapes
-            {"a": ARRAY, "b": jnp.ones((2, 3)), "c": jnp.ones(4)},
-            {"a": ARRAY, "b": jnp.ones((3, 2)), "c": jnp.ones(5)},
-            ["at 'b'", "grad has shape (3, 2)", "the updates has shape (2, 3)"],
-        ),
-        (jnp.ones(2), jnp.ones(3), ["the tree itself"]),
-    ],
-    ids=["missing", "too many", "shape", "bare arrays"],
-)
-def test_align_names_the_first_difference(reference: Any, tree: Any, told: list[str]) -> None:
+def test_align_names_both_trees_and_a_tree_that_is_one_array() -> None:
     with pytest.raises(ValueError, match="grad does not match the updates") as error:
-        trees.align(trees.flatten(reference), tree, "grad", reference_name="the updates")
-    for part in told:
-        assert part in str(error.value)
+        trees.align(trees.flatten(jnp.ones(2)), jnp.ones(3), "grad", reference_name="the updates")
+    assert "the tree itself" in str(error.value)
 
 
 def is_number(node: Any) -> bool:
@@ -148,20 +90,6 @@ def test_a_prefix_need_not_cover_a_missing_leaf_and_may_have_entries_below() -> 
     assert trees.broadcast_prefix(reference, prefix, "mask", is_number) == [1, 2, None]
 
 
-def test_a_prefix_that_leaves_a_parameter_uncovered_is_refused() -> None:
-    with pytest.raises(ValueError, match="mask has no entry for the parameter 'a/kernel'") as error:
-        trees.broadcast_prefix(
-            trees.flatten({"a": {"kernel": jnp.ones(1)}}), {"a": {"kernels": 1}}, "mask", is_number
-        )
-    assert "its own paths: 'a/kernels'" in str(error.value)
-
-
-def test_a_prefix_with_an_entry_for_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="entry at 'heads', where params has nothing") as error:
-        trees.broadcast_prefix(flat(head=jnp.ones(1)), {"head": 1, "heads": 2}, "mask", is_number)
-    assert "paths in params: 'head'" in str(error.value)
-
-
 def test_replace_leaves_changes_the_given_paths_only() -> None:
     tree = {"a": boxed(jnp.ones((1, 2))), "b": {"x": jnp.ones(3)}, "c": None}
     new = trees.replace_leaves(tree, {("a",): jnp.zeros((1, 2))})
@@ -178,16 +106,6 @@ def test_nearest_paths_come_most_alike_first_and_quoted() -> None:
     # Nothing is alike: some paths are shown all the same, to say what the tree looks like.
     assert trees.nearest_paths("#", paths, count=2) == "'encoder/kernel', 'encoder/bias'"
     assert trees.nearest_paths("x", []) == "none"
-
-
-def test_missing_params_raise_the_words_of_optax() -> None:
-    with pytest.raises(ValueError, match="params") as ours:
-        trees.require_params(None)
-    decay = optax.add_decayed_weights(0.1)
-    with pytest.raises(ValueError, match="params") as theirs:
-        decay.update({"a": jnp.ones(1)}, decay.init({"a": jnp.ones(1)}), None)
-    assert str(ours.value) == str(theirs.value)
-    trees.require_params({})
 
 
 # Paths that are spelled alike --------------------------------------------------------------------
@@ -256,21 +174,3 @@ def test_any_tree_is_matched_leaf_by_leaf_or_refused(tree: Any) -> None:
     assert trees.align(reference, numbered, "tree") == list(range(count))
     changed = trees.replace_leaves(numbered, {p: -x for p, x in reference.by_path.items()})
     assert jax.tree.leaves(changed) == [-i for i in range(count)]
-
-
-def test_numbers_and_other_leaves_of_a_model_are_told_apart() -> None:
-    array = np.ones(2, np.float32)
-    others = {"activation": jnp.tanh, "flag": True, "name": "model"}
-    model = {"array": array, "none": None, "rate": 0.5} | others
-    kept = lambda tree, updates=None: {
-        path[0]
-        for path, leaf in trees.only_parameters(trees.flatten(tree), updates).by_path.items()
-        if leaf is not None
-    }
-    assert kept(model) == {"array"}
-    assert kept({"array": array, "rate": 0.5}) == {"array", "rate"}
-    assert kept(model, dict.fromkeys(model)) == {"array"}
-    assert kept(model, dict.fromkeys(model, 1.0)) == {"array", "rate"}
-    assert kept(model, {"rate": None, "array": None}) == {"array"}
-    assert trees.without_settings({"array": array})["array"] is array
-    assert trees.without_settings(model) == dict.fromkeys(model) | {"array": array}

@@ -267,19 +267,7 @@ def test_in_shard_map_one_psum_adds_up_all_layers(stage: str, axes: str) -> None
 @both_meshes
 def test_in_shard_map_a_row_method_takes_one_psum_and_gives_the_same_numbers(axes: str) -> None:
     shapes, specs = model(axes, 6)
-    make = lambda axis_name: optax_spd.layerwise(
-        "rows",
-        measure=lambda d: (d.tentative**2, jnp.ones_like(d.step)),
-        decide=lambda square, size: optax_spd.Decision(
-            {"square": square, "size": size}, (1 / (1 + square),), square > 1
-        ),
-        act=lambda d, factor: factor * d.step,
-        sums=2,
-        level="row",
-        gradient=False,
-        anchor="zero",
-        axis_name=axis_name,
-    )
+    make = lambda axis_name: oracles.row_ball(3.0, anchor="zero", axis_name=axis_name)
     step, state = in_shard_map(make(specs).update, make(None), axes, shapes, specs)
     traced = jax.jit(step).trace(shapes, state, shapes)
     (only,) = (name for name in primitives(traced.jaxpr) if COLLECTIVE.match(name))

@@ -6,17 +6,16 @@ import socket
 import subprocess
 import sys
 import time
-from typing import Any
 
+import contract_methods
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import processes_worker as worker
-from jax.sharding import AxisType, SingleDeviceSharding
+from contract_runs import PRETRAINED, STOP, assert_close, jitted, reference, run
+from jax.sharding import SingleDeviceSharding
 
 SECONDS = worker.SECONDS + 10
-STEPS = len(worker.SIGNS)
 
 
 def free_port() -> int:
@@ -52,41 +51,6 @@ def run_together(commands: list[list[str]], folder: pathlib.Path) -> None:
     assert codes == [0] * len(codes), told
 
 
-def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        # An exponent is one over a mean of logarithms: eigenvalues' last digits count for more.
-        rtol = 1e-4 if "temp_balance" in key.rpartition("/")[2] else 1e-5
-        np.testing.assert_allclose(found[key], value, rtol=rtol, atol=5e-6, err_msg=key)
-
-
-def on_one_device(name: str) -> dict[str, np.ndarray]:
-    """The same run, unsharded: the final parameters, and what the stages decided at each step."""
-    params = jax.tree.map(jnp.array, worker.PRETRAINED)
-    state = worker.begin(name, params)
-    params, _, seen = worker.train(name, params, state, worker.PULL, range(STEPS))
-    for field, decided in seen.items():  # the run means something
-        assert len(np.unique(decided, axis=0)) > 1, field
-        assert len(np.unique(decided, axis=1)) > 1, field
-    return jax.device_get(params) | seen
-
-
-def restored(folder: pathlib.Path, name: str, place: Any) -> Any:
-    """Parameters and state; the structure comes from init, the numbers from the checkpoint."""
-    tx = worker.OPTIMIZERS[name]
-    shapes = jax.eval_shape(lambda params: (params, tx.init(params)), worker.PRETRAINED)
-    target = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, place
-    )
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder / name, target)
-
-
-def goes_on(name: str, params: Any, state: Any, pull: Any) -> dict[str, np.ndarray]:
-    params, state, seen = worker.train(name, params, state, pull, range(worker.STOP, STEPS))
-    return jax.device_get(params) | seen
-
-
 def test_two_processes_are_one(tmp_path: pathlib.Path) -> None:
     port = str(free_port())
     run_together(
@@ -98,21 +62,19 @@ def test_two_processes_are_one(tmp_path: pathlib.Path) -> None:
     )
     reports = [dict(np.load(tmp_path / f"{i}.npz")) for i in range(worker.PROCESSES)]
     jax.tree.map(np.testing.assert_array_equal, *reports)
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     here = SingleDeviceSharding(jax.devices()[0])
-    for name in worker.OPTIMIZERS:
-        expected = on_one_device(name)
-        found = {key: x for key, x in reports[0].items() if key.startswith(f"{name}/")}
-        assert_same(found, {f"{name}/{key}": x for key, x in expected.items()})
+    for name in worker.NAMES:
+        params, _, seen = reference(name)
+        leaves, structure = jax.tree.flatten((params, seen))
+        found = [reports[0][f"{name}/{i}"] for i in range(len(leaves))]
+        assert_close(structure.unflatten(found), (params, seen), rtol=1e-4)
 
         # What both processes saved half way, one process restores, and goes on with.
-        rest = {key: x if key in worker.SHAPES else x[worker.STOP :] for key, x in expected.items()}
-        split = worker.split(mesh, name)
-        whole = jax.tree.map(lambda _: here, split)
-        saved = restored(tmp_path, name, whole)
-        on_mesh = restored(tmp_path, name, split)
-        jax.tree.map(np.testing.assert_array_equal, on_mesh, saved)
-        worker.check_placement(on_mesh, split)
-        assert_same(goes_on(name, *saved, worker.PULL), rest)
-        if name == "adam_ftp":  # a second program of each would take long to compile
-            assert_same(goes_on(name, *on_mesh, worker.sharded(mesh, worker.PULL)), rest)
+        init = contract_methods.optimizer(name).init
+        shapes = jax.eval_shape(lambda init=init: (PRETRAINED, init(PRETRAINED)))
+        target = jax.tree.map(lambda x: x.update(sharding=here), shapes)
+        with ocp.StandardCheckpointer() as checkpointer:
+            saved = checkpointer.restore(tmp_path / name, target)
+        end, _, rest = run(name, jitted(name), *saved, start=STOP)
+        assert_close(end, params, rtol=1e-4)
+        assert_close(rest, {field: x[STOP:] for field, x in seen.items()}, rtol=1e-4)

@@ -1,11 +1,12 @@
-"""A sharded step is the step of one device, and that of the layers one by one.
+"""Whatever axes count the layers of a stack, and whatever is split, a step is that of one device.
 
-What the compiled step does for it, and parameters that are split by hand, are tested in
-test_compiled_steps.py and beside the methods.
+How all methods train on a mesh is tested in tests/contract; what a compiled step does for it, and
+parameters that are split by hand, in test_compiled_steps.py and beside the methods.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,19 +21,27 @@ from tpgm_steps import projects_only
 import optax_spd
 
 pytestmark = projects_only
+FTP = functools.partial(optax_spd.ftp, radius_learning_rate=0.1)
+# Stages, and the gradient by which they act: SPD fires, FTP's radii grow.
+STAGES: dict[str, tuple[Any, float]] = {
+    "spd": (optax_spd.spd, 1.0),
+    "ftp": (FTP, -1.0),
+    "ftp in l2": (functools.partial(FTP, norm="l2"), -1.0),
+    "tpgm": (optax_spd.tpgm, 1.0),
+}
 
 
 class Case(NamedTuple):
-    """A model whose blocks are kept in one array, how it is split, and what trains it.
+    """A model whose blocks are kept in one array, how it is split, and the stage.
 
     ``stacked`` are the axes of the kernels that count the blocks; biases, only there to be grouped
     with kernels, have them first. The mesh is x: 4, y: 2.
     """
 
-    recipe: str
+    stage: str
     stacked: tuple[int, ...]
     kernels: tuple[int, ...]
-    specs: Mapping[str, P]
+    specs: Mapping[str, Any]
     grouped: bool = False
 
     @property
@@ -41,19 +50,18 @@ class Case(NamedTuple):
         layers = optax_spd.stacked("blocks/kernel", self.stacked, layers=layers)
         return optax_spd.by_module(layers=layers) if self.grouped else layers
 
+    def params(self) -> Any:
+        draw = np.random.default_rng(0)
+        normal = lambda *shape: draw.normal(size=shape).astype(np.float32)
+        biases = {"bias": normal(*(self.kernels[axis] for axis in self.stacked), 16)}
+        blocks = {"kernel": normal(*self.kernels)} | (biases if self.grouped else {})
+        return {"blocks": blocks, "dense": {"bias": normal(16), "kernel": normal(8, 16)}}
+
 
 def specs(kernels: P, kernel: P, dense_bias: P, **bias: P) -> Mapping[str, Any]:
     return {"blocks": bias | {"kernel": kernels}, "dense": {"bias": dense_bias, "kernel": kernel}}
 
 
-RECIPES: dict[str, Callable[..., Any]] = {
-    "adam_spd": functools.partial(optax_spd.adam_spd, 0.1),
-    "adam_ftp": functools.partial(optax_spd.adam_ftp, 0.1, radius_learning_rate=0.1),
-    "sgd_ftp in l2": functools.partial(
-        optax_spd.sgd_ftp, 0.1, 0.9, norm="l2", radius_learning_rate=0.1
-    ),
-    "adam_tpgm": functools.partial(optax_spd.adam_tpgm, 0.1),
-}
 AXIS_0_WHOLE = ((0,), (2, 8, 16), specs(P(None, "y", "x"), P("x", "y"), P("y"), bias=P(None, "x")))
 AXIS_1 = ((1,), (8, 2, 16), specs(P("x", "y"), P(None, ("x", "y")), P(("x", "y"))))
 LAST_AXIS = ((2,), (8, 16, 2), specs(P(None, "x", "y"), P("y", "x"), P("x"), bias=P("y", "x")))
@@ -61,133 +69,51 @@ TWO_AXES = ((0, 1), (2, 2, 8), specs(P("y", None, "x"), P(("x", "y")), P()))
 NUMBERS = ((0,), (8,), specs(P(("x", "y")), P("x"), P()))
 MIDDLE = ((), (2, 8, 16), specs(P(None, ("x", "y")), P(None, "x"), P()))
 CASES = {
-    "adam_spd, grouped, axis 0": Case("adam_spd", *AXIS_0_WHOLE, grouped=True),
-    "adam_spd, axis 1": Case("adam_spd", *AXIS_1),
-    "adam_spd, two axes": Case("adam_spd", *TWO_AXES),
-    "adam_spd, one number a layer": Case("adam_spd", *NUMBERS),
-    "adam_ftp, grouped, last axis": Case("adam_ftp", *LAST_AXIS, grouped=True),
-    "sgd_ftp in l2, axis 1": Case("sgd_ftp in l2", *AXIS_1),
-    "adam_tpgm, middle axis": Case("adam_tpgm", *MIDDLE),
+    "spd, grouped, axis 0": Case("spd", *AXIS_0_WHOLE, grouped=True),
+    "spd, axis 1": Case("spd", *AXIS_1),
+    "spd, two axes": Case("spd", *TWO_AXES),
+    "spd, one number a layer": Case("spd", *NUMBERS),
+    "ftp, grouped, last axis": Case("ftp", *LAST_AXIS, grouped=True),
+    "ftp in l2, axis 1": Case("ftp in l2", *AXIS_1),
+    "tpgm, middle axis": Case("tpgm", *MIDDLE),
 }
-all_cases = pytest.mark.parametrize("name", CASES)
 
 
-def start(case: Case) -> Any:
-    """The model on the host."""
-    draw = np.random.default_rng(0)
-    normal = lambda *shape: draw.normal(size=shape).astype(np.float32)
-    kernels = {"kernel": normal(*case.kernels)}
-    biases = {"bias": normal(*(case.kernels[axis] for axis in case.stacked), 16)}
-    dense = {"bias": normal(16), "kernel": normal(8, 16)}
-    return {"blocks": biases | kernels if case.grouped else kernels, "dense": dense}
-
-
-def unrolled(case: Case, tree: Any) -> Any:
-    """A tree like the model with arrays of their own for every block, in the layers' order."""
-    blocks: dict[str, Any] = {}
-    for name, array in tree["blocks"].items():
-        axes = case.stacked if name == "kernel" else range(len(case.stacked))
-        front = np.moveaxis(np.asarray(array), axes, range(len(axes)))
-        for index in np.ndindex(front.shape[: len(axes)]):
-            blocks.setdefault(str(index), {})[name] = front[index]
-    return {**tree, "blocks": blocks}
-
-
-def stepper(tx: Any) -> Callable[..., Any]:
-    def step(params: Any, state: Any, initial: Any, pull: jax.Array) -> Any:
-        updates, state = tx.update(optax.tree.scale(pull, initial), state, params)
-        return optax.apply_updates(params, updates), state, oracles.decisions(state)
-
-    return step
-
-
-def train(step: Callable[..., Any], params: Any, state: Any, initial: Any) -> Any:
-    """Pushes away and pulls back; SPD fires on the way, and radii grow and shrink."""
-    found = []
-    for pull in np.float32([-1.0, -1.0, 0.2, 0.2, 0.2, -0.5]):
-        # One step at a time: of several under way on eight virtual devices that share two cores,
-        # the collectives can wait for each other forever.
-        params, state, decided = jax.block_until_ready(step(params, state, initial, pull))
-        found.append(decided)
-    return params, state, np.stack(jax.device_get(found))
-
-
-@functools.cache
-def one_by_one(name: str) -> tuple[Any, np.ndarray]:
-    """The model with an array for every block, trained on one device."""
-    case = CASES[name]
-    tx = RECIPES[case.recipe](layers=optax_spd.by_module() if case.grouped else None)
-    initial = unrolled(case, start(case))
-    params, _, decided = train(jax.jit(stepper(tx)), initial, tx.init(initial), initial)
-    assert np.mean(decided > 1e-6) > 0.2
-    assert len(np.unique(decided)) > 2
-    return jax.device_get(params), decided
-
-
-def assert_trained_alike(name: str, params: Any, decided: np.ndarray) -> None:
-    expected, wanted = one_by_one(name)
-    found = unrolled(CASES[name], jax.device_get(params))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), found, expected
-    )
-    np.testing.assert_allclose(decided, wanted, rtol=1e-4, atol=1e-6)
+def two_steps(case: Case, params: Any) -> Any:
+    """Two steps that double the deviation: the updates and what is decided."""
+    make, sign = STAGES[case.stage]
+    tx = make(anchor="zero", layers=case.layers)
+    state, grads = tx.init(params), jax.tree.map(lambda x: sign * x, params)
+    for _ in range(2):
+        updates, state = tx.update(params, state, params, grad=grads)
+    return updates, oracles.decisions(state)
 
 
 def mesh_of(axis_type: AxisType) -> jax.sharding.Mesh:
     return jax.make_mesh((4, 2), ("x", "y"), axis_types=(axis_type,) * 2)
 
 
-def placed(mesh: jax.sharding.Mesh, case: Case) -> Any:
-    return jax.tree.map(
-        lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)),
-        start(case),
-        case.specs,
+def assert_close(found: Any, expected: Any) -> None:
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), found, expected
     )
-
-
-def misplaced(tx: Any, state: Any, params: Any) -> list[str]:
-    """Where the state's parameter-shaped arrays are split otherwise than their parameters."""
-    is_missing = lambda node: isinstance(node, optax.MaskedNode)
-    right = optax.tree.map_params(
-        tx,
-        lambda held, like: (
-            is_missing(held) or held.sharding.is_equivalent_to(like.sharding, like.ndim)
-        ),
-        state,
-        params,
-        transform_non_params=lambda _: None,
-        is_leaf=is_missing,
-    )
-    checked = jax.tree.leaves_with_path(right)
-    assert len(checked) >= len(jax.tree.leaves(params))
-    return [jax.tree_util.keystr(path) for path, same in checked if not same]
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name)
-@all_cases
-def test_a_sharded_step_is_that_of_single_layers_on_one_device(
-    name: str, axis_type: AxisType
-) -> None:
-    case, mesh = CASES[name], mesh_of(axis_type)
-    tx = RECIPES[case.recipe](layers=case.layers)
-    types = functools.partial(jax.tree.map, jax.typeof)
-    with jax.set_mesh(mesh):
-        initial = placed(mesh, case)
-        first = tx.init(initial)
-        assert misplaced(tx, first, initial) == []
-        params, last, decided = train(jax.jit(stepper(tx)), initial, first, initial)
-        # On an explicit mesh the types say how an array is split, and steps compile once.
-        assert types(last) == types(first)
-        if axis_type == AxisType.Explicit:
-            jitted = jax.jit(tx.init).trace(initial).jaxpr.out_avals
-            assert list(map(str, jitted)) == list(map(str, jax.tree.leaves(types(first))))
-    assert_trained_alike(name, params, decided)
-    assert misplaced(tx, last, initial) == []
-    for x, like in zip(jax.tree.leaves(params), jax.tree.leaves(initial), strict=True):
-        assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
-
-
-# An anchor in host memory ------------------------------------------------------------------------
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_sharded_step_is_that_of_one_device(case: Case, axis_type: AxisType) -> None:
+    mesh, step = mesh_of(axis_type), jax.jit(functools.partial(two_steps, case))
+    updates, decided = expected = jax.device_get(step(case.params()))
+    assert (decided > 1e-6).all()
+    assert not np.allclose(updates["blocks"]["kernel"], case.params()["blocks"]["kernel"])
+    if case.stage == "spd":  # it undoes the step of each layer
+        np.testing.assert_allclose(decided, np.full_like(decided, 0.5), rtol=1e-6)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), case.specs)
+    params = jax.device_put(case.params(), shardings)
+    for is_set in (False, True):
+        with jax.set_mesh(mesh) if is_set else contextlib.nullcontext():
+            found = jax.block_until_ready(step(params))
+        assert_close(jax.device_get(found), expected)
 
 
 if host_memory_works():  # on CPU, from JAX 0.10.2 on
@@ -202,17 +128,27 @@ if host_memory_works():  # on CPU, from JAX 0.10.2 on
         draw = np.random.default_rng(0)
         initial = {"w": draw.normal(size=shape).astype(np.float32)}
         where = NamedSharding(mesh, spec)
-        tx = RECIPES[recipe]()
+        tx = getattr(optax_spd, recipe)(0.1)
+
+        @jax.jit
+        def step(params: Any, state: Any, initial: Any, pull: Any) -> Any:
+            updates, state = tx.update(optax.tree.scale(pull, initial), state, params)
+            return optax.apply_updates(params, updates), state
+
+        def train(params: Any, state: Any, initial: Any) -> Any:
+            for pull in np.float32([-1.0, -1.0, 0.2, 0.2, 0.2]):
+                params, state = jax.block_until_ready(step(params, state, initial, pull))
+            return params, state
+
         with jax.set_mesh(mesh):
             params = {"w": jax.device_put(initial["w"], where)}
             on_host = {"w": jax.device_put(initial["w"], where.with_memory_kind("pinned_host"))}
             state = optax_spd.set_anchor(tx.init(params), on_host)
-            step = jax.jit(stepper(tx))
             jaxpr = step.trace(params, state, params, np.float32(1)).jaxpr
             assert list(primitives(jaxpr)).count("device_put") == 2
-            found, state, decided = train(step, params, state, params)
+            found, state = train(params, state, params)
         held = optax.tree.get(state, "anchor")["w"]
         assert held.sharding.memory_kind == "pinned_host"
-        expected, _, wanted = train(jax.jit(stepper(tx)), initial, tx.init(initial), initial)
-        np.testing.assert_allclose(found["w"], expected["w"], rtol=2e-5, atol=2e-6)
-        np.testing.assert_allclose(decided, wanted, rtol=1e-4, atol=1e-6)
+        expected, last = train(initial, tx.init(initial), initial)
+        assert_close(found, expected)
+        assert_close(oracles.decisions(state), oracles.decisions(last))

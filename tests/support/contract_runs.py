@@ -167,6 +167,19 @@ def assert_same_bits(found: Any, expected: Any) -> None:
     assert dtypes(found) == dtypes(expected)
 
 
+def state_like_params(tx: Any, like: Any, rest: Any) -> Any:
+    """The state's structure with ``like`` in place of what is like the parameters."""
+    is_missing = lambda node: isinstance(node, optax.MaskedNode)
+    return optax.tree.map_params(
+        tx,
+        lambda held, value: held if is_missing(held) else value,
+        jax.eval_shape(tx.init, PRETRAINED),
+        like,
+        transform_non_params=lambda _: rest,
+        is_leaf=is_missing,
+    )
+
+
 def types(tree: Any) -> Any:
     """Shapes, dtypes, weak types and, on an explicit mesh, shardings."""
     return jax.tree.map(jax.typeof, tree)

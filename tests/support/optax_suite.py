@@ -6,7 +6,6 @@ place of its own. What stands in Optax's files is executed, not copied.
 """
 
 import ast
-import collections
 import importlib.util
 import types
 import unittest
@@ -116,38 +115,6 @@ def load(module: str, replaced: Tables) -> types.ModuleType:
     # Some tables are extended or looped over where they are made; ours hold entries as they come.
     vars(loaded).update(replaced)
     return loaded
-
-
-def parametrized_tests(module: str) -> dict[str, str]:
-    """The tests of a module that read a table of its own, and the table's name."""
-    tree = _source(module)
-    assert tree is not None
-    constants = {
-        target.id
-        for statement in tree.body
-        if isinstance(statement, ast.Assign)
-        for target in statement.targets
-        if isinstance(target, ast.Name)
-    }
-    return {
-        method.name: table
-        for node in tree.body
-        if isinstance(node, ast.ClassDef)
-        for method in node.body
-        if _is_test(method) and isinstance(method, ast.FunctionDef)
-        for table in _tables_of(method) & constants
-    }
-
-
-def cases_by_test(module: str, case: type[unittest.TestCase]) -> collections.Counter[str]:
-    """How many cases pytest collects of each parametrized test in a class of a test module."""
-    tests = parametrized_tests(module)
-    counts: collections.Counter[str] = collections.Counter()
-    for name in unittest.TestLoader().getTestCaseNames(case):
-        # The longest, since test_optimizers is a test and a prefix of others.
-        counts[max((t for t in tests if name.startswith(t)), key=len, default="")] += 1
-    del counts[""]
-    return counts
 
 
 def adopt(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import ChainMap
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -88,6 +89,11 @@ def jobs(keys: Iterable[Key], done: Container[Key]) -> dict[Key, list[str]]:
     return made
 
 
+def recorded(*folders: Path) -> list[Store]:
+    """The stores in some folders."""
+    return [Store(path) for folder in folders for path in sorted(folder.glob("*.jsonl"))]
+
+
 class OutOfTimeError(Exception):
     """The next run would end after the deadline."""
 
@@ -105,10 +111,11 @@ class Runner:
         """All parts of a setting."""
         options = self.options
         store = Store(options.out / f"{setting.name}.jsonl")
-        recorded = Store(RESULTS / f"{setting.name}.jsonl") if options.quick else store
+        # Choices may come from another setting's runs, and --quick takes the recorded ones.
+        known = ChainMap(store.results, *(s.results for s in recorded(options.out, RESULTS)))
         draw = lru_cache(maxsize=1)(setting.draw)
         for part in options.parts:
-            keys = plan.keys(part, setting.name, options.methods, options.seeds, recorded.results)
+            keys = plan.keys(part, setting.name, options.methods, options.seeds, known)
             task = self.progress.add_task(f"{setting.name}, {part}", total=None)
             # Tuning decides on the way which runs follow, so it is asked for one at a time.
             pending: Iterable[dict[Key, list[str]]]
@@ -154,8 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         vars(options).update(QUICK)
     console = Console(width=max(Console().width, 110))
     if options.report:
-        paths = sorted(options.out.glob("*.jsonl"))
-        stores = {path.stem: Store(path).results for path in paths}
+        stores = {store.path.stem: store.results for store in recorded(options.out)}
         report.write(options.out, stores, console)
         figures.write(options.out, stores)
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import matplotlib
@@ -20,11 +21,13 @@ from examples.demo.methods import METHODS as STYLES
 
 def write(out: Path, stores: Mapping[str, Results]) -> None:
     """Draws what there are runs for."""
-    for setting, results in stores.items():
-        if report.rows(setting, False, results):
-            accuracy(setting, results).savefig(out / f"{setting}.png", dpi=150)
-        if plan.PLANS[setting].grid_seeds and report.grid_table(setting, "spd", results):
-            grids(setting, results).savefig(out / f"{setting}_grid.png", dpi=150)
+    results = {key: run for each in stores.values() for key, run in each.items()}
+    for setting in stores:
+        with suppress(plan.UndecidedError):
+            if report.rows(setting, False, results):
+                accuracy(setting, results).savefig(out / f"{setting}.png", dpi=150)
+            if plan.PLANS[setting].grid_seeds and report.grid_table(setting, "spd", results):
+                grids(setting, results).savefig(out / f"{setting}_grid.png", dpi=150)
     plt.close("all")
 
 

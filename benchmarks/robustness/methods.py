@@ -1,7 +1,7 @@
 """The methods of the benchmark: how each makes its optimizer, and the strengths that are tried.
 
 A method has one strength to tune, the argument that says how strongly it holds the weights back.
-Its first strength is the default, with which the learning rate is chosen.
+The learning rate is chosen with the first of its strengths.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Method:
       make: (setting, learning rate, strength) -> optimizer; None for the start itself and for what
         is done after training.
       strength: what the strength is; None if there is none.
-      strengths: the values to try, the default first.
+      strengths: the values to try; the first is the one that the learning rate is chosen with.
       rate: its learning rates are the common ones times this.
       validates: whether it learns on validation batches while it trains.
       after: (setting, draw, Adam's result, validation accuracy) -> weights.

@@ -30,8 +30,9 @@ class Plan:
 
     Attributes:
       seeds: the number of final seeds, which are 0, 1, ...
-      rates: the common learning rates to choose from; empty where `chosen` is given.
-      chosen: the choice of every method, if it was made before.
+      rates: the common learning rates to choose from.
+      strengths: those of the methods that have one, if they were chosen before.
+      like: the setting whose choices are taken over, instead of `rates` and `strengths`.
       methods: what is run, in the order of the tables.
       aggressive: the methods that are also run with the aggressive learning rate.
       grid_seeds: how many seeds the study of strengths has here.
@@ -40,7 +41,8 @@ class Plan:
 
     seeds: int
     rates: Sequence[float] = ()
-    chosen: Mapping[str, Choice] | None = None
+    strengths: Mapping[str, float] | None = None
+    like: str | None = None
     methods: Sequence[str] = ()
     aggressive: Sequence[str] = ()
     grid_seeds: int = 0
@@ -55,29 +57,28 @@ SIGN = ("spd", "spd-coin", "spd-mean", "spd-away")
 SIX = ("probe", "adam", "l2-sp", "spd", "ftp", "wise-ft")  # of the methods, where a run is long
 FEW = ("adam", "l2-sp", "spd", "ftp")  # with few training examples
 
-# Chosen by in-distribution validation on the tuning seeds in examples/demo/selection.py.
+PICTURES = (3e-4, 1e-3, 3e-3, 1e-2)  # learning rates
+TEXTS = (3e-5, 1e-4, 3e-4)
+# Chosen on the tuning seeds, by in-distribution validation, in examples/demo/selection.py.
 MINILM = {
-    "adam": Choice(3e-4),
-    "adamw": Choice(3e-4, 1.0),
-    "l2-sp": Choice(3e-4, 300.0),
-    "cautious": Choice(3e-4, 1000.0),
-    "spd": Choice(3e-4, 2.0),
-    "tpgm": Choice(3e-4, 3e-2),
-    "ftp": Choice(3e-4, 3e-3),
-    "layer-decay": Choice(3e-4, 0.85),
-    "temp-balance": Choice(3e-4, 0.25),
-    "adamp": Choice(3e-4, 1.0),
-    "sparse": Choice(3e-4, 2.0),
-    "sgd": Choice(3e-3),
-    "sgd-freeze": Choice(3e-3),
+    "adamw": 1.0,
+    "l2-sp": 300.0,
+    "cautious": 1000.0,
+    "spd": 2.0,
+    "tpgm": 3e-2,
+    "ftp": 3e-3,
+    "layer-decay": 0.85,
+    "temp-balance": 0.25,
+    "adamp": 1.0,
+    "sparse": 2.0,
 }
+FIVE = ("adam", "adamw", "l2-sp", "spd", "ftp")
 PLANS = {
-    "digits": Plan(10, (3e-4, 1e-3, 3e-3, 1e-2), None, EVERY, EVERY, grid_seeds=3, sign_seeds=10),
-    "sentiment": Plan(5, (), MINILM, EVERY, EVERY, grid_seeds=2, sign_seeds=3),
-    # The same model: it takes sentiment's choice, which asks how well a choice carries over.
-    "spam": Plan(5, (), MINILM, EVERY, ("adam", "adamw", "l2-sp", "spd", "ftp")),
-    "images": Plan(3, (3e-4, 1e-3, 3e-3, 1e-2), None, SIX, SIX),
-    **{f"sentiment-{n}": Plan(3, (), MINILM, FEW) for n in (64, 256, 1024)},
+    "digits": Plan(10, PICTURES, methods=EVERY, aggressive=EVERY, grid_seeds=3, sign_seeds=10),
+    "sentiment": Plan(5, TEXTS, MINILM, None, EVERY, EVERY, grid_seeds=2, sign_seeds=3),
+    "spam": Plan(5, like="sentiment", methods=EVERY, aggressive=FIVE),
+    "images": Plan(3, PICTURES, methods=SIX, aggressive=SIX),
+    **{f"sentiment-{n}": Plan(3, like="sentiment", methods=FEW) for n in (64, 256, 1024)},
 }
 
 
@@ -91,9 +92,7 @@ def choice(setting: str, method: str, results: Results) -> Choice:
     Raises:
       UndecidedError: the tuning is not complete.
     """
-    chosen = PLANS[setting].chosen
-    if chosen is not None:
-        return chosen[method]
+    setting = PLANS[setting].like or setting
     first, then = _stages(setting, method, results)
     return _best(setting, method, [*first, *then], results)
 
@@ -101,19 +100,22 @@ def choice(setting: str, method: str, results: Results) -> Choice:
 def tuning(setting: str, methods: Sequence[str], results: Results) -> Iterator[Key]:
     """The tuning runs. `results` grows while they are made: the second stage follows the first."""
     plan = PLANS[setting]
-    for method in plan.methods if plan.chosen is None else ():
+    for method in () if plan.like else plan.methods:
         if METHODS[method].make is not None and method in methods:
             yield from _keys(setting, method, _first_stage(setting, method))
             yield from _keys(setting, method, _stages(setting, method, results)[1])
 
 
 def _first_stage(setting: str, method: str) -> list[Choice]:
-    made = METHODS[method]
-    return [Choice(rate * made.rate, made.strengths[0]) for rate in PLANS[setting].rates]
+    made, plan = METHODS[method], PLANS[setting]
+    strength = (plan.strengths or {}).get(method, made.strengths[0])
+    return [Choice(rate * made.rate, strength) for rate in plan.rates]
 
 
 def _stages(setting: str, method: str, results: Results) -> tuple[list[Choice], list[Choice]]:
     first = _first_stage(setting, method)
+    if PLANS[setting].strengths is not None:
+        return first, []
     best = _best(setting, method, first, results)
     if METHODS[method].strength is None:
         return first, [Choice(best.rate * factor) for factor in FINER]

@@ -241,8 +241,12 @@ def forgiving_table(setting: str, results: Results) -> list[list[str]]:
 
 def write(out: Path, stores: Mapping[str, Results], console: Console) -> None:
     """Writes the tables and a CSV file of every setting."""
+    everything = {key: run for results in stores.values() for key, run in results.items()}
     for setting, results in stores.items():
-        text = tables(setting, results)
+        try:
+            text = tables(setting, everything)
+        except plan.UndecidedError:
+            text = f"The tuning is not complete: {len(results)} runs are recorded.\n"
         (out / f"{setting}.md").write_text(text)
         write_csv(out / f"{setting}.csv", results.values())
         console.print(setting, style="bold")

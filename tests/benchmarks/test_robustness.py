@@ -114,7 +114,7 @@ def test_a_store_grows_by_lines_and_drops_a_torn_one(tmp_path):
 @pytest.fixture
 def tiny_plan(monkeypatch):
     methods = ("probe", "adam", "l2-sp", "spd", "sgd", "wise-ft")
-    made = Plan(3, (1e-3, 1e-2), None, methods, methods, grid_seeds=1, sign_seeds=2)
+    made = Plan(3, (1e-3, 1e-2), methods=methods, aggressive=methods, grid_seeds=1, sign_seeds=2)
     monkeypatch.setitem(plan.PLANS, "tiny", made)
     return made
 
@@ -144,6 +144,17 @@ def test_tuning_chooses_the_rate_first_and_then_the_strength(tiny_plan):
     final = list(plan.keys("final", "tiny", METHODS, 2, results))
     assert len(final) == len(set(final)) == 2 * (6 + 5)
     assert not set(final) & set(results)  # tuning seeds are not reported
+
+
+def test_a_setting_may_take_over_anothers_choices(tiny_plan, monkeypatch):
+    monkeypatch.setitem(plan.PLANS, "base", replace(tiny_plan, strengths={"spd": 7.0}))
+    monkeypatch.setitem(plan.PLANS, "tiny", replace(tiny_plan, like="base", rates=()))
+    results = {}
+    for key in plan.keys("tune", "base", METHODS, 9, results):
+        record(results, [key], lambda key: key.rate)
+    assert {key.strength for key in results if key.method == "spd"} == {7.0}  # not tuned again
+    assert list(plan.keys("tune", "tiny", METHODS, 9, results)) == []
+    assert plan.choice("tiny", "spd", results) == Choice(1e-2, 7.0)
 
 
 def test_final_runs_wait_for_the_tuning(tiny_plan):

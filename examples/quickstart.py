@@ -46,6 +46,7 @@ y = jnp.sin(2 * x) + 0.5 + 0.1 * jax.random.normal(keys[4], (16,))
 adam = optax.adam(1e-2)
 for name, tx in {"Adam": adam, "SPD": optax_spd.chain(adam, optax_spd.spd(2.0))}.items():
     tuned = train(pretrained, tx, x, y, 500)
-    left, right = ((predict(tuned, line) - jnp.sin(2 * line) - 0.5) ** 2).reshape(2, 100).mean(1)
+    wrong = (predict(tuned, line) - jnp.sin(2 * line) - 0.5) ** 2
+    left, right = wrong.reshape(2, 100).mean(1)
     distance = optax_spd.layer_report(tuned, pretrained).total
     print(f"{name:4}  error right {right:.3f}, left {left:.3f}, distance {distance:.2f}")

@@ -135,6 +135,7 @@ def adamw_l2_sp(
       eps_root: added inside.
       mu_dtype: dtype of the first moment; None for the parameters'.
       weight_decay: λ, a float or a schedule; multiplied by the learning rate, as in AdamW.
+        The default is AdamW's, too weak to see here: start with 0.01 / (peak learning rate).
       anchor: see :func:`optax_spd.spd`.
       anchor_dtype: dtype to store the anchor in.
       mask: True where the decay applies; Adam applies everywhere.

@@ -129,17 +129,16 @@ def _keys(setting: str, method: str, choices: Sequence[Choice]) -> Iterator[Key]
 
 
 def _best(setting: str, method: str, choices: Sequence[Choice], results: Results) -> Choice:
-    """The best validation accuracy; of equals the lowest validation loss."""
+    """The lowest validation loss, a mean over the tuning seeds."""
 
-    def quality(made: Choice) -> tuple[float, float]:
+    def loss(made: Choice) -> float:
         try:
             runs = [results[key] for key in _keys(setting, method, [made])]
         except KeyError:
             raise UndecidedError(f"{setting}: {method} is not tuned") from None
-        losses = [math.inf if run.validation_loss is None else run.validation_loss for run in runs]
-        return sum(run.validation for run in runs), -sum(losses)
+        return sum(math.inf if run.diverged else run.validation_loss or 0.0 for run in runs)
 
-    return max(choices, key=quality)
+    return min(choices, key=loss)
 
 
 def aggressive(setting: str, method: str, results: Results) -> Choice:

@@ -123,7 +123,14 @@ def record(results, keys, quality):
     for key in keys:
         good = quality(key)
         shares = {"own": good, "other": good / 2}
-        results[key] = Result(key, validation=good, accuracy=shares, auc=shares, distance=1.0)
+        results[key] = Result(
+            key,
+            validation=good,
+            validation_loss=1 - good,
+            accuracy=shares,
+            auc=shares,
+            distance=1.0,
+        )
 
 
 def test_tuning_chooses_the_rate_first_and_then_the_strength(tiny_plan):

@@ -14,7 +14,7 @@ HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 # `make test-lowest` compiles as users do.
 TEST_FLAGS = XLA_FLAGS="$(XLA_FLAGS) $$($(BIN)/python tests/support/xla_flags.py)"
 
-.PHONY: demo test test-fast test-lowest test-clients lint bench docs evidence clean
+.PHONY: demo test test-fast test-lowest test-clients lint bench docs clean
 
 $(VENV)/.installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -54,10 +54,6 @@ lint: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.step_time
-
-# A few runs of the benchmark of docs/evidence.md, beside the recorded ones.
-evidence: $(VENV)/.installed-demo
-	$(HUGE_PAGES) $(BIN)/python -m benchmarks.robustness --quick
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/sphinx-build -W -b html docs docs/_build/html

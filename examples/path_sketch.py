@@ -59,7 +59,8 @@ for (name, tx), colour in zip(runs.items(), ("#d55e00", "#0072b2"), strict=True)
     path, fired = map(np.asarray, train(tx))
     ax.plot(*np.vstack([PRETRAINED, path]).T, color=colour, linewidth=2)
     ax.plot(*path[fired].T, "o", color=colour, markersize=4)
-    ax.annotate(name, path[path[:, 1].argmax()] + 0.015, fontsize=15, color=colour)
+    top = path[np.argmax(path[:, 1])] + 0.015
+    ax.annotate(name, (top[0], top[1]), fontsize=15, color=colour)
     ends = f"training loss {training_loss(path[-1]):.2f}, shifted {shifted_loss(path[-1]):.2f}"
     print(f"{name}: {ends}, pulled back in {fired.sum()} of {STEPS} steps")
 figure.savefig(sys.argv[1] if len(sys.argv) > 1 else "path.png", dpi=120, transparent=True)

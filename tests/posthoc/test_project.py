@@ -92,12 +92,13 @@ def test_equals_numpy_in_every_layout(norm: str, x64: None) -> None:
 @both_norms
 def test_lands_inside_the_ball_and_stays_in_every_layout(norm: str) -> None:
     """What is inside keeps every bit; radius 0 gives the anchor, no bound the parameters."""
-    kept: collections.Counter[str] = collections.Counter()
+    kept = 0
 
     # With tenths θ₀ + (θ - θ₀) is not always θ.
     @settings(max_examples=15, deadline=None, derandomize=True)
     @given(st.integers(0, 2**16), st.sampled_from([1.0, 0.1, 2.0**-20]))
     def check(seed: int, grain: float) -> None:
+        nonlocal kept
         draw = np.random.default_rng(seed)
         params, anchor = (jax.tree.map(np.float32, arrays_of_all(draw, grain)) for _ in range(2))
         before = deviation(params, anchor, norm)
@@ -116,14 +117,14 @@ def test_lands_inside_the_ball_and_stays_in_every_layout(norm: str) -> None:
                 for tree in (params, once)
             )
             np.testing.assert_array_equal(new[inside], old[inside])
-            kept[layout] += inside.sum()
+            kept += int(inside.sum())
         same = functools.partial(np.testing.assert_allclose, rtol=0, atol=5e-6)
         jax.tree.map(same, run(once, radii), once)
         assert_equal(run(params, np.zeros_like(shares)), anchor)
         assert_equal(run(params, np.full_like(shares, np.inf)), params)
 
     check()
-    assert min(kept[layout] for layout in LAYOUTS) > 0
+    assert kept > 0
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -22,6 +22,9 @@ def with_sharding_of(array: Any, like: Any) -> Any:
     """
     if not all(map(_is_traced_on_device, (array, like))):
         return array
+    explicit = jax.typeof(like).sharding
+    if any(part is not None for part in explicit.spec):
+        return jax.sharding.reshard(array, explicit)
     # Makes each element depend on the parameter's. (``shard_alike`` is not enough: XLA first merges
     # all zeros of one shape into a single constant, which has a single sharding.)
     always_true = 0 * jnp.where(jnp.isfinite(like), like, 0) == 0

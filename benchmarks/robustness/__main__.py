@@ -112,7 +112,9 @@ class Runner:
         options = self.options
         store = Store(options.out / f"{setting.name}.jsonl")
         # Choices may come from another setting's runs, and --quick takes the recorded ones.
-        known = ChainMap(store.results, *(s.results for s in recorded(options.out, RESULTS)))
+        known = ChainMap(
+            store.results, *(s.results for s in recorded(*dict.fromkeys((options.out, RESULTS))))
+        )
         draw = lru_cache(maxsize=1)(setting.draw)
         for part in options.parts:
             keys = plan.keys(part, setting.name, options.methods, options.seeds, known)

@@ -23,7 +23,8 @@ from sklearn.metrics import log_loss, roc_auc_score
 import optax_spd
 from benchmarks.robustness.methods import METHODS, TPGM_EVERY
 from benchmarks.robustness.setting import Batch, Draw, Params, Setting
-from examples.demo.training import schedule
+from examples.demo.errors import DivergedError
+from examples.demo.training import apply_gradient, schedule
 
 
 @dataclass(frozen=True)
@@ -112,30 +113,10 @@ def provenance() -> Mapping[str, str]:
     }
 
 
-class DivergedError(Exception):
-    """A loss or a parameter is no longer finite."""
-
-
 # Compiled apart from the optimizer's update, so that all methods of a setting share it.
 @partial(jax.jit, static_argnums=0)
 def _loss_and_gradient(setting: Setting, params: Params, batch: Batch) -> tuple[jax.Array, Params]:
     return jax.value_and_grad(setting.loss)(params, batch)
-
-
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2, 3))
-def _apply(
-    setting: Setting,
-    tx: optax.GradientTransformation,
-    params: Params,
-    state: Any,
-    grads: Params,
-    held_out: Batch | None,
-) -> tuple[Params, Any]:
-    extra: dict[str, Any] = {}
-    if held_out is not None:
-        extra = {"validation_fn": setting.loss, "validation_batches": held_out}
-    updates, state = tx.update(grads, state, params, **extra)
-    return optax.apply_updates(params, updates), state
 
 
 def fit(setting: Setting, draw: Draw, key: Key) -> tuple[Params, Any, float]:
@@ -158,12 +139,14 @@ def fit(setting: Setting, draw: Draw, key: Key) -> tuple[Params, Any, float]:
         loss, grads = _loss_and_gradient(setting, params, batch)
         at = step // TPGM_EVERY
         one = held_out and jax.tree.map(lambda array, at=at: array[at : at + 1], held_out)
-        params, state = jax.block_until_ready(_apply(setting, tx, params, state, grads, one))
+        params, state = jax.block_until_ready(
+            apply_gradient(tx, params, state, grads, one, setting.loss)
+        )
         times.append(time.perf_counter())
         if not jnp.isfinite(loss):
-            raise DivergedError
+            raise DivergedError("the loss is not finite")
     if not jnp.isfinite(optax.tree.norm(params)):
-        raise DivergedError
+        raise DivergedError("the weights are not finite")
     return params, state, float(np.median(np.diff(times)))
 
 

@@ -21,74 +21,44 @@ import optax_spd
 from benchmarks.robustness.setting import Setting
 from optax_spd.methods.spd import act, decay_ratio, measure
 
+Ratio = tuple[jax.Array, tuple[jax.Array, ...]]  # how far to pull back, and the new memory
+
 
 def coin(
     _setting: Setting, rate: optax.Schedule, weight_decay: float
 ) -> optax.GradientTransformation:
-    def decide(
+    def ratio(
         alignment: jax.Array,
         growth: jax.Array,
         square: jax.Array,
         steps: jax.Array,
         positive: jax.Array,
-        fired: jax.Array,
-        *,
-        weight_decay: jax.Array,
-    ) -> optax_spd.Decision:
+    ) -> Ratio:
         toss = uniform(square) < positive / jnp.maximum(steps, 1)
-        ratio = decay_ratio(jnp.where(toss, 1.0, 0.0), growth, square)
-        memory = {"steps": steps + 1, "positive": positive + (alignment > 0)}
-        return decision(ratio, fired, weight_decay, memory)
+        pull = decay_ratio(jnp.where(toss, 1.0, 0.0), growth, square)
+        return pull, (steps + 1, positive + (alignment > 0))
 
-    return _adam_with(decide, {"steps": 0, "positive": 0}, rate, weight_decay)
+    return _adam_with(ratio, {"steps": 0, "positive": 0}, rate, weight_decay)
 
 
 def always(
     _setting: Setting, rate: optax.Schedule, weight_decay: float
 ) -> optax.GradientTransformation:
-    def decide(
-        alignment: jax.Array,
-        growth: jax.Array,
-        square: jax.Array,
-        steps: jax.Array,
-        total: jax.Array,
-        fired: jax.Array,
-        *,
-        weight_decay: jax.Array,
-    ) -> optax_spd.Decision:
-        memory = {"steps": steps + 1, "total": total + decay_ratio(alignment, growth, square)}
-        return decision(memory["total"] / memory["steps"], fired, weight_decay, memory)
+    def ratio(*sums_and_memory: jax.Array) -> Ratio:
+        *sums, steps, total = sums_and_memory
+        steps, total = steps + 1, total + decay_ratio(*sums)
+        return total / steps, (steps, total)
 
-    return _adam_with(decide, {"steps": 0, "total": 0.0}, rate, weight_decay)
+    return _adam_with(ratio, {"steps": 0, "total": 0.0}, rate, weight_decay)
 
 
 def away(
     _setting: Setting, rate: optax.Schedule, weight_decay: float
 ) -> optax.GradientTransformation:
-    def decide(
-        alignment: jax.Array,
-        growth: jax.Array,
-        square: jax.Array,
-        fired: jax.Array,
-        *,
-        weight_decay: jax.Array,
-    ) -> optax_spd.Decision:
-        ratio = decay_ratio(jnp.ones_like(alignment), growth, square)
-        return decision(ratio, fired, weight_decay, {})
+    def ratio(alignment: jax.Array, growth: jax.Array, square: jax.Array) -> Ratio:
+        return decay_ratio(jnp.ones_like(alignment), growth, square), ()
 
-    return _adam_with(decide, {}, rate, weight_decay)
-
-
-def decision(
-    ratio: jax.Array, fired: jax.Array, weight_decay: jax.Array, memory: dict[str, jax.Array]
-) -> optax_spd.Decision:
-    """SPD's decision with another ratio; `spd_fired` counts as SPD's does."""
-    return optax_spd.Decision(
-        record={"spd_ratio": ratio},
-        coefficients=(weight_decay * ratio,),
-        changes=ratio > 0,
-        memory={**memory, "spd_fired": fired + (ratio > 0)},
-    )
+    return _adam_with(ratio, {}, rate, weight_decay)
 
 
 def uniform(seed: jax.Array) -> jax.Array:
@@ -100,12 +70,24 @@ def uniform(seed: jax.Array) -> jax.Array:
 
 
 def _adam_with(
-    decide: Callable[..., optax_spd.Decision],
+    ratio: Callable[..., Ratio],
     memory: dict[str, Any],
     rate: optax.Schedule,
     weight_decay: float,
 ) -> optax.GradientTransformation:
-    pull = optax_spd.layerwise(
+    """Adam and SPD with another ratio, of SPD's sums and a memory. `spd_fired` counts as SPD's."""
+
+    def decide(*arguments: jax.Array, weight_decay: jax.Array) -> optax_spd.Decision:
+        *sums_and_memory, fired = arguments
+        pull, remembered = ratio(*sums_and_memory)
+        return optax_spd.Decision(
+            record={"spd_ratio": pull},
+            coefficients=(weight_decay * pull,),
+            changes=pull > 0,
+            memory={**dict(zip(memory, remembered, strict=True)), "spd_fired": fired + (pull > 0)},
+        )
+
+    stage = optax_spd.layerwise(
         "spd variant",
         measure=measure,
         decide=decide,
@@ -114,4 +96,4 @@ def _adam_with(
         memory={**memory, "spd_fired": 0},
         hyperparameters={"weight_decay": weight_decay},
     )
-    return optax_spd.chain(optax.adam(rate), pull)
+    return optax_spd.chain(optax.adam(rate), stage)

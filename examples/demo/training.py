@@ -75,20 +75,21 @@ class Fitted:
     scales: dict[str, float] | None = None
 
 
-# The optimizer is static, so a second fit with the same one reuses the compiled program. Parameters
-# and state are donated, so they are overwritten in place.
-@partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+# Optimizer and loss are static, so a second fit with the same ones reuses the compiled program.
+# Parameters and state are donated, so they are overwritten in place.
+@partial(jax.jit, static_argnums=(0, 5), donate_argnums=(1, 2))
 def apply_gradient(
     tx: optax.GradientTransformation,
     params: Params,
     state: Any,
     grads: Params,
-    held_out: Batch | None,
+    held_out: Any,
+    loss: Callable[[Params, Any], jax.Array] = validation_loss,
 ) -> tuple[Params, Any]:
     # Only TPGM takes these arguments.
     extra: dict[str, Any] = {}
     if held_out is not None:
-        extra = {"validation_fn": validation_loss, "validation_batches": held_out}
+        extra = {"validation_fn": loss, "validation_batches": held_out}
     updates, state = tx.update(grads, state, params, **extra)
     return optax.apply_updates(params, updates), state
 

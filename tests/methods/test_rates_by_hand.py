@@ -1,5 +1,6 @@
 """Methods judge the step that TempBalance, layer-wise decay and freezing have scaled."""
 
+import functools
 from typing import Any
 
 import jax
@@ -21,13 +22,7 @@ SHAPES = {
 HEIGHTS = {"embedding": 3, "layer_0": 2, "layer_1": 1, "head": 0}
 
 
-def normal(seed: int, *leading: int) -> Any:
-    draw = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda shape: draw.normal(size=(*leading, *shape)).astype(np.float32),
-        SHAPES,
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
+normal = functools.partial(oracles.normal_tree, SHAPES)
 
 
 PARAMS = normal(0)

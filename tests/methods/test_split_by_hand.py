@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracles
 import pytest
 from jax.sharding import AxisType, PartitionSpec as P
 
@@ -27,13 +28,7 @@ SPECS: dict[str, Any] = {
 }
 
 
-def normal(seed: int, *leading: int) -> Any:
-    draw = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda shape: draw.normal(size=(*leading, *shape)).astype(np.float32),
-        SHAPES,
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
+normal = functools.partial(oracles.normal_tree, SHAPES)
 
 
 def recorded() -> tuple[Any, Any]:

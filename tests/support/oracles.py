@@ -15,6 +15,16 @@ import optax_spd
 EPS = 1e-8
 
 
+def normal_tree(shapes: Any, seed: int, *leading: int) -> Any:
+    """Normal float32 arrays of the shapes in a tree, with leading axes."""
+    draw = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda shape: draw.normal(size=(*leading, *shape)).astype(np.float32),
+        shapes,
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
 def spd_step(
     update: Any, theta: Any, anchor: Any, grad: Any, decay: float = 1.0
 ) -> tuple[np.ndarray, float]:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
@@ -24,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.robustness import digits, figures, images, plan, report, runs, sentiment, spam
 from benchmarks.robustness.methods import METHODS
 from benchmarks.robustness.runs import Key, Store
-from benchmarks.robustness.setting import Setting
+from benchmarks.robustness.setting import Draw, Setting
 from examples.demo.assets import cache_directory
 from examples.demo.errors import DemoError
 
@@ -115,7 +114,7 @@ class Runner:
         known = ChainMap(
             store.results, *(s.results for s in recorded(*dict.fromkeys((options.out, RESULTS))))
         )
-        draw = lru_cache(maxsize=1)(setting.draw)
+        draw = lru_cache(maxsize=2)(setting.draw)  # tuning alternates between two seeds
         for part in options.parts:
             keys = plan.keys(part, setting.name, options.methods, options.seeds, known)
             task = self.progress.add_task(f"{setting.name}, {part}", total=None)
@@ -129,18 +128,21 @@ class Runner:
                 pending = [missing]
             for some in pending:
                 for key, after in some.items():
-                    self.run(setting, draw, store, key, after)
+                    made = draw(key.seed)
+                    if part == "tune":
+                        made = replace(made, tests={})  # only validation decides
+                    self.run(setting, made, store, key, after)
                     self.progress.advance(task)
             self.progress.remove_task(task)
 
     def run(
-        self, setting: Setting, draw: Any, store: Store, key: Key, after: Sequence[str]
+        self, setting: Setting, draw: Draw, store: Store, key: Key, after: Sequence[str]
     ) -> None:
         """One run, and what is made of its result."""
         began = time.monotonic()
         if began + self.longest > self.deadline:
             raise OutOfTimeError
-        for result in runs.execute(setting, draw(key.seed), key, after):
+        for result in runs.execute(setting, draw, key, after):
             if result.key not in store.results:
                 store.add(result)
                 self.progress.console.print(line(result), highlight=False)
@@ -154,7 +156,7 @@ def line(result: runs.Result) -> str:
     if result.diverged:
         return f"{label}: diverged"
     scores = ", ".join(f"{name} {100 * share:.1f}" for name, share in result.accuracy.items())
-    return f"{label}: validation {100 * result.validation:.1f}, {scores}"
+    return f"{label}: validation {100 * result.validation:.1f}, {scores}".rstrip(", ")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -203,7 +203,6 @@ def make(encoder: Params, statistics: Params, mnist: Examples) -> Setting:
         validation=VALIDATION,
         steps=STEPS,
         name="digits",
-        title="digits: SVHN network, 500 of MNIST",
         layers=None,
         depth=depth,
         balanced=optax_spd.path_mask("^encoder/"),

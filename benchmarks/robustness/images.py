@@ -279,7 +279,6 @@ def make(encoder: Params, statistics: Params, pool: Examples, test: Examples) ->
         validation=VALIDATION,
         steps=STEPS,
         name="images",
-        title="images: EfficientNet-Lite0, 1,000 of Fashion-MNIST",
         layers=None,
         depth=depth,
         balanced=optax_spd.path_mask("^encoder/block_"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.robustness.methods import METHODS
 from benchmarks.robustness.runs import Key, Result
@@ -54,6 +54,9 @@ GRID = ("adamw", "l2-sp", "spd", "ftp")  # the study of strengths
 GRID_RATES = (1 / 3, 1.0, 3.0)  # times Adam's best
 GRID_STRENGTHS = (0.1, 10 ** (-1 / 3), 10 ** (1 / 3), 10.0)  # times the method's choice
 SIGN = ("spd", "spd-coin", "spd-mean", "spd-away")
+# The study of the sign test: whether the rate is the aggressive one, and the strength (None: the
+# choice). With a strength of 1 or more, what pulls in every step away never leaves the anchor.
+SIGN_RUNS = ((False, None), (True, None), (True, 0.5))
 SIX = ("probe", "adam", "l2-sp", "spd", "ftp", "wise-ft")  # of the methods, where a run is long
 FEW = ("adam", "l2-sp", "spd", "ftp")  # with few training examples
 
@@ -185,9 +188,17 @@ def strengths(setting: str, results: Results) -> Iterator[Key]:
 def sign_test(setting: str, results: Results) -> Iterator[Key]:
     """The runs of study (ii): SPD and its variants in both regimes."""
     for seed in range(PLANS[setting].sign_seeds):
-        for fast in (False, True):
+        for fast, strength in SIGN_RUNS:
             for method in SIGN:
-                yield key_of(setting, method, seed, fast, results)
+                yield sign_key(setting, method, seed, fast, strength, results)
+
+
+def sign_key(
+    setting: str, method: str, seed: int, fast: bool, strength: float | None, results: Results
+) -> Key:
+    """A run of study (ii)."""
+    key = key_of(setting, method, seed, fast, results)
+    return key if strength is None else replace(key, strength=strength)
 
 
 def keys(

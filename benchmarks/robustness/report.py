@@ -192,18 +192,19 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
 
 
 def sign_table(setting: str, results: Results) -> list[list[str]]:
-    """Study (ii): SPD and the variants without its sign test, in both regimes."""
-    table = [["method", "learning rate", "in distribution", "shifted", "SPD is better by", "fired"]]
-    for fast in (False, True):
+    """Study (ii): SPD and the variants without its sign test."""
+    numbers = ["in distribution", "shifted", "SPD is better by", "fired"]
+    table = [["method", "learning rate", "strength", *numbers]]
+    for fast, strength in plan.SIGN_RUNS:
         found = {}
         for method in plan.SIGN:
             seeds = range(plan.PLANS[setting].sign_seeds)
-            keys = [plan.key_of(setting, method, seed, fast, results) for seed in seeds]
+            keys = [plan.sign_key(setting, method, n, fast, strength, results) for n in seeds]
             runs = [results[key] for key in keys if key in results]
             if runs:
                 found[method] = Row(method, runs, Choice(keys[0].rate, keys[0].strength))
         for method, row in found.items():
-            cells = [METHODS[method].title, f"{row.choice.rate:g}"]
+            cells = [METHODS[method].title, f"{row.choice.rate:g}", f"{row.choice.strength:g}"]
             if row.diverged:
                 cells.append(f"diverged on {row.diverged} of {len(row.runs)} seeds")
             else:

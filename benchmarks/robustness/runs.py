@@ -219,7 +219,7 @@ def execute(setting: Setting, draw: Draw, key: Key, after: Sequence[str] = ()) -
 
 
 def score(setting: Setting, draw: Draw, key: Key, params: Params, **measured: Any) -> Result:
-    """Tests the weights on every set."""
+    """Tests the weights on every set, and then what they kept of another task."""
     validation, labels = setting.scores(params, draw.validation), draw.validation.labels
     scores = {name: setting.scores(params, test) for name, test in draw.tests.items()}
     areas = {name: auc(scores[name], draw.tests[name].labels) for name in scores}
@@ -233,7 +233,7 @@ def score(setting: Setting, draw: Draw, key: Key, params: Params, **measured: An
         auc={name: area for name, area in areas.items() if area is not None},
         distance=distance,
         relative_distance=distance / float(optax.tree.norm(anchor)),
-        retained=setting.retained and setting.retained(encoder),
+        retained=setting.retained(encoder) if setting.retained and scores else None,
         made=provenance(),
         **measured,
     )

@@ -33,7 +33,6 @@ def load(cache: Path, announce: Callable[[str], None], examples: int = EXAMPLES)
         )
     return texts.setting(
         name="sentiment" if examples == EXAMPLES else f"sentiment-{examples}",
-        title=f"Sentiment: {examples} movie snippets",
         bench=bench,
         tests={data.IN_DISTRIBUTION: bench.splits.test, **bench.splits.shifted},
         examples=examples,

@@ -37,7 +37,8 @@ class Draw:
       batches: one a step, in the order that every method sees.
       validation: in-distribution examples, none of which are trained on. Settings are chosen by
         them, and the methods that learn from validation data get theirs from here.
-      tests: by name; the first is in distribution, the others are shifted.
+      tests: by name; the first is in distribution, the others are shifted. Empty while settings are
+        chosen.
       held_out: returns a number of validation batches, stacked on a leading axis.
     """
 
@@ -54,7 +55,6 @@ class Setting:
 
     Attributes:
       name: a word, for files and the command line.
-      title: a line, for tables and figures.
       tests: the names of the test sets; the first is in distribution.
       steps: the number of training steps.
       draw: makes the data and the start of a seed.
@@ -72,7 +72,6 @@ class Setting:
     """
 
     name: str
-    title: str
     tests: Sequence[str]
     steps: int
     draw: Callable[[int], Draw]

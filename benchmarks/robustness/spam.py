@@ -262,7 +262,6 @@ def load(cache: Path, announce: Callable[[str], None]) -> Setting:
     found = splits(cache, announce)
     return texts.setting(
         name="spam",
-        title=f"Spam: {EXAMPLES} mails",
         bench=replace(bench, splits=found),
         tests={SAME_MONTHS: found.test, **found.shifted},
         examples=EXAMPLES,

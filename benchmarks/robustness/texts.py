@@ -22,7 +22,6 @@ Retained = Callable[[Params], float]
 
 def setting(
     name: str,
-    title: str,
     bench: Workbench,
     tests: Mapping[str, Texts],
     examples: int,
@@ -48,7 +47,6 @@ def setting(
 
     return Setting(
         name=name,
-        title=title,
         tests=tuple(tests),
         steps=STEPS,
         draw=draw,

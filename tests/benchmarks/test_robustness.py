@@ -60,7 +60,6 @@ def draw(seed):
 def setting():
     return Setting(
         name="tiny",
-        title="a tiny setting",
         tests=("own", "other"),
         steps=6,
         draw=draw,
@@ -84,6 +83,12 @@ def test_every_method_trains_and_repeats(setting, method):
     assert not one.diverged
     assert (one.distance > 0) == (method != "sgd-freeze")
     assert Result.parse(one.line()) == one
+
+
+def test_a_run_for_tuning_sees_validation_only(setting):
+    (one,) = runs.execute(setting, replace(draw(0), tests={}), Key("tiny", "adam", 100, 1e-2))
+    assert one.validation > 0.5
+    assert (one.accuracy, one.auc, one.retained) == ({}, {}, None)
 
 
 def test_what_is_done_after_training_starts_from_adams_result(setting):
@@ -201,7 +206,7 @@ def test_the_tables_hold_the_paired_differences(tiny_plan, monkeypatch):
     assert spd["against Adam"] == "**+5.0 ± 0.0**"
     assert spd["against L2-SP"] == "**+2.5 ± 0.0**"
     text = report.tables("tiny", results)
-    assert text.count("| SPD |") == 6  # four tables, and the sign test's two regimes
+    assert text.count("| SPD |") == 6  # four tables, and the sign test at two rates
 
 
 def test_a_grid_counts_what_is_within_a_point_of_its_best():

@@ -37,7 +37,7 @@ def bench(monkeypatch):
 
 def test_a_seed_gives_the_same_draw_and_another_one_does_not(bench):
     tests = {"movie": bench.splits.test, **bench.splits.shifted}
-    setting = texts.setting("name", "title", bench, tests, examples=64, retained=None)
+    setting = texts.setting("name", bench, tests, examples=64, retained=None)
     one, same, other = (setting.draw(seed) for seed in (0, 0, 1))
     assert len(one.batches) == setting.steps
     for a, b in zip(one.batches, same.batches, strict=True):

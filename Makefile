@@ -14,7 +14,7 @@ HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 # `make test-lowest` compiles as users do.
 TEST_FLAGS = XLA_FLAGS="$(XLA_FLAGS) $$($(BIN)/python tests/support/xla_flags.py)"
 
-.PHONY: demo test test-fast test-lowest test-clients lint bench docs clean
+.PHONY: demo evidence test test-fast test-lowest test-clients lint bench docs clean
 
 $(VENV)/.installed-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -52,6 +52,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The short form of docs/evidence.md, beside what is recorded there.
+evidence: $(VENV)/.installed-demo
+	$(HUGE_PAGES) $(BIN)/python -m benchmarks.robustness --quick
+
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m benchmarks.step_time
 
@@ -59,4 +63,4 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/sphinx-build -W -b html docs docs/_build/html
 
 clean:
-	rm -rf .venv-* docs/_build demo_results
+	rm -rf .venv-* docs/_build demo_results evidence_results

@@ -19,7 +19,7 @@ from benchmarks.robustness.plan import Choice, Results
 from benchmarks.robustness.runs import Key, Result, Store
 
 Measure = Callable[[Result], float]
-REGIMES = {False: "at each method's own learning rate", True: "at three times Adam's learning rate"}
+REGIMES = {False: "at each method's own learning rate", True: "at 3 x Adam's best learning rate"}
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,17 @@ def auc_in_distribution(result: Result) -> float:
 def auc_shifted(result: Result) -> float:
     """Mean area under the ROC curve over the shifted test sets that have one."""
     return float(np.mean([area for name, area in list(result.auc.items())[1:]]))
+
+
+def kept(found: Mapping[str, Row]) -> Measure | None:
+    """Accuracy on the other task relative to the pretrained encoder's, in per cent.
+
+    The linear probe leaves the encoder as it is, so its runs tell what that has. None without them.
+    """
+    pretrained = found["probe"].runs[0].retained if "probe" in found else None
+    if pretrained is None:
+        return None
+    return lambda run: 100 * (run.retained or math.nan) / pretrained
 
 
 @dataclass(frozen=True)
@@ -140,9 +151,9 @@ def accuracy_table(setting: str, fast: bool, results: Results) -> list[list[str]
 def other_table(setting: str, fast: bool, results: Results) -> list[list[str]]:
     """One row a method: AUC, distance, what is kept of another task, and the time of a step."""
     found = rows(setting, fast, results)
-    kept = found["probe"].runs[0].retained if "probe" in found else None
+    keeps = kept(found)
     head = ["method", "AUC", "AUC shifted", "distance", "pulled back", "ms a step"]
-    table = [head + (["kept"] if kept else [])]
+    table = [[*head, *(["kept"] if keeps else [])]]
     for name, row in found.items():
         if row.diverged:
             continue
@@ -153,8 +164,8 @@ def other_table(setting: str, fast: bool, results: Results) -> list[list[str]]:
         cells.append(f"{100 * float(np.mean(fired)):.0f} %" if fired else "")
         times = [run.step_seconds for run in row.runs if run.step_seconds is not None]
         cells.append(f"{1000 * float(np.median(times)):.0f}" if times else "")
-        if kept:
-            cells.append(row.of(lambda run: 100 * (run.retained or 0.0) / kept).text())
+        if keeps:
+            cells.append(row.of(keeps).text())
         table.append(cells)
     return table
 
@@ -167,7 +178,7 @@ def grid_table(setting: str, method: str, results: Results) -> dict[Choice, tupl
             Key(setting, method, seed, made.rate, made.strength)
             for seed in range(plan.PLANS[setting].grid_seeds)
         ]
-        if all(key in results for key in keys):
+        if keys and all(key in results for key in keys):
             found = [results[key] for key in keys]
             # A run that diverged is as good as chance; it does not count as near the best.
             pairs = [(0, 0) if r.diverged else (in_distribution(r), shifted(r)) for r in found]

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import optax_spd
-from benchmarks.robustness import __main__ as program, plan, report, runs, sign_test
+from benchmarks.robustness import __main__ as program, pages, plan, report, runs, sign_test
 from benchmarks.robustness.methods import METHODS
 from benchmarks.robustness.plan import Choice, Plan
 from benchmarks.robustness.runs import Key, Result, Store
@@ -207,6 +207,34 @@ def test_the_tables_hold_the_paired_differences(tiny_plan, monkeypatch):
     assert spd["against L2-SP"] == "**+2.5 ± 0.0**"
     text = report.tables("tiny", results)
     assert text.count("| SPD |") == 6  # four tables, and the sign test at two rates
+
+
+def test_a_page_has_its_tables_drawn_anew(tiny_plan, monkeypatch):
+    monkeypatch.setattr(plan, "choice", lambda *_: Choice(1e-2, 1.0))
+    results = {}
+    for seed in range(3):
+        for fast in (False, True):
+            keys = [plan.key_of("tiny", method, seed, fast, {}) for method in tiny_plan.methods]
+            gain = 0.1 if fast else 0.0
+            record(results, keys, lambda key, gain=gain: 0.5 + (key.method == "spd") * gain)
+    monkeypatch.setattr(pages, "MAIN", ("tiny",))
+    text = pages.drawn("a\n<!-- evidence: leaders -->\nstale\n<!-- end -->\nb\n", results)
+    assert text.startswith("a\n<!-- evidence: leaders -->\n")
+    assert text.endswith("\n<!-- end -->\nb\n")
+    assert "stale" not in text
+    assert "| tiny | each its best | 25.0 | +0.0 ± 0.0 | +0.0 ± 0.0 |  |" in text
+    assert "| tiny | 3 x Adam's best | 25.0 | +0.0 ± 0.0 | **+5.0 ± 0.0** |  |" in text
+    assert pages.drawn(text, results) == text
+    assert "| SPD | 50.0 | 25.0 | +0.0 ± 0.0 | +0.0 ± 0.0 |" in pages.setting_table("tiny", results)
+    with pytest.raises(ValueError, match="no table is named 'leader'"):
+        pages.drawn("<!-- evidence: leader -->\n<!-- end -->", results)
+
+
+@pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.name)
+def test_pages_show_what_is_recorded(page):
+    stores = program.recorded(program.RESULTS)
+    results = {key: run for store in stores for key, run in store.results.items()}
+    assert page.read_text() == pages.drawn(page.read_text(), results), "run --report"
 
 
 def test_a_grid_counts_what_is_within_a_point_of_its_best():

@@ -1,0 +1,144 @@
+"""The tables that the README and the docs show, drawn from the recorded runs.
+
+A page has a place for each between two marks, `<!-- evidence: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from benchmarks.robustness import plan, report
+from benchmarks.robustness.methods import METHODS
+from benchmarks.robustness.plan import Results
+from benchmarks.robustness.report import Measure, Row, in_distribution, shifted
+
+ROOT = Path(__file__).parents[2]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md", ROOT / "docs" / "choosing.md")
+PLACE = re.compile(r"(<!-- evidence: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+MAIN = ("digits", "sentiment", "spam", "images")
+LITTLE = {64: "sentiment-64", 256: "sentiment-256", 512: "sentiment", 1024: "sentiment-1024"}
+LEADERS = ("l2-sp", "spd", "ftp")  # the README's columns, besides Adam
+NONE = "*Not run yet.*\n"
+
+
+def drawn(text: str, results: Results) -> str:
+    """A page with all its tables drawn anew.
+
+    Raises:
+      ValueError: a place has a name that is not in `TABLES`.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        opening, name, closing = match.groups()
+        if name not in TABLES:
+            raise ValueError(f"no table is named {name!r}; choose from {', '.join(TABLES)}")
+        return f"{opening}\n{TABLES[name](results)}\n{closing}"
+
+    return PLACE.sub(table, text)
+
+
+def regimes(setting: str, results: Results) -> dict[bool, dict[str, Row]]:
+    """The rows of both regimes; empty where nothing is recorded."""
+    try:
+        return {fast: report.rows(setting, fast, results) for fast in report.REGIMES}
+    except plan.UndecidedError:
+        return {fast: {} for fast in report.REGIMES}
+
+
+def gain(row: Row, found: dict[str, Row], other: str) -> str:
+    """The difference to another method on shifted data; empty if that has no result."""
+    if row.diverged:
+        return "diverged"
+    if other not in found or row.method == other or found[other].diverged:
+        return ""
+    return row.against(found[other], shifted).text(sign=True)
+
+
+def leaders(results: Results) -> str:
+    """Adam's accuracy on shifted data, and what L2-SP, SPD and FTP add to it."""
+    table = [["setting", "learning rate", "Adam", *(METHODS[name].title for name in LEADERS)]]
+    seeds = []
+    for setting in MAIN:
+        for fast, rate in ((False, "each its best"), (True, "3 x Adam's best")):
+            found = regimes(setting, results)[fast]
+            if "adam" not in found:
+                continue
+            adam = found["adam"]
+            cells = ["diverged" if adam.diverged else f"{adam.of(shifted).mean:.1f}"]
+            cells += [gain(found[name], found, "adam") if name in found else "" for name in LEADERS]
+            table.append([setting, rate, *cells])
+            seeds.append(f"{setting} {len(adam.runs)}")
+    if not seeds:
+        return NONE
+    return (
+        "Accuracy on shifted data in per cent, and the difference to Adam's with its 95 % "
+        "interval; bold if that leaves out 0. Training sets: "
+        f"{', '.join(dict.fromkeys(seeds))}.\n\n{report.markdown(table)}"
+    )
+
+
+def setting_table(setting: str, results: Results) -> str:
+    """Both regimes side by side, a row a method."""
+    found = regimes(setting, results)
+    if not found[False]:
+        return NONE
+    keeps = report.kept(found[False])
+    head = ["in distr.", "shifted", "- Adam", "- L2-SP", *(["kept"] if keeps else [])]
+    table = [["method", *(f"{name}{mark}" for mark in ("", ", 3x") for name in head)]]
+    for name in found[False]:
+        cells = [METHODS[name].title]
+        for some in found.values():
+            cells += columns(some.get(name), some, keeps, len(head))
+        table.append(cells)
+    return report.markdown(table)
+
+
+def columns(row: Row | None, found: dict[str, Row], keeps: Measure | None, width: int) -> list[str]:
+    """A method's cells in one regime."""
+    if row is None:
+        return [""] * width
+    if row.diverged:
+        return [f"diverged on {row.diverged} of {len(row.runs)}", *[""] * (width - 1)]
+    cells = [f"{row.of(measure).mean:.1f}" for measure in (in_distribution, shifted)]
+    cells += [gain(row, found, other) for other in ("adam", "l2-sp")]
+    if keeps:
+        cells.append(row.of(keeps).text())
+    return cells
+
+
+def study(table: Callable[[str, Results], list[list[str]]], results: Results) -> str:
+    """A study's table of every setting that has runs of it, one below the other."""
+    joined: list[list[str]] = []
+    for setting in MAIN:
+        try:
+            head, *rows = table(setting, results)
+        except plan.UndecidedError:
+            continue
+        joined = joined or [["setting", *head]]
+        joined += [[setting, *row] for row in rows]
+    return report.markdown(joined) if len(joined) > 1 else NONE
+
+
+def little_data(results: Results) -> str:
+    """Study (iii): accuracy on shifted data by the number of examples, and the gain over Adam."""
+    table = [["examples", "Adam", *(f"{METHODS[name].title} - Adam" for name in LEADERS)]]
+    for count, setting in LITTLE.items():
+        found = regimes(setting, results)[False]
+        if "adam" in found:
+            adam = f"{found['adam'].of(shifted).mean:.1f}"
+            gains = (gain(found[name], found, "adam") if name in found else "" for name in LEADERS)
+            table.append([str(count), adam, *gains])
+    return report.markdown(table) if len(table) > 2 else NONE
+
+
+TABLES: Mapping[str, Callable[[Results], str]] = {
+    "leaders": leaders,
+    **{setting: partial(setting_table, setting) for setting in MAIN},
+    "strengths": partial(study, report.forgiving_table),
+    "sign test": partial(study, report.sign_table),
+    "little data": little_data,
+}

@@ -1,4 +1,4 @@
-"""The figures of the benchmark: accuracy in and out of distribution, and the grids of strengths."""
+"""The figures of the benchmark: differences to Adam, and the grids of strengths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from matplotlib.figure import Figure
 from benchmarks.robustness import plan, report
 from benchmarks.robustness.methods import METHODS
 from benchmarks.robustness.plan import Results
-from examples.demo.methods import METHODS as STYLES
+
+LOWEST = -12.0  # points; what is below stands at the edge as an arrow
+MEASURES = (
+    ("shifted", report.shifted, "tab:blue", -0.15),
+    ("in distribution", report.in_distribution, "tab:gray", 0.15),
+)  # filled where the interval leaves out 0
 
 
 def write(out: Path, stores: Mapping[str, Results]) -> None:
@@ -24,47 +29,52 @@ def write(out: Path, stores: Mapping[str, Results]) -> None:
     results = {key: run for each in stores.values() for key, run in each.items()}
     for setting in stores:
         with suppress(plan.UndecidedError):
-            if report.rows(setting, False, results):
-                accuracy(setting, results).savefig(out / f"{setting}.png", dpi=150)
+            if len(report.rows(setting, False, results)) > 1:
+                differences(setting, results).savefig(out / f"{setting}.png", dpi=150)
             if plan.PLANS[setting].grid_seeds and report.grid_table(setting, "spd", results):
                 grids(setting, results).savefig(out / f"{setting}_grid.png", dpi=150)
     plt.close("all")
 
 
-def accuracy(setting: str, results: Results) -> Figure:
-    """Shifted over in-distribution accuracy with 95 % intervals, one panel a regime."""
-    regimes = [fast for fast in (False, True) if len(report.rows(setting, fast, results)) > 1]
+def differences(setting: str, results: Results) -> Figure:
+    """Accuracy minus Adam's with 95 % intervals: a row a method, a panel a regime."""
+    panels = {fast: report.rows(setting, fast, results) for fast in report.REGIMES}
+    panels = {fast: found for fast, found in panels.items() if len(found) > 1 and "adam" in found}
+    names = [name for name in panels[False] if name not in ("adam", "probe")]
     figure, axes = plt.subplots(
         1,
-        len(regimes),
-        figsize=(4.6 * len(regimes), 4.6),
+        len(panels),
+        figsize=(4.6 * len(panels), 1.2 + 0.3 * len(names)),
+        sharex=True,
         sharey=True,
         squeeze=False,
         layout="constrained",
     )
-    for axis, fast in zip(axes[0], regimes, strict=True):
-        for method, row in report.rows(setting, fast, results).items():
-            if row.diverged:
-                continue
-            x, y = row.of(report.in_distribution), row.of(report.shifted)
-            style = STYLES[method]
-            axis.errorbar(
-                x.mean,
-                y.mean,
-                np.nan_to_num(y.half),
-                np.nan_to_num(x.half),
-                fmt=style.marker,
-                color=style.colour,
-                elinewidth=0.8,
-                capsize=2,
-                label=METHODS[method].title,
-            )
+    for axis, (fast, found) in zip(axes[0], panels.items(), strict=True):
+        for label, measure, colour, offset in MEASURES:
+            for place, name in enumerate(names):
+                if name not in found or found[name].diverged or found["adam"].diverged:
+                    continue
+                gain = found[name].against(found["adam"], measure)
+                axis.errorbar(
+                    max(gain.mean, LOWEST),
+                    place + offset,
+                    xerr=np.nan_to_num(gain.half) if gain.mean > LOWEST else 0.0,
+                    fmt="o" if gain.mean > LOWEST else "<",
+                    color=colour,
+                    markerfacecolor=colour if gain.shown else "white",
+                    markersize=5,
+                    capsize=2,
+                    label=label if place == 0 else None,
+                )
+        axis.axvline(0, color="black", linewidth=0.8)
         axis.set_title(report.REGIMES[fast], fontsize=10)
-        axis.set_xlabel("accuracy in distribution, %")
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("mean accuracy on shifted data, %")
+        axis.set_xlabel("accuracy minus Adam's, points")
+        axis.grid(axis="x", alpha=0.3)
+    axes[0][0].set_yticks(range(len(names)), [METHODS[name].title for name in names])
+    axes[0][0].invert_yaxis()
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9)
     return figure
 
 

@@ -46,7 +46,7 @@ class Estimate:
 
     def text(self, digits: int = 1, sign: bool = False) -> str:
         """The mean and the half-width; a difference in bold if it is shown."""
-        number = f"{self.mean:{'+' if sign else ''}.{digits}f}"
+        number = f"{round(self.mean, digits) + 0.0:{'+' if sign else ''}.{digits}f}"  # no -0.0
         if not math.isnan(self.half):
             number += f" ± {self.half:.{digits}f}"
         return f"**{number}**" if sign and self.shown else number

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import optax_spd
-from benchmarks.robustness import __main__ as program, pages, plan, report, runs, sign_test
+from benchmarks.robustness import __main__ as program, figures, pages, plan, report, runs, sign_test
 from benchmarks.robustness.methods import METHODS
 from benchmarks.robustness.plan import Choice, Plan
 from benchmarks.robustness.runs import Key, Result, Store
@@ -209,7 +209,7 @@ def test_the_tables_hold_the_paired_differences(tiny_plan, monkeypatch):
     assert text.count("| SPD |") == 6  # four tables, and the sign test at two rates
 
 
-def test_a_page_has_its_tables_drawn_anew(tiny_plan, monkeypatch):
+def test_a_page_has_its_tables_drawn_anew(tiny_plan, monkeypatch, tmp_path):
     monkeypatch.setattr(plan, "choice", lambda *_: Choice(1e-2, 1.0))
     results = {}
     for seed in range(3):
@@ -226,6 +226,8 @@ def test_a_page_has_its_tables_drawn_anew(tiny_plan, monkeypatch):
     assert "| tiny | 3 x Adam's best | 25.0 | +0.0 ± 0.0 | **+5.0 ± 0.0** |  |" in text
     assert pages.drawn(text, results) == text
     assert "| SPD | 50.0 | 25.0 | +0.0 ± 0.0 | +0.0 ± 0.0 |" in pages.setting_table("tiny", results)
+    figures.write(tmp_path, {"tiny": results})
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.png"]
     with pytest.raises(ValueError, match="no table is named 'leader'"):
         pages.drawn("<!-- evidence: leader -->\n<!-- end -->", results)
 

@@ -20,7 +20,7 @@ import optax
 from scipy.special import softmax  # type: ignore[import-untyped]
 from sklearn.metrics import log_loss, roc_auc_score
 
-import optax_spd
+from benchmarks.reporting import environment
 from benchmarks.robustness.methods import METHODS, TPGM_EVERY
 from benchmarks.robustness.setting import Batch, Draw, Params, Setting
 from examples.demo.errors import DivergedError
@@ -54,7 +54,7 @@ class Result:
     seconds: float | None = None  # of the training, compilation included
     step_seconds: float | None = None  # the median
     diverged: bool = False
-    made: Mapping[str, str] = field(default_factory=dict)  # versions, device, commit
+    made: Mapping[str, Any] = field(default_factory=dict)  # machine, versions, commit
 
     def line(self) -> str:
         """The result as it stands in the file."""
@@ -94,10 +94,10 @@ class Store:
 
 
 @cache
-def provenance() -> Mapping[str, str]:
-    """Versions, device and commit, which stand with every result."""
-    packages = ("jax", "jaxlib", "optax", "flax")
-    device = jax.devices()[0]
+def provenance() -> Mapping[str, Any]:
+    """Machine, versions and commit, which stand with every result."""
+    found = environment()
+    del found["load_average"]  # not the same during all runs
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
         cwd=Path(__file__).parent,
@@ -106,9 +106,8 @@ def provenance() -> Mapping[str, str]:
         check=False,
     )
     return {
-        **{name: importlib.metadata.version(name) for name in packages},
-        "optax_spd": optax_spd.__version__,
-        "device": f"{device.platform} ({device.device_kind})",
+        **found,
+        "flax": importlib.metadata.version("flax"),
         "commit": described.stdout.strip() or "unknown",
     }
 

@@ -78,7 +78,7 @@ MEAN = np.array([0.4377, 0.4438, 0.4728], np.float32)
 DEVIATION = np.array([0.1980, 0.2010, 0.1970], np.float32)
 
 STEPS = 120
-TRAINING = VALIDATION = 500  # drawn by seed
+TRAINING, VALIDATION, HELD_OUT = 500, 1000, 500  # drawn by seed
 TEST = 2000  # the same for all seeds
 
 
@@ -201,6 +201,7 @@ def make(encoder: Params, statistics: Params, mnist: Examples) -> Setting:
         tests,
         training=TRAINING,
         validation=VALIDATION,
+        held_out=HELD_OUT,
         steps=STEPS,
         name="digits",
         layers=None,

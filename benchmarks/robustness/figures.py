@@ -29,7 +29,7 @@ def write(out: Path, stores: Mapping[str, Results]) -> None:
     results = {key: run for each in stores.values() for key, run in each.items()}
     for setting in stores:
         with suppress(plan.UndecidedError):
-            if len(report.rows(setting, False, results)) > 1:
+            if {"adam", "spd"} <= report.rows(setting, False, results).keys():
                 differences(setting, results).savefig(out / f"{setting}.png", dpi=150)
             if plan.PLANS[setting].grid_seeds and report.grid_table(setting, "spd", results):
                 grids(setting, results).savefig(out / f"{setting}_grid.png", dpi=150)
@@ -86,7 +86,8 @@ def grids(setting: str, results: Results) -> Figure:
     for line, what in enumerate(("in distribution", "shifted")):
         tables = {m: report.grid_table(setting, m, results) for m in plan.GRID}
         values = [cell[line] for table in tables.values() for cell in table.values()]
-        low, high = max(min(values), max(values) - 15), max(values)
+        high = np.nanmax(values)
+        low = max(np.nanmin(values), high - 15)
         for axis, (method, table) in zip(axes[line], tables.items(), strict=True):
             shape = (len(plan.GRID_RATES), len(plan.GRID_STRENGTHS))
             cells = np.full(shape, np.nan)
@@ -97,7 +98,7 @@ def grids(setting: str, results: Results) -> Figure:
                 axis.text(
                     j,
                     i,
-                    f"{value:.1f}",
+                    "div." if np.isnan(value) else f"{value:.1f}",
                     ha="center",
                     va="center",
                     fontsize=7,

@@ -84,7 +84,7 @@ WIDTH = 1280
 
 STEPS = 120
 POOL = 10_000  # of the 60,000 training pictures
-TRAINING, VALIDATION = 1000, 500  # drawn from the pool by seed
+TRAINING, VALIDATION, HELD_OUT = 1000, 1000, 500  # drawn from the pool by seed
 TEST, CORRUPTED = 1000, 500  # of the 10,000 test pictures
 
 
@@ -277,6 +277,7 @@ def make(encoder: Params, statistics: Params, pool: Examples, test: Examples) ->
         tests,
         training=TRAINING,
         validation=VALIDATION,
+        held_out=HELD_OUT,
         steps=STEPS,
         name="images",
         layers=None,

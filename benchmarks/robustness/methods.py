@@ -1,7 +1,6 @@
 """The methods of the benchmark: how each makes its optimizer, and the strengths that are tried.
 
 A method has one strength to tune, the argument that says how strongly it holds the weights back.
-The learning rate is chosen with the first of its strengths.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ Validate = Callable[[Params], float]  # accuracy on the validation set
 
 TPGM_EVERY = 8  # the radii learn on every 8th step, from one validation batch
 MOMENTUM = 0.9
+WEIGHT_DECAY = 1.0  # of AdamW with layer decay
 SPARSE_FRACTION = 0.05  # of each matrix's entries train
 TPGM_AFTER_BATCHES, TPGM_AFTER_RATE = 32, 0.1
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8)  # of the fine-tuned weights; validation chooses
@@ -35,7 +35,7 @@ class Method:
       make: (setting, learning rate, strength) -> optimizer; None for the start itself and for what
         is done after training.
       strength: what the strength is; None if there is none.
-      strengths: the values to try; the first is the one that the learning rate is chosen with.
+      strengths: the values to try.
       rate: its learning rates are the common ones times this.
       validates: whether it learns on validation batches while it trains.
       after: (setting, draw, Adam's result, validation accuracy) -> weights.
@@ -84,7 +84,8 @@ def layer_decay(
     setting: Setting, rate: optax.Schedule, decay: float
 ) -> optax.GradientTransformation:
     return optax.chain(
-        optax.adamw(rate, weight_decay=1.0), optax_spd.layerwise_lr_decay(decay, setting.depth)
+        optax.adamw(rate, weight_decay=WEIGHT_DECAY),
+        optax_spd.layerwise_lr_decay(decay, setting.depth),
     )
 
 
@@ -151,21 +152,21 @@ def tpgm_after(setting: Setting, draw: Draw, fitted: Params, _validate: Validate
     return made
 
 
-# Every method has seven trials: four learning rates with the first strength, then the three other
-# strengths with the best of them. A method without a strength tries three finer rates instead.
+# Every method has seven trials (`plan.py`): its four strengths at Adam's best learning rate, then
+# the best of them at three others.
 METHODS = {
     "probe": Method("linear probe"),
     "adam": Method("Adam", adam),
-    "adamw": Method("AdamW", adamw, "weight decay", (1.0, 0.1, 0.3, 3.0)),
-    "l2-sp": Method("L2-SP", l2_sp, "weight decay", (30.0, 3.0, 10.0, 100.0)),
-    "cautious": Method("cautious L2-SP", cautious, "weight decay", (30.0, 3.0, 10.0, 100.0)),
-    "spd": Method("SPD", spd, "weight decay", (1.0, 0.25, 0.5, 2.0)),
-    "tpgm": Method("TPGM", tpgm, "radius rate", (0.3, 0.03, 0.1, 1.0), validates=True),
-    "ftp": Method("FTP", ftp, "radius rate", (0.1, 0.01, 0.03, 0.3)),
-    "layer-decay": Method("layer decay", layer_decay, "decay", (0.75, 0.65, 0.85, 0.95)),
-    "temp-balance": Method("TempBalance", temp_balance, "spread", (0.5, 0.25, 0.4, 0.75)),
-    "adamp": Method("AdamP", adamp, "weight decay", (1.0, 0.01, 0.1, 10.0)),
-    "sparse": Method("sparse SPD", sparse, "weight decay", (1.0, 0.25, 0.5, 2.0)),
+    "adamw": Method("AdamW", adamw, "weight decay", (0.1, 0.3, 1.0, 3.0)),
+    "l2-sp": Method("L2-SP", l2_sp, "weight decay", (1.0, 3.0, 10.0, 30.0)),
+    "cautious": Method("cautious L2-SP", cautious, "weight decay", (3.0, 10.0, 30.0, 100.0)),
+    "spd": Method("SPD", spd, "weight decay", (0.25, 0.5, 1.0, 2.0)),
+    "tpgm": Method("TPGM", tpgm, "radius rate", (0.03, 0.1, 0.3, 1.0), validates=True),
+    "ftp": Method("FTP", ftp, "radius rate", (0.03, 0.1, 0.3, 1.0)),
+    "layer-decay": Method("AdamW, layer decay", layer_decay, "decay", (0.65, 0.75, 0.85, 0.95)),
+    "temp-balance": Method("TempBalance", temp_balance, "spread", (0.25, 0.4, 0.5, 0.75)),
+    "adamp": Method("AdamP", adamp, "weight decay", (0.01, 0.1, 1.0, 10.0)),
+    "sparse": Method("sparse SPD", sparse, "weight decay", (0.25, 0.5, 1.0, 2.0)),
     "sgd": Method("SGD", sgd, rate=10.0),
     "sgd-freeze": Method("SGD freeze", sgd_freeze, rate=10.0),
     "spd-coin": Method("SPD, a coin", sign_test.coin, "weight decay"),

@@ -41,14 +41,6 @@ def drawn(text: str, results: Results) -> str:
     return PLACE.sub(table, text)
 
 
-def regimes(setting: str, results: Results) -> dict[bool, dict[str, Row]]:
-    """The rows of both regimes; empty where nothing is recorded."""
-    try:
-        return {fast: report.rows(setting, fast, results) for fast in report.REGIMES}
-    except plan.UndecidedError:
-        return {fast: {} for fast in report.REGIMES}
-
-
 def gain(row: Row, found: dict[str, Row], other: str) -> str:
     """The difference to another method on shifted data; empty if that has no result."""
     if row.diverged:
@@ -64,7 +56,7 @@ def leaders(results: Results) -> str:
     seeds = []
     for setting in MAIN:
         for fast, rate in ((False, "each its best"), (True, "3 x Adam's best")):
-            found = regimes(setting, results)[fast]
+            found = report.rows(setting, fast, results)
             if "adam" not in found:
                 continue
             adam = found["adam"]
@@ -83,14 +75,15 @@ def leaders(results: Results) -> str:
 
 def setting_table(setting: str, results: Results) -> str:
     """Both regimes side by side, a row a method."""
-    found = regimes(setting, results)
+    found = {fast: report.rows(setting, fast, results) for fast in report.REGIMES}
     if not found[False]:
         return NONE
     keeps = report.kept(found[False])
     head = ["in distr.", "shifted", "- Adam", "- L2-SP", *(["kept"] if keeps else [])]
     table = [["method", *(f"{name}{mark}" for mark in ("", ", 3x") for name in head)]]
     for name in found[False]:
-        cells = [METHODS[name].title]
+        count, planned = len(found[False][name].runs), plan.PLANS[setting].seeds
+        cells = [METHODS[name].title + (f" ({count} seeds)" if count < planned else "")]
         for some in found.values():
             cells += columns(some.get(name), some, keeps, len(head))
         table.append(cells)
@@ -127,8 +120,8 @@ def little_data(results: Results) -> str:
     """Study (iii): accuracy on shifted data by the number of examples, and the gain over Adam."""
     table = [["examples", "Adam", *(f"{METHODS[name].title} - Adam" for name in LEADERS)]]
     for count, setting in LITTLE.items():
-        found = regimes(setting, results)[False]
-        if "adam" in found:
+        found = report.rows(setting, False, results)
+        if "adam" in found and not found["adam"].diverged:
             adam = f"{found['adam'].of(shifted).mean:.1f}"
             gains = (gain(found[name], found, "adam") if name in found else "" for name in LEADERS)
             table.append([str(count), adam, *gains])

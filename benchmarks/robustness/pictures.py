@@ -28,6 +28,7 @@ def make(
     *,
     training: int,
     validation: int,
+    held_out: int,
     steps: int,
     **described: Any,
 ) -> Setting:
@@ -40,6 +41,7 @@ def make(
       tests: the same for all seeds.
       training: the number of training examples.
       validation: the number of validation examples.
+      held_out: the number of further examples, for methods that learn from validation data.
       steps: the number of training steps.
       **described: the setting's other attributes.
     """
@@ -61,21 +63,22 @@ def make(
         return in_batches(partial(jitted_logits, params), examples.inputs)
 
     def draw(seed: int) -> Draw:
-        chosen = np.random.default_rng(seed).permutation(len(pool))[: training + validation]
-        trained, held_out = take(pool, chosen[:training]), take(pool, chosen[training:])
+        ends = np.cumsum([training, validation, held_out])
+        parts = np.split(np.random.default_rng(seed).permutation(len(pool)), ends)[:3]
+        trained, chosen_by, learned_from = (take(pool, part) for part in parts)
         features = partial(jitted_encode, encoder)
         head = probe(
             in_batches(features, trained.inputs),
             trained.labels,
-            in_batches(features, held_out.inputs),
-            held_out.labels,
+            in_batches(features, chosen_by.inputs),
+            chosen_by.labels,
         )
         return Draw(
             start={"encoder": encoder, "head": head},
             batches=training_batches(trained, steps, seed),
-            validation=held_out,
+            validation=chosen_by,
             tests=tests,
-            held_out=lambda count: validation_batches(held_out, count, seed),
+            held_out=lambda count: validation_batches(learned_from, count, seed),
         )
 
     return Setting(

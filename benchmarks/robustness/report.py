@@ -67,6 +67,11 @@ def shifted(result: Result) -> float:
     return 100 * float(np.mean(list(result.accuracy.values())[1:]))
 
 
+def relative_distance(result: Result) -> float:
+    """The encoder's distance from its anchor, relative to the anchor's norm."""
+    return result.relative_distance or 0.0
+
+
 def auc_in_distribution(result: Result) -> float:
     """Area under the ROC curve of the first test set."""
     return next(iter(result.auc.values()))
@@ -120,7 +125,11 @@ def rows(setting: str, fast: bool, results: Results) -> dict[str, Row]:
     for method in settings.methods:
         if fast and method != "probe" and method not in settings.aggressive:
             continue
-        keys = [plan.key_of(setting, method, n, fast, results) for n in range(settings.seeds)]
+        try:
+            seeds = plan.seeds(settings.seeds)
+            keys = [plan.key_of(setting, method, seed, fast, results) for seed in seeds]
+        except plan.UndecidedError:
+            continue
         found = [results[key] for key in keys if key in results]
         if found:
             made[method] = Row(method, found, Choice(keys[0].rate, keys[0].strength))
@@ -159,7 +168,7 @@ def other_table(setting: str, fast: bool, results: Results) -> list[list[str]]:
             continue
         cells = [METHODS[name].title]
         cells += [row.of(auc_in_distribution).text(3), row.of(auc_shifted).text(3)]
-        cells.append(row.of(lambda run: run.relative_distance or 0.0).text(3))
+        cells.append(row.of(relative_distance).text(3))
         fired = [run.fired for run in row.runs if run.fired is not None]
         cells.append(f"{100 * float(np.mean(fired)):.0f} %" if fired else "")
         times = [run.step_seconds for run in row.runs if run.step_seconds is not None]
@@ -171,27 +180,30 @@ def other_table(setting: str, fast: bool, results: Results) -> list[list[str]]:
 
 
 def grid_table(setting: str, method: str, results: Results) -> dict[Choice, tuple[float, float]]:
-    """Study (i): mean accuracy in distribution and shifted, over the seeds, for each cell."""
+    """Study (i): mean accuracy in distribution and shifted, over the seeds, for each cell.
+
+    Where a seed diverged both are NaN.
+    """
     cells: dict[Choice, tuple[float, float]] = {}
     for made in plan.grid(setting, method, results):
         keys = [
             Key(setting, method, seed, made.rate, made.strength)
-            for seed in range(plan.PLANS[setting].grid_seeds)
+            for seed in plan.seeds(plan.PLANS[setting].grid_seeds)
         ]
         if keys and all(key in results for key in keys):
             found = [results[key] for key in keys]
-            # A run that diverged is as good as chance; it does not count as near the best.
-            pairs = [(0, 0) if r.diverged else (in_distribution(r), shifted(r)) for r in found]
-            cells[made] = (
-                float(np.mean([p[0] for p in pairs])),
-                float(np.mean([p[1] for p in pairs])),
-            )
+            cells[made] = (math.nan, math.nan)
+            if not any(run.diverged for run in found):
+                cells[made] = (
+                    float(np.mean([in_distribution(run) for run in found])),
+                    float(np.mean([shifted(run) for run in found])),
+                )
     return cells
 
 
 def near_best(values: Sequence[float], within: float = 1.0) -> float:
-    """The share of a grid that is within so many points of its best."""
-    return float(np.mean(np.array(values) >= max(values) - within))
+    """The share of a grid that is within so many points of its best. NaN counts as not near."""
+    return float(np.mean(np.array(values) >= np.nanmax(values) - within))
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:
@@ -204,12 +216,12 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
 
 def sign_table(setting: str, results: Results) -> list[list[str]]:
     """Study (ii): SPD and the variants without its sign test."""
-    numbers = ["in distribution", "shifted", "SPD is better by", "fired"]
+    numbers = ["in distribution", "shifted", "SPD is better by", "distance", "fired"]
     table = [["method", "learning rate", "strength", *numbers]]
     for fast, strength in plan.SIGN_RUNS:
         found = {}
         for method in plan.SIGN:
-            seeds = range(plan.PLANS[setting].sign_seeds)
+            seeds = plan.seeds(plan.PLANS[setting].sign_seeds)
             keys = [plan.sign_key(setting, method, n, fast, strength, results) for n in seeds]
             runs = [results[key] for key in keys if key in results]
             if runs:
@@ -223,16 +235,16 @@ def sign_table(setting: str, results: Results) -> list[list[str]]:
                 ready = method != "spd" and "spd" in found
                 better = found["spd"].against(row, shifted).text(sign=True) if ready else ""
                 fired = [run.fired for run in row.runs if run.fired is not None]
-                cells += [better, f"{100 * float(np.mean(fired)):.0f} %" if fired else ""]
+                cells += [better, row.of(relative_distance).text(3)]
+                cells.append(f"{100 * float(np.mean(fired)):.0f} %" if fired else "")
             table.append(cells)
     return table
 
 
 def forgiving_table(setting: str, results: Results) -> list[list[str]]:
     """Study (i): how much of the grid is near the method's best."""
-    table = [
-        ["method", "best in distribution", "near it", "best shifted", "near it", "mean shifted"]
-    ]
+    numbers = ["best in distribution", "near it", "best shifted", "near it", "mean shifted"]
+    table = [["method", *numbers, "diverged"]]
     for method in plan.GRID:
         cells = list(grid_table(setting, method, results).values())
         if len(cells) < len(plan.GRID_RATES) * len(plan.GRID_STRENGTHS):
@@ -241,11 +253,12 @@ def forgiving_table(setting: str, results: Results) -> list[list[str]]:
         table.append(
             [
                 METHODS[method].title,
-                f"{max(own):.1f}",
+                f"{np.nanmax(own):.1f}",
                 f"{100 * near_best(own):.0f} %",
-                f"{max(others):.1f}",
+                f"{np.nanmax(others):.1f}",
                 f"{100 * near_best(others):.0f} %",
-                f"{np.mean(others):.1f}",
+                f"{np.nanmean(others):.1f}",
+                f"{np.isnan(own).sum()} of {len(own)}",
             ]
         )
     return table
@@ -304,9 +317,12 @@ def compare(out: Path, recorded: Path, console: Console) -> None:
     for path in sorted(out.glob("*.jsonl")):
         known = Store(recorded / path.name).results
         for key, run in Store(path).results.items():
+            if run.diverged:
+                continue
             cells = [f"{key.setting}, {METHODS[key.method].title}, seed {key.seed}"]
             for measure in (in_distribution, shifted):
                 cells.append(f"{measure(run):.1f}")
-                cells.append(f"{measure(known[key]):.1f}" if key in known else "")
+                there = key in known and not known[key].diverged
+                cells.append(f"{measure(known[key]):.1f}" if there else "")
             table.append(cells)
     console.print(Markdown(markdown(table)))

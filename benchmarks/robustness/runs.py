@@ -52,7 +52,7 @@ class Result:
     retained: float | None = None  # accuracy of the other task's probe on the encoder
     fired: float | None = None  # share of SPD's decisions that pulled a layer back
     seconds: float | None = None  # of the training, compilation included
-    step_seconds: float | None = None  # the median
+    step_seconds: float | None = None  # a mean over the second half of the steps
     diverged: bool = False
     made: Mapping[str, Any] = field(default_factory=dict)  # machine, versions, commit
 
@@ -122,7 +122,7 @@ def fit(setting: Setting, draw: Draw, key: Key) -> tuple[Params, Any, float]:
     """Trains a copy of the start.
 
     Returns:
-      The weights, the optimizer's state, and the median of a step's seconds.
+      The weights, the optimizer's state, and a step's seconds, a mean over the second half.
 
     Raises:
       DivergedError: a loss or a weight is not finite.
@@ -146,7 +146,8 @@ def fit(setting: Setting, draw: Draw, key: Key) -> tuple[Params, Any, float]:
             raise DivergedError("the loss is not finite")
     if not jnp.isfinite(optax.tree.norm(params)):
         raise DivergedError("the weights are not finite")
-    return params, state, float(np.median(np.diff(times)))
+    half = len(times) // 2
+    return params, state, (times[-1] - times[half]) / (len(times) - 1 - half)
 
 
 def accuracy(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -195,7 +196,7 @@ def execute(setting: Setting, draw: Draw, key: Key, after: Sequence[str] = ()) -
             return
     seconds = time.perf_counter() - began
     fired = optax.tree.get(state, "spd_fired")
-    yield score(
+    found = score(
         setting,
         draw,
         key,
@@ -204,6 +205,10 @@ def execute(setting: Setting, draw: Draw, key: Key, after: Sequence[str] = ()) -
         step_seconds=step_seconds,
         fired=None if fired is None else float(np.mean(fired)) / setting.steps,
     )
+    yield found
+    if found.diverged:
+        yield from (replace(found, key=replace(key, method=method)) for method in after)
+        return
 
     def validate(mixed: Params) -> float:
         return accuracy(setting.scores(mixed, draw.validation), draw.validation.labels)
@@ -221,6 +226,8 @@ def score(setting: Setting, draw: Draw, key: Key, params: Params, **measured: An
     """Tests the weights on every set, and then what they kept of another task."""
     validation, labels = setting.scores(params, draw.validation), draw.validation.labels
     scores = {name: setting.scores(params, test) for name, test in draw.tests.items()}
+    if not all(np.isfinite(some).all() for some in (validation, *scores.values())):
+        return Result(key, diverged=True, made=provenance())
     areas = {name: auc(scores[name], draw.tests[name].labels) for name in scores}
     encoder, anchor = params["encoder"], draw.start["encoder"]
     distance = float(optax.tree.norm(optax.tree.sub(encoder, anchor)))

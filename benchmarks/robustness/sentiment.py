@@ -29,7 +29,7 @@ def load(cache: Path, announce: Callable[[str], None], examples: int = EXAMPLES)
     else:
         tested = data.join([other.test, other.shifted[spam.OTHER_MONTHS]])
         retained = texts.retention(
-            bench.encoder, other.training(spam.EXAMPLES, 0), tested.first(texts.PROBE_TESTED)
+            other.training(spam.EXAMPLES, 0), tested.first(texts.PROBE_TESTED)
         )
     return texts.setting(
         name="sentiment" if examples == EXAMPLES else f"sentiment-{examples}",

@@ -36,10 +36,11 @@ class Draw:
         "encoder" and "head".
       batches: one a step, in the order that every method sees.
       validation: in-distribution examples, none of which are trained on. Settings are chosen by
-        them, and the methods that learn from validation data get theirs from here.
+        them.
       tests: by name; the first is in distribution, the others are shifted. Empty while settings are
         chosen.
-      held_out: returns a number of validation batches, stacked on a leading axis.
+      held_out: returns a number of batches, stacked on a leading axis, of further in-distribution
+        examples. Methods that learn from validation data learn from these.
     """
 
     start: Params

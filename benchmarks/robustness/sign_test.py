@@ -1,11 +1,14 @@
 """Is it the sign test that makes SPD work? Three variants that replace it, for comparison.
 
-SPD pulls a layer back by the ratio r where ⟨g, Δ⟩ > 0 (:func:`optax_spd.spd`). Each variant also
-measures what SPD would have done on the way that the variant takes:
+A step leads away from the anchor if a = (‖Δ̃‖ - ‖Δ‖) / ‖Δ̃‖ > 0. In such steps SPD pulls a layer
+back by the ratio r = a if ⟨g, Δ⟩ > 0 (:func:`optax_spd.spd`). The variants, in the same steps:
 
-- `coin`: as often as the layer's sign test was positive so far, but by chance;
-- `always`: in every step, by the mean of what SPD would have pulled the layer so far;
-- `away`: whenever the step leads away from the anchor, whatever the gradient's sign.
+- `coin`: r = a as often as the sign test was positive in such steps so far, but by chance;
+- `always`: r = f a in each of them, f the share Σr / Σa that SPD would have pulled so far;
+- `away`: r = a in each of them.
+
+Frequency and share are a layer's own, on the way that the variant takes, the present step included.
+So each variant pulls about as much as SPD would, except `away`, which pulls more.
 """
 
 from __future__ import annotations
@@ -34,9 +37,11 @@ def coin(
         steps: jax.Array,
         positive: jax.Array,
     ) -> Ratio:
+        away = growth > 0
+        steps, positive = steps + away, positive + (away & (alignment > 0))
         toss = uniform(square) < positive / jnp.maximum(steps, 1)
         pull = decay_ratio(jnp.where(toss, 1.0, 0.0), growth, square)
-        return pull, (steps + 1, positive + (alignment > 0))
+        return pull, (steps, positive)
 
     return _adam_with(ratio, {"steps": 0, "positive": 0}, rate, weight_decay)
 
@@ -44,12 +49,20 @@ def coin(
 def always(
     _setting: Setting, rate: optax.Schedule, weight_decay: float
 ) -> optax.GradientTransformation:
-    def ratio(*sums_and_memory: jax.Array) -> Ratio:
-        *sums, steps, total = sums_and_memory
-        steps, total = steps + 1, total + decay_ratio(*sums)
-        return total / steps, (steps, total)
+    def ratio(
+        alignment: jax.Array,
+        growth: jax.Array,
+        square: jax.Array,
+        pulled: jax.Array,
+        grown: jax.Array,
+    ) -> Ratio:
+        most = decay_ratio(jnp.ones_like(alignment), growth, square)
+        pulled = pulled + decay_ratio(alignment, growth, square)
+        grown = grown + most
+        share = pulled / jnp.where(grown > 0, grown, 1.0)
+        return share * most, (pulled, grown)
 
-    return _adam_with(ratio, {"steps": 0, "total": 0.0}, rate, weight_decay)
+    return _adam_with(ratio, {"pulled": 0.0, "grown": 0.0}, rate, weight_decay)
 
 
 def away(

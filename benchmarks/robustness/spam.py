@@ -265,7 +265,5 @@ def load(cache: Path, announce: Callable[[str], None]) -> Setting:
         bench=replace(bench, splits=found),
         tests={SAME_MONTHS: found.test, **found.shifted},
         examples=EXAMPLES,
-        retained=texts.retention(
-            bench.encoder, movie.training(EXAMPLES, 0), movie.test.first(texts.PROBE_TESTED)
-        ),
+        retained=texts.retention(movie.training(EXAMPLES, 0), movie.test.first(texts.PROBE_TESTED)),
     )

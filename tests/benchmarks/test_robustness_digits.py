@@ -39,7 +39,13 @@ def samples():
 
 @pytest.fixture
 def small(monkeypatch):
-    for name, value in {"STEPS": 2, "TRAINING": 100, "VALIDATION": 60, "TEST": 40}.items():
+    for name, value in {
+        "STEPS": 2,
+        "TRAINING": 100,
+        "VALIDATION": 60,
+        "HELD_OUT": 96,
+        "TEST": 40,
+    }.items():
         monkeypatch.setattr(digits, name, value)
     monkeypatch.setattr(pictures, "EVALUATION_BATCH", 50)
     # Every picture is another one, and tells its label.
@@ -100,8 +106,8 @@ def test_a_seed_draws_disjoint_sets_and_a_method_learns(network, small):
     # 100 pictures make two batches of 48, so two steps are an epoch.
     drawn = np.concatenate([batch[0] for batch in one.batches])
     assert [array.shape for array in one.held_out(2)] == [(2, 48, 32, 32, 1), (2, 48)]
-    parts = [drawn, one.validation.inputs, one.tests["mnist"].inputs]
-    assert len(np.unique(np.concatenate(parts), axis=0)) == 96 + 60 + 40
+    parts = [drawn, one.validation.inputs, one.tests["mnist"].inputs, *one.held_out(2)[0]]
+    assert len(np.unique(np.concatenate(parts), axis=0)) == 96 + 60 + 40 + 96
 
     gradient = jax.jit(jax.value_and_grad(setting.loss))
     before, grads = gradient(one.start, one.batches[0])

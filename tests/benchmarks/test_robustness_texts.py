@@ -31,7 +31,7 @@ def bench(monkeypatch):
     table[:10, 0] -= 3
     table[10:, 0] += 3
     shifted = {"amazon": made_up(30, 3), "nyt": made_up(700, 4)}
-    splits = data.Splits(made_up(200, 0), made_up(60, 1), made_up(40, 2), shifted)
+    splits = data.Splits(made_up(200, 0), made_up(600, 1), made_up(40, 2), shifted)
     return Workbench({"table": table}, splits)
 
 
@@ -44,6 +44,7 @@ def test_a_seed_gives_the_same_draw_and_another_one_does_not(bench):
         assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
     assert not np.array_equal(one.batches[0][0], other.batches[0][0])
     assert one.held_out(3)[0].shape == (3, data.BATCH, data.MAX_TOKENS)
+    assert one.validation.inputs == bench.splits.validation.tokens[500:]  # those radii do not see
     assert tuple(one.tests) == tuple(setting.tests) == ("movie", "amazon", "nyt")
     assert [len(test) for test in one.tests.values()] == [40, 30, texts.TESTED]
     scores = setting.scores(one.start, one.tests["movie"])
@@ -51,7 +52,7 @@ def test_a_seed_gives_the_same_draw_and_another_one_does_not(bench):
 
 
 def test_retention_is_a_probe_on_the_encoder_that_it_gets(bench):
-    retained = texts.retention(bench.encoder, made_up(100, 5), made_up(1000, 6))
+    retained = texts.retention(made_up(100, 5), made_up(1000, 6))
     assert retained(bench.encoder) == 1.0
     table = bench.encoder["table"]
     half = np.where(np.arange(20)[:, None] % 2, 0.0, table)  # odd tokens are all alike

@@ -22,7 +22,8 @@ TPGM_EVERY = 8  # the radii learn on every 8th step, from one validation batch
 MOMENTUM = 0.9
 WEIGHT_DECAY = 1.0  # of AdamW with layer decay
 SPARSE_FRACTION = 0.05  # of each matrix's entries train
-TPGM_AFTER_BATCHES, TPGM_AFTER_RATE = 32, 0.1
+TPGM_AFTER_BATCHES = 32
+TPGM_AFTER_OPTIMIZER = optax.adam(0.1)  # one object, so that compiled code is used again
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8)  # of the fine-tuned weights; validation chooses
 
 
@@ -145,7 +146,7 @@ def tpgm_after(setting: Setting, draw: Draw, fitted: Params, _validate: Validate
         draw.start,
         setting.loss,
         batches,
-        radius_optimizer=optax.adam(TPGM_AFTER_RATE),
+        radius_optimizer=TPGM_AFTER_OPTIMIZER,
         layers=setting.layers,
     )
     made: Params = fitted_radii.params

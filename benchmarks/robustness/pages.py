@@ -53,7 +53,7 @@ def gain(row: Row, found: dict[str, Row], other: str) -> str:
 def leaders(results: Results) -> str:
     """Adam's accuracy on shifted data, and what L2-SP, SPD and FTP add to it."""
     table = [["setting", "learning rate", "Adam", *(METHODS[name].title for name in LEADERS)]]
-    seeds = []
+    seeds: dict[str, int] = {}
     for setting in MAIN:
         for fast, rate in ((False, "each its best"), (True, "3 x Adam's best")):
             found = report.rows(setting, fast, results)
@@ -63,13 +63,14 @@ def leaders(results: Results) -> str:
             cells = ["diverged" if adam.diverged else f"{adam.of(shifted).mean:.1f}"]
             cells += [gain(found[name], found, "adam") if name in found else "" for name in LEADERS]
             table.append([setting, rate, *cells])
-            seeds.append(f"{setting} {len(adam.runs)}")
+            seeds[setting] = min(len(adam.runs), seeds.get(setting, len(adam.runs)))
     if not seeds:
         return NONE
     return (
         "Accuracy on shifted data in per cent, and the difference to Adam's with its 95 % "
         "interval; bold if that leaves out 0. Training sets: "
-        f"{', '.join(dict.fromkeys(seeds))}.\n\n{report.markdown(table)}"
+        f"{', '.join(f'{name} {count}' for name, count in seeds.items())}."
+        f"\n\n{report.markdown(table)}"
     )
 
 
@@ -83,7 +84,7 @@ def setting_table(setting: str, results: Results) -> str:
     table = [["method", *(f"{name}{mark}" for mark in ("", ", 3x") for name in head)]]
     for name in found[False]:
         count, planned = len(found[False][name].runs), plan.PLANS[setting].seeds
-        cells = [METHODS[name].title + (f" ({count} seeds)" if count < planned else "")]
+        cells = [METHODS[name].title + (f" (n = {count})" if count < planned else "")]
         for some in found.values():
             cells += columns(some.get(name), some, keeps, len(head))
         table.append(cells)

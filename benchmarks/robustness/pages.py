@@ -66,11 +66,10 @@ def leaders(results: Results) -> str:
             seeds[setting] = min(len(adam.runs), seeds.get(setting, len(adam.runs)))
     if not seeds:
         return NONE
+    counts = ", ".join(f"{name} {count}" for name, count in seeds.items())
     return (
-        "Accuracy on shifted data in per cent, and the difference to Adam's with its 95 % "
-        "interval; bold if that leaves out 0. Training sets: "
-        f"{', '.join(f'{name} {count}' for name, count in seeds.items())}."
-        f"\n\n{report.markdown(table)}"
+        "Accuracy on shifted data, %, and differences to Adam's with 95 % intervals, bold if they "
+        f"leave out 0. Training sets: {counts}.\n\n{report.markdown(table)}"
     )
 
 

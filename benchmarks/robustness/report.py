@@ -283,12 +283,12 @@ def tables(setting: str, results: Results) -> str:
     parts = []
     for fast, regime in REGIMES.items():
         if len(table := accuracy_table(setting, fast, results)) > 1:
-            parts += [f"Accuracy, {regime}:", markdown(table)]
-            parts += [f"The same runs, {regime}:", markdown(other_table(setting, fast, results))]
+            parts += [f"Accuracy, {regime}:\n", markdown(table)]
+            parts += [f"The same runs, {regime}:\n", markdown(other_table(setting, fast, results))]
     if plan.PLANS[setting].grid_seeds and len(table := forgiving_table(setting, results)) > 1:
-        parts += ["Strength times learning rate:", markdown(table)]
+        parts += ["Strength times learning rate:\n", markdown(table)]
     if plan.PLANS[setting].sign_seeds and len(table := sign_table(setting, results)) > 1:
-        parts += ["Without the sign test:", markdown(table)]
+        parts += ["Without the sign test:\n", markdown(table)]
     return "\n".join(parts)
 
 

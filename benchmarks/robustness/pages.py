@@ -79,7 +79,7 @@ def setting_table(setting: str, results: Results) -> str:
     if not found[False]:
         return NONE
     keeps = report.kept(found[False])
-    head = ["in distr.", "shifted", "- Adam", "- L2-SP", *(["kept"] if keeps else [])]
+    head = ["in distr.", "shifted", "vs Adam", "vs L2-SP", *(["kept"] if keeps else [])]
     table = [["method", *(f"{name}{mark}" for mark in ("", ", 3x") for name in head)]]
     for name in found[False]:
         count, planned = len(found[False][name].runs), plan.PLANS[setting].seeds
@@ -118,7 +118,7 @@ def study(table: Callable[[str, Results], list[list[str]]], results: Results) ->
 
 def little_data(results: Results) -> str:
     """Study (iii): accuracy on shifted data by the number of examples, and the gain over Adam."""
-    table = [["examples", "Adam", *(f"{METHODS[name].title} - Adam" for name in LEADERS)]]
+    table = [["examples", "Adam", *(f"{METHODS[name].title} vs Adam" for name in LEADERS)]]
     for count, setting in LITTLE.items():
         found = report.rows(setting, False, results)
         if "adam" in found and not found["adam"].diverged:

@@ -226,7 +226,8 @@ def sign_table(setting: str, results: Results) -> list[list[str]]:
             runs = [results[key] for key in keys if key in results]
             if runs:
                 found[method] = Row(method, runs, Choice(keys[0].rate, keys[0].strength))
-        for method, row in found.items():
+        # SPD by itself is in the final runs and says nothing here.
+        for method, row in found.items() if len(found) > 1 else ():
             cells = [METHODS[method].title, f"{row.choice.rate:g}", f"{row.choice.strength:g}"]
             if row.diverged:
                 cells.append(f"diverged on {row.diverged} of {len(row.runs)} seeds")

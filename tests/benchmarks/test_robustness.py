@@ -198,7 +198,7 @@ def test_the_tables_hold_the_paired_differences(tiny_plan, monkeypatch):
         return 0.5 + (key.seed - plan.FIRST_SEED) / 10 + gain.get(key.method, 0.0)
 
     for fast in (False, True):
-        for method in tiny_plan.methods:
+        for method in (*tiny_plan.methods, "spd-coin"):
             keys = [plan.key_of("tiny", method, seed, fast, {}) for seed in plan.seeds(3)]
             record(results, keys, quality)
     head, *table = report.accuracy_table("tiny", False, results)

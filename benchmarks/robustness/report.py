@@ -320,7 +320,7 @@ def compare(out: Path, recorded: Path, console: Console) -> None:
         for key, run in Store(path).results.items():
             if run.diverged:
                 continue
-            cells = [f"{key.setting}, {METHODS[key.method].title}, seed {key.seed}"]
+            cells = [f"{key.setting}, {METHODS[key.method].title} {key.rate:g}, seed {key.seed}"]
             for measure in (in_distribution, shifted):
                 cells.append(f"{measure(run):.1f}")
                 there = key in known and not known[key].diverged

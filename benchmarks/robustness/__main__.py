@@ -165,8 +165,9 @@ def line(result: runs.Result) -> str:
     label = f"{key.setting} {key.method} {key.rate:g} {key.strength:g}, seed {key.seed}"
     if result.diverged:
         return f"{label}: diverged"
-    scores = ", ".join(f"{name} {100 * share:.1f}" for name, share in result.accuracy.items())
-    return f"{label}: validation {100 * result.validation:.1f}, {scores}".rstrip(", ")
+    shares = {"validation": result.validation, **result.accuracy}
+    scores = ", ".join(f"{name} {100 * share:.1f}" for name, share in shares.items())
+    return f"{label}: {scores}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

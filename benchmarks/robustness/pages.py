@@ -13,10 +13,10 @@ from pathlib import Path
 from benchmarks.robustness import plan, report
 from benchmarks.robustness.methods import METHODS
 from benchmarks.robustness.plan import Results
-from benchmarks.robustness.report import Measure, Row, in_distribution, shifted
+from benchmarks.robustness.report import Measure, Row, gain, in_distribution, shifted
 
 ROOT = Path(__file__).parents[2]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md", ROOT / "docs" / "choosing.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md")
 PLACE = re.compile(r"(<!-- evidence: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 MAIN = ("digits", "sentiment", "spam", "images")
@@ -39,15 +39,6 @@ def drawn(text: str, results: Results) -> str:
         return f"{opening}\n{TABLES[name](results)}\n{closing}"
 
     return PLACE.sub(table, text)
-
-
-def gain(row: Row, found: dict[str, Row], other: str) -> str:
-    """The difference to another method on shifted data; empty if that has no result."""
-    if row.diverged:
-        return "diverged"
-    if other not in found or row.method == other or found[other].diverged:
-        return ""
-    return row.against(found[other], shifted).text(sign=True)
 
 
 def leaders(results: Results) -> str:
@@ -107,10 +98,7 @@ def study(table: Callable[[str, Results], list[list[str]]], results: Results) ->
     """A study's table of every setting that has runs of it, one below the other."""
     joined: list[list[str]] = []
     for setting in MAIN:
-        try:
-            head, *rows = table(setting, results)
-        except plan.UndecidedError:
-            continue
+        head, *rows = table(setting, results)
         joined = joined or [["setting", *head]]
         joined += [[setting, *row] for row in rows]
     return report.markdown(joined) if len(joined) > 1 else NONE

@@ -95,7 +95,7 @@ def kept(found: Mapping[str, Row]) -> Measure | None:
 
 @dataclass(frozen=True)
 class Row:
-    """The final runs of a method in one regime, seed by seed; and Adam's and L2-SP's."""
+    """The runs of a method with one choice, seed by seed."""
 
     method: str
     runs: Sequence[Result]
@@ -117,6 +117,30 @@ class Row:
             measure(run) - theirs[run.key.seed] for run in self.runs if run.key.seed in theirs
         )
 
+    @property
+    def fired(self) -> str:
+        """The share of SPD's decisions that pulled a layer back; empty for other methods."""
+        shares = [run.fired for run in self.runs if run.fired is not None]
+        return f"{100 * float(np.mean(shares)):.0f} %" if shares else ""
+
+
+def gain(row: Row, found: Mapping[str, Row], other: str) -> str:
+    """The difference to another method on shifted data; empty if that has no result."""
+    if row.diverged:
+        return "diverged"
+    if other not in found or row.method == other or found[other].diverged:
+        return ""
+    return row.against(found[other], shifted).text(sign=True)
+
+
+def row_of(method: str, keys: Iterable[Key], results: Results) -> Row | None:
+    """The row of some runs; None if none is recorded, or the method is not tuned."""
+    try:
+        found = [results[key] for key in keys if key in results]
+    except plan.UndecidedError:
+        return None
+    return Row(method, found, Choice(found[0].key.rate, found[0].key.strength)) if found else None
+
 
 def rows(setting: str, fast: bool, results: Results) -> dict[str, Row]:
     """The methods whose final runs are recorded. The probe stands in both regimes."""
@@ -125,14 +149,10 @@ def rows(setting: str, fast: bool, results: Results) -> dict[str, Row]:
     for method in settings.methods:
         if fast and method != "probe" and method not in settings.aggressive:
             continue
-        try:
-            seeds = plan.seeds(settings.seeds)
-            keys = [plan.key_of(setting, method, seed, fast, results) for seed in seeds]
-        except plan.UndecidedError:
-            continue
-        found = [results[key] for key in keys if key in results]
-        if found:
-            made[method] = Row(method, found, Choice(keys[0].rate, keys[0].strength))
+        seeds = plan.seeds(settings.seeds)
+        keys = (plan.key_of(setting, method, seed, fast, results) for seed in seeds)
+        if row := row_of(method, keys, results):
+            made[method] = row
     return made
 
 
@@ -149,10 +169,7 @@ def accuracy_table(setting: str, fast: bool, results: Results) -> list[list[str]
         else:
             cells += [row.of(accuracy_on(each)).text() for each in sets]
             cells.append(row.of(shifted).text())
-            for other in ("adam", "l2-sp"):
-                ready = name != other and other in found and not found[other].diverged
-                difference = row.against(found[other], shifted).text(sign=True) if ready else ""
-                cells.append(difference)
+            cells += [gain(row, found, other) for other in ("adam", "l2-sp")]
         table.append(cells)
     return table
 
@@ -169,8 +186,7 @@ def other_table(setting: str, fast: bool, results: Results) -> list[list[str]]:
         cells = [METHODS[name].title]
         cells += [row.of(auc_in_distribution).text(3), row.of(auc_shifted).text(3)]
         cells.append(row.of(relative_distance).text(3))
-        fired = [run.fired for run in row.runs if run.fired is not None]
-        cells.append(f"{100 * float(np.mean(fired)):.0f} %" if fired else "")
+        cells.append(row.fired)
         times = [run.step_seconds for run in row.runs if run.step_seconds is not None]
         cells.append(f"{1000 * float(np.median(times)):.0f}" if times else "")
         if keeps:
@@ -185,7 +201,11 @@ def grid_table(setting: str, method: str, results: Results) -> dict[Choice, tupl
     Where a seed diverged both are NaN.
     """
     cells: dict[Choice, tuple[float, float]] = {}
-    for made in plan.grid(setting, method, results):
+    try:
+        grid = plan.grid(setting, method, results)
+    except plan.UndecidedError:
+        return cells
+    for made in grid:
         keys = [
             Key(setting, method, seed, made.rate, made.strength)
             for seed in plan.seeds(plan.PLANS[setting].grid_seeds)
@@ -222,10 +242,9 @@ def sign_table(setting: str, results: Results) -> list[list[str]]:
         found = {}
         for method in plan.SIGN:
             seeds = plan.seeds(plan.PLANS[setting].sign_seeds)
-            keys = [plan.sign_key(setting, method, n, fast, strength, results) for n in seeds]
-            runs = [results[key] for key in keys if key in results]
-            if runs:
-                found[method] = Row(method, runs, Choice(keys[0].rate, keys[0].strength))
+            keys = (plan.sign_key(setting, method, n, fast, strength, results) for n in seeds)
+            if row := row_of(method, keys, results):
+                found[method] = row
         # SPD by itself is in the final runs and says nothing here.
         for method, row in found.items() if len(found) > 1 else ():
             cells = [METHODS[method].title, f"{row.choice.rate:g}", f"{row.choice.strength:g}"]
@@ -235,9 +254,7 @@ def sign_table(setting: str, results: Results) -> list[list[str]]:
                 cells += [row.of(in_distribution).text(), row.of(shifted).text()]
                 ready = method != "spd" and "spd" in found
                 better = found["spd"].against(row, shifted).text(sign=True) if ready else ""
-                fired = [run.fired for run in row.runs if run.fired is not None]
-                cells += [better, row.of(relative_distance).text(3)]
-                cells.append(f"{100 * float(np.mean(fired)):.0f} %" if fired else "")
+                cells += [better, row.of(relative_distance).text(3), row.fired]
             table.append(cells)
     return table
 
@@ -269,10 +286,8 @@ def write(out: Path, stores: Mapping[str, Results], console: Console) -> None:
     """Writes the tables and a CSV file of every setting."""
     everything = {key: run for results in stores.values() for key, run in results.items()}
     for setting, results in stores.items():
-        try:
-            text = tables(setting, everything)
-        except plan.UndecidedError:
-            text = f"The tuning is not complete: {len(results)} runs are recorded.\n"
+        count = f"No final run is among the {len(results)} recorded ones.\n"
+        text = tables(setting, everything) or count
         (out / f"{setting}.md").write_text(text)
         write_csv(out / f"{setting}.csv", results.values())
         console.print(setting, style="bold")

@@ -32,7 +32,7 @@ from benchmarks.robustness import (
     spam,
 )
 from benchmarks.robustness.methods import METHODS
-from benchmarks.robustness.runs import Key, Store
+from benchmarks.robustness.runs import Key, Result, Store
 from benchmarks.robustness.setting import Draw, Setting
 from examples.demo.assets import cache_directory
 from examples.demo.errors import DemoError
@@ -98,9 +98,10 @@ def jobs(keys: Iterable[Key], done: Container[Key]) -> dict[Key, list[str]]:
     return made
 
 
-def recorded(*folders: Path) -> list[Store]:
-    """The stores in some folders."""
-    return [Store(path) for folder in folders for path in sorted(folder.glob("*.jsonl"))]
+def recorded(*folders: Path) -> dict[Key, Result]:
+    """The results in some folders; of two with one key, the first."""
+    paths = [path for folder in folders for path in sorted(folder.glob("*.jsonl"))]
+    return {key: run for path in reversed(paths) for key, run in Store(path).results.items()}
 
 
 class OutOfTimeError(Exception):
@@ -121,9 +122,7 @@ class Runner:
         options = self.options
         store = Store(options.out / f"{setting.name}.jsonl")
         # Choices may come from another setting's runs, and --quick takes the recorded ones.
-        known = ChainMap(
-            store.results, *(s.results for s in recorded(*dict.fromkeys((options.out, RESULTS))))
-        )
+        known = ChainMap(store.results, recorded(options.out, RESULTS))
         draw = lru_cache(maxsize=2)(setting.draw)  # tuning alternates between two seeds
         for part in options.parts:
             keys = plan.keys(part, setting.name, options.methods, options.seeds, known)
@@ -159,7 +158,7 @@ class Runner:
         self.longest = max(self.longest, time.monotonic() - began)
 
 
-def line(result: runs.Result) -> str:
+def line(result: Result) -> str:
     """A result in one line."""
     key = result.key
     label = f"{key.setting} {key.method} {key.rate:g} {key.strength:g}, seed {key.seed}"
@@ -176,12 +175,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         vars(options).update(QUICK)
     console = Console(width=max(Console().width, 110))
     if options.report:
-        stores = {store.path.stem: store.results for store in recorded(options.out)}
-        report.write(options.out, stores, console)
-        figures.write(options.out, stores)
+        results = recorded(options.out)
+        report.write(options.out, results, console)
+        figures.write(options.out, results)
         if options.out == RESULTS:
             for page in pages.PAGES:
-                page.write_text(pages.drawn(page.read_text(), ChainMap(*stores.values())))
+                page.write_text(pages.drawn(page.read_text(), results))
         return 0
     missing = False
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

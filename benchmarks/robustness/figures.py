@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,10 +23,9 @@ MEASURES = (
 )  # filled where the interval leaves out 0
 
 
-def write(out: Path, stores: Mapping[str, Results]) -> None:
+def write(out: Path, results: Results) -> None:
     """Draws what there are runs for."""
-    results = {key: run for each in stores.values() for key, run in each.items()}
-    for setting in stores:
+    for setting in report.settings(results):
         with suppress(plan.UndecidedError):
             if {"adam", "spd"} <= report.rows(setting, False, results).keys():
                 differences(setting, results).savefig(out / f"{setting}.png", dpi=150)

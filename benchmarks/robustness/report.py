@@ -282,14 +282,14 @@ def forgiving_table(setting: str, results: Results) -> list[list[str]]:
     return table
 
 
-def write(out: Path, stores: Mapping[str, Results], console: Console) -> None:
+def write(out: Path, results: Results, console: Console) -> None:
     """Writes the tables and a CSV file of every setting."""
-    everything = {key: run for results in stores.values() for key, run in results.items()}
-    for setting, results in stores.items():
-        count = f"No final run is among the {len(results)} recorded ones.\n"
-        text = tables(setting, everything) or count
+    for setting in settings(results):
+        recorded = [run for key, run in results.items() if key.setting == setting]
+        count = f"No final run is among the {len(recorded)} recorded ones.\n"
+        text = tables(setting, results) or count
         (out / f"{setting}.md").write_text(text)
-        write_csv(out / f"{setting}.csv", results.values())
+        write_csv(out / f"{setting}.csv", recorded)
         console.print(setting, style="bold")
         console.print(Markdown(text))
 
@@ -306,6 +306,12 @@ def tables(setting: str, results: Results) -> str:
     if plan.PLANS[setting].sign_seeds and len(table := sign_table(setting, results)) > 1:
         parts += ["Without the sign test:\n", markdown(table)]
     return "\n".join(parts)
+
+
+def settings(results: Results) -> list[str]:
+    """The settings that have runs, in the plan's order."""
+    found = {key.setting for key in results}
+    return [name for name in plan.PLANS if name in found]
 
 
 def write_csv(path: Path, results: Iterable[Result]) -> None:

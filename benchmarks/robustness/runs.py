@@ -187,24 +187,23 @@ def execute(setting: Setting, draw: Draw, key: Key, after: Sequence[str] = ()) -
     """Runs a method, and the methods in `after`, which start from its result."""
     began = time.perf_counter()
     params, state, step_seconds = draw.start, None, None
-    if METHODS[key.method].make is not None:
-        try:
+    try:
+        if METHODS[key.method].make is not None:
             params, state, step_seconds = fit(setting, draw, key)
-        except DivergedError:
-            for method in (key.method, *after):
-                yield Result(replace(key, method=method), diverged=True, made=provenance())
-            return
-    seconds = time.perf_counter() - began
-    fired = optax.tree.get(state, "spd_fired")
-    found = score(
-        setting,
-        draw,
-        key,
-        params,
-        seconds=seconds,
-        step_seconds=step_seconds,
-        fired=None if fired is None else float(np.mean(fired)) / setting.steps,
-    )
+    except DivergedError:
+        found = Result(key, diverged=True, made=provenance())
+    else:
+        seconds = time.perf_counter() - began
+        fired = optax.tree.get(state, "spd_fired")
+        found = score(
+            setting,
+            draw,
+            key,
+            params,
+            seconds=seconds,
+            step_seconds=step_seconds,
+            fired=None if fired is None else float(np.mean(fired)) / setting.steps,
+        )
     yield found
     if found.diverged:
         yield from (replace(found, key=replace(key, method=method)) for method in after)

@@ -227,7 +227,7 @@ def test_a_page_has_its_tables_drawn_anew(tiny_plan, monkeypatch, tmp_path):
     assert "| tiny | 3 x Adam's best | 25.0 | +0.0 ± 0.0 | **+5.0 ± 0.0** |  |" in text
     assert pages.drawn(text, results) == text
     assert "| SPD | 50.0 | 25.0 | +0.0 ± 0.0 | +0.0 ± 0.0 |" in pages.setting_table("tiny", results)
-    figures.write(tmp_path, {"tiny": results})
+    figures.write(tmp_path, results)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.png"]
     with pytest.raises(ValueError, match="no table is named 'leader'"):
         pages.drawn("<!-- evidence: leader -->\n<!-- end -->", results)
@@ -235,8 +235,7 @@ def test_a_page_has_its_tables_drawn_anew(tiny_plan, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.name)
 def test_pages_show_what_is_recorded(page):
-    stores = program.recorded(program.RESULTS)
-    results = {key: run for store in stores for key, run in store.results.items()}
+    results = program.recorded(program.RESULTS)
     assert page.read_text() == pages.drawn(page.read_text(), results), "run --report"
 
 

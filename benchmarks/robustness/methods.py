@@ -5,25 +5,31 @@ A method has one strength to tune, the argument that says how strongly it holds 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
+import jax
+import jax.numpy as jnp
 import optax
 
 import optax_spd
 from benchmarks.robustness import sign_test
-from benchmarks.robustness.setting import Draw, Params, Setting
+from benchmarks.robustness.setting import Batch, Draw, Params, Setting
+from examples.demo.training import apply_gradient
 
 Recipe = Callable[[Setting, optax.Schedule, float], optax.GradientTransformation]
 After = Callable[[Setting, Draw, Params, "Validate"], Params]
 Validate = Callable[[Params], float]  # accuracy on the validation set
 
-TPGM_EVERY = 8  # the radii learn on every 8th step, from one validation batch
+# The radii learn on every 8th step, from one validation batch; the others get none. (With `every=8`
+# XLA would compute their gradient inside a condition, where convolutions are slow on a CPU.)
+TPGM_EVERY = 8
 MOMENTUM = 0.9
 WEIGHT_DECAY = 1.0  # of AdamW with layer decay
 SPARSE_FRACTION = 0.05  # of each matrix's entries train
 TPGM_AFTER_BATCHES = 32
-TPGM_AFTER_OPTIMIZER = optax.adam(0.1)  # one object, so that compiled code is used again
+TPGM_AFTER_RATE = 0.1
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8)  # of the fine-tuned weights; validation chooses
 
 
@@ -72,9 +78,7 @@ def spd(_setting: Setting, rate: optax.Schedule, decay: float) -> optax.Gradient
 
 
 def tpgm(setting: Setting, rate: optax.Schedule, pace: float) -> optax.GradientTransformation:
-    return optax_spd.adam_tpgm(
-        rate, radius_optimizer=optax.adam(pace), every=TPGM_EVERY, layers=setting.layers
-    )
+    return optax_spd.adam_tpgm(rate, radius_optimizer=optax.adam(pace), layers=setting.layers)
 
 
 def ftp(setting: Setting, rate: optax.Schedule, pace: float) -> optax.GradientTransformation:
@@ -140,17 +144,27 @@ def lines(setting: Setting, draw: Draw, fitted: Params, validate: Validate) -> P
 
 
 def tpgm_after(setting: Setting, draw: Draw, fitted: Params, _validate: Validate) -> Params:
-    batches = draw.held_out(TPGM_AFTER_BATCHES)
-    fitted_radii = optax_spd.fit_radii(
-        fitted,
-        draw.start,
-        setting.loss,
-        batches,
-        radius_optimizer=TPGM_AFTER_OPTIMIZER,
-        layers=setting.layers,
-    )
-    made: Params = fitted_radii.params
+    """As `optax_spd.fit_radii`, but in a loop, since in its scan convolutions are slow on a CPU."""
+    tx = _radii(setting)
+    state = tx.init(draw.start)  # the anchor
+    still, made = optax.tree.zeros_like(fitted), fitted
+    for batch in one_by_one(draw.held_out(TPGM_AFTER_BATCHES)):
+        # Every step starts at the fitted weights; what it learns are the radii in the state.
+        params = jax.tree.map(jnp.array, fitted)
+        made, state = apply_gradient(tx, params, state, still, batch, setting.loss)
     return made
+
+
+@cache
+def _radii(setting: Setting) -> optax.GradientTransformation:
+    """One object a setting, so that compiled code is used again."""
+    return optax_spd.tpgm(optax.adam(TPGM_AFTER_RATE), layers=setting.layers)
+
+
+def one_by_one(batches: Batch) -> Iterator[Batch]:
+    """The batches of a stack, each with a leading axis of 1."""
+    for number in range(len(batches[-1])):
+        yield jax.tree.map(lambda array, at=number: array[at : at + 1], batches)
 
 
 # Every method has seven trials (`plan.py`): its four strengths at Adam's best learning rate, then

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
@@ -21,7 +22,7 @@ from scipy.special import softmax  # type: ignore[import-untyped]
 from sklearn.metrics import log_loss, roc_auc_score
 
 from benchmarks.reporting import environment
-from benchmarks.robustness.methods import METHODS, TPGM_EVERY
+from benchmarks.robustness.methods import METHODS, TPGM_EVERY, one_by_one
 from benchmarks.robustness.setting import Batch, Draw, Params, Setting
 from examples.demo.errors import DivergedError
 from examples.demo.training import apply_gradient, schedule
@@ -130,17 +131,18 @@ def fit(setting: Setting, draw: Draw, key: Key) -> tuple[Params, Any, float]:
     tx = optimizer(setting, key.method, key.rate, key.strength)
     params = jax.tree.map(jnp.array, draw.start)
     state = tx.init(params)
-    held_out = None
+    held_out: dict[int, Any] = {}  # by step
     if METHODS[key.method].validates:
-        held_out = draw.held_out(-(-setting.steps // TPGM_EVERY))
+        steps = range(0, setting.steps, TPGM_EVERY)
+        held_out = dict(zip(steps, one_by_one(draw.held_out(len(steps))), strict=True))
     times = [time.perf_counter()]
     for step, batch in enumerate(draw.batches):
         loss, grads = _loss_and_gradient(setting, params, batch)
-        at = step // TPGM_EVERY
-        one = held_out and jax.tree.map(lambda array, at=at: array[at : at + 1], held_out)
-        params, state = jax.block_until_ready(
-            apply_gradient(tx, params, state, grads, one, setting.loss)
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "update got no validation data")  # on purpose
+            params, state = jax.block_until_ready(
+                apply_gradient(tx, params, state, grads, held_out.get(step), setting.loss)
+            )
         times.append(time.perf_counter())
         if not jnp.isfinite(loss):
             raise DivergedError("the loss is not finite")

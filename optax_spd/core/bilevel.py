@@ -116,7 +116,7 @@ def learn_radii(
     radii: jax.Array,
     optimizer_state: PyTree,
 ) -> Learned:
-    """Takes one step of the radii's optimizer per validation batch, in one ``lax.scan``.
+    """Takes one step of the radii's optimizer per validation batch, in a ``lax.scan``.
 
     Args:
       constraint: the deviations that the radii bound.
@@ -152,7 +152,13 @@ def learn_radii(
         )
         return (new_radii, next_state), loss
 
-    (radii, optimizer_state), losses = jax.lax.scan(step, (radii, optimizer_state), batches)
+    start = radii, optimizer_state
+    if len(jax.tree.leaves(batches)[0]) == 1:
+        # XLA keeps a loop of one turn, and on CPUs convolutions inside loops are slow.
+        (radii, optimizer_state), loss = step(start, jax.tree.map(lambda array: array[0], batches))
+        losses = loss[None]
+    else:
+        (radii, optimizer_state), losses = jax.lax.scan(step, start, batches)
     return Learned(constraint.clipped(radii), optimizer_state, losses)
 
 

@@ -3,13 +3,24 @@
 import math
 from dataclasses import replace
 
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 import optax_spd
-from benchmarks.robustness import __main__ as program, figures, pages, plan, report, runs, sign_test
+from benchmarks.robustness import (
+    __main__ as program,
+    figures,
+    methods,
+    pages,
+    plan,
+    report,
+    runs,
+    sign_test,
+)
 from benchmarks.robustness.methods import METHODS
 from benchmarks.robustness.plan import Choice, Plan
 from benchmarks.robustness.runs import Key, Result, Store
@@ -96,6 +107,20 @@ def test_what_is_done_after_training_starts_from_adams_result(setting):
     adam, *after = runs.execute(setting, draw(0), key, DERIVED)
     assert [run.key for run in after] == [replace(key, method=name) for name in DERIVED]
     assert all(run.distance <= adam.distance * 1.001 for run in after)
+
+
+def test_radii_after_training_are_those_of_fit_radii(setting):
+    fitted = jax.tree.map(lambda a: a + 0.3 * np.arange(a.size).reshape(a.shape), draw(0).start)
+    made = methods.tpgm_after(setting, draw(0), fitted, None)
+    expected = optax_spd.fit_radii(
+        fitted,
+        draw(0).start,
+        loss,
+        draw(0).held_out(methods.TPGM_AFTER_BATCHES),
+        radius_optimizer=optax.adam(methods.TPGM_AFTER_RATE),
+    )
+    chex.assert_trees_all_close(made, expected.params, rtol=1e-6)
+    assert np.ptp(expected.losses) > 0.01
 
 
 def test_a_run_that_diverges_says_so_for_all_that_needs_it(setting):

@@ -27,17 +27,18 @@ ADAM = optax.adam(0.05)
 
 
 @pytest.mark.parametrize(
-    ("layers", "norm"),
+    ("layers", "norm", "steps"),
     [
-        ("per array", "l2"),
-        ("stacked", "mars"),
-        ("by module", "l2"),
-        ("by module", "mars"),
-        ("torch", "mars"),
+        ("per array", "l2", 5),
+        ("per array", "l2", 1),  # no loop
+        ("stacked", "mars", 5),
+        ("by module", "l2", 5),
+        ("by module", "mars", 5),
+        ("torch", "mars", 5),
     ],
 )
-def test_equals_the_learning_step_of_tpgm_and_numpy(layers: str, norm: str) -> None:
-    params, anchor, batches = arrays(0), arrays(1), arrays(2, 5)
+def test_equals_the_learning_step_of_tpgm_and_numpy(layers: str, norm: str, steps: int) -> None:
+    params, anchor, batches = arrays(0), arrays(1), arrays(2, steps)
     mask = {path: path != "dense/bias" for path in SHAPES}
     sgd = optax.sgd(0.02)
     options = {"norm": norm, "layers": LAYERS[layers], "mask": mask}

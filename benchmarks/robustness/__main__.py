@@ -48,10 +48,11 @@ LOAD: dict[str, Callable[..., Setting]] = {
 PARTS = ("tune", "final", "strengths", "sign")
 # What --quick runs: minutes instead of hours.
 QUICK = {
-    "setting": ["digits"],
+    "setting": ["digits", "sentiment"],
     "methods": ["probe", "adam", "l2-sp", "spd"],
     "parts": ["final"],
     "seeds": 1,
+    "budget_hours": 0.15,
     "out": Path("evidence_results"),
 }
 

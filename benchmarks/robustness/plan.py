@@ -111,6 +111,11 @@ def tuning(setting: str, methods: Sequence[str], results: Results) -> Iterator[K
             yield from _keys(setting, method, _stages(setting, method, results)[1])
 
 
+def _times(rate: float, factor: float) -> float:
+    """The product without its last bits, so that 3 x 1e-4 is 3e-4 and no run is made twice."""
+    return float(f"{factor * rate:.12g}")
+
+
 def _first_stage(setting: str, method: str, results: Results) -> list[Choice]:
     made, plan = METHODS[method], PLANS[setting]
     if plan.strengths is not None:
@@ -127,7 +132,7 @@ def _stages(setting: str, method: str, results: Results) -> tuple[list[Choice], 
         return first, []
     best = _best(setting, method, first, results)
     if METHODS[method].strength is None:
-        return first, [Choice(best.rate * factor) for factor in FINER]
+        return first, [Choice(_times(best.rate, factor)) for factor in FINER]
     return first, [Choice(rate, best.strength) for rate in plan.rates if rate != best.rate]
 
 
@@ -158,7 +163,7 @@ def aggressive(setting: str, method: str, results: Results) -> Choice:
     """The choice with 3 x Adam's best learning rate; for SGD 3 x its own."""
     made = choice(setting, method, results)
     leader = method if METHODS[method].rate != 1 else "adam"
-    return Choice(AGGRESSIVE * choice(setting, leader, results).rate, made.strength)
+    return Choice(_times(choice(setting, leader, results).rate, AGGRESSIVE), made.strength)
 
 
 def key_of(setting: str, method: str, seed: int, fast: bool, results: Results) -> Key:
@@ -188,7 +193,7 @@ def finals(setting: str, methods: Sequence[str], most: int, results: Results) ->
 def grid(setting: str, method: str, results: Results) -> list[Choice]:
     """Study (i): the grid around a method's strength and Adam's learning rate."""
     rate, made = choice(setting, "adam", results).rate, choice(setting, method, results)
-    return [Choice(r * rate, s * made.strength) for r in GRID_RATES for s in GRID_STRENGTHS]
+    return [Choice(_times(rate, r), s * made.strength) for r in GRID_RATES for s in GRID_STRENGTHS]
 
 
 def strengths(setting: str, results: Results) -> Iterator[Key]:

@@ -124,13 +124,19 @@ class Row:
         return f"{100 * float(np.mean(shares)):.0f} %" if shares else ""
 
 
-def gain(row: Row, found: Mapping[str, Row], other: str) -> str:
-    """The difference to another method on shifted data; empty if that has no result."""
+def gain(
+    row: Row,
+    found: Mapping[str, Row],
+    other: str,
+    measure: Measure = shifted,
+    digits: int = 1,
+) -> str:
+    """The difference to another method, on shifted data; empty if that has no result."""
     if row.diverged:
         return "diverged"
     if other not in found or row.method == other or found[other].diverged:
         return ""
-    return row.against(found[other], shifted).text(sign=True)
+    return row.against(found[other], measure).text(digits, sign=True)
 
 
 def row_of(method: str, keys: Iterable[Key], results: Results) -> Row | None:
@@ -178,19 +184,20 @@ def other_table(setting: str, fast: bool, results: Results) -> list[list[str]]:
     """One row a method: AUC, distance, what is kept of another task, and the time of a step."""
     found = rows(setting, fast, results)
     keeps = kept(found)
-    head = ["method", "AUC", "AUC shifted", "distance", "pulled back", "ms a step"]
-    table = [[*head, *(["kept"] if keeps else [])]]
+    head = ["method", "AUC", "AUC shifted", "against Adam", "distance", "pulled back", "ms a step"]
+    table = [[*head, *(["kept", "against Adam"] if keeps else [])]]
     for name, row in found.items():
         if row.diverged:
             continue
         cells = [METHODS[name].title]
         cells += [row.of(auc_in_distribution).text(3), row.of(auc_shifted).text(3)]
+        cells.append(gain(row, found, "adam", auc_shifted, 3))
         cells.append(row.of(relative_distance).text(3))
         cells.append(row.fired)
         times = [run.step_seconds for run in row.runs if run.step_seconds is not None]
         cells.append(f"{1000 * float(np.median(times)):.0f}" if times else "")
         if keeps:
-            cells.append(row.of(keeps).text())
+            cells += [row.of(keeps).text(), gain(row, found, "adam", keeps)]
         table.append(cells)
     return table
 

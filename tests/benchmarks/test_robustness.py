@@ -179,6 +179,7 @@ def test_tuning_chooses_the_rate_first_and_then_the_strength(tiny_plan):
     assert plan.aggressive("tiny", "spd", results) == Choice(3e-2, 0.5)
     own = plan.choice("tiny", "sgd", results).rate
     assert plan.aggressive("tiny", "sgd", results).rate == pytest.approx(3 * own)
+    assert {k.rate for k in trials["adam"]} == {1e-3, 5e-3, 7e-3, 1e-2, 1.5e-2}  # no 0.0069999...
     final = list(plan.keys("final", "tiny", METHODS, 2, results))
     assert len(final) == len(set(final)) == 2 * (6 + 5)
     assert not set(final) & set(results)  # tuning seeds are not reported

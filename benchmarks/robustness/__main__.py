@@ -52,7 +52,7 @@ QUICK = {
     "methods": ["probe", "adam", "l2-sp", "spd"],
     "parts": ["final"],
     "seeds": 1,
-    "budget_hours": 0.15,
+    "budget_hours": 0.14,
     "out": Path("evidence_results"),
 }
 

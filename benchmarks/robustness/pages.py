@@ -46,7 +46,7 @@ def leaders(results: Results) -> str:
     table = [["setting", "learning rate", "Adam", *(METHODS[name].title for name in LEADERS)]]
     seeds: dict[str, int] = {}
     for setting in MAIN:
-        for fast, rate in ((False, "each its best"), (True, "3 x Adam's best")):
+        for fast, rate in ((False, "tuned"), (True, "tripled")):
             found = report.rows(setting, fast, results)
             if "adam" not in found:
                 continue

@@ -249,8 +249,8 @@ def test_a_page_has_its_tables_drawn_anew(tiny_plan, monkeypatch, tmp_path):
     assert text.startswith("a\n<!-- evidence: leaders -->\n")
     assert text.endswith("\n<!-- end -->\nb\n")
     assert "stale" not in text
-    assert "| tiny | each its best | 25.0 | +0.0 ± 0.0 | +0.0 ± 0.0 |  |" in text
-    assert "| tiny | 3 x Adam's best | 25.0 | +0.0 ± 0.0 | **+5.0 ± 0.0** |  |" in text
+    assert "| tiny | tuned | 25.0 | +0.0 ± 0.0 | +0.0 ± 0.0 |  |" in text
+    assert "| tiny | tripled | 25.0 | +0.0 ± 0.0 | **+5.0 ± 0.0** |  |" in text
     assert pages.drawn(text, results) == text
     assert "| SPD | 50.0 | 25.0 | +0.0 ± 0.0 | +0.0 ± 0.0 |" in pages.setting_table("tiny", results)
     figures.write(tmp_path, results)

@@ -101,7 +101,7 @@ def jobs(keys: Iterable[Key], done: Container[Key]) -> dict[Key, list[str]]:
 
 def recorded(*folders: Path) -> dict[Key, Result]:
     """The results in some folders; of two with one key, the first."""
-    paths = [path for folder in folders for path in sorted(folder.glob("*.jsonl"))]
+    paths = [path for folder in dict.fromkeys(folders) for path in sorted(folder.glob("*.jsonl"))]
     return {key: run for path in reversed(paths) for key, run in Store(path).results.items()}
 
 

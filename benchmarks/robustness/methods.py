@@ -164,7 +164,7 @@ def _radii(setting: Setting) -> optax.GradientTransformation:
 def one_by_one(batches: Batch) -> Iterator[Batch]:
     """The batches of a stack, each with a leading axis of 1."""
     for number in range(len(batches[-1])):
-        yield jax.tree.map(lambda array, at=number: array[at : at + 1], batches)
+        yield tuple(array[number : number + 1] for array in batches)
 
 
 # Every method has seven trials (`plan.py`): its four strengths at Adam's best learning rate, then

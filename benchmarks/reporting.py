@@ -25,12 +25,19 @@ def environment() -> dict[str, Any]:
     return {
         "device": f"{device.platform} ({device.device_kind})",
         "cpu": models[0] if models else "unknown CPU",
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "load_average": os.getloadavg()[0],
         **{name: importlib.metadata.version(name) for name in PACKAGES[:-1]},
         "optax_spd": optax_spd.__version__,
         "huge_pages": huge_pages(os.environ.get("GLIBC_TUNABLES", "")),
     }
+
+
+def cores() -> int | None:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def huge_pages(tunables: str) -> bool:

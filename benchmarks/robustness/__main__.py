@@ -18,7 +18,14 @@ from pathlib import Path
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from benchmarks.robustness import (
     digits,
@@ -45,7 +52,7 @@ LOAD: dict[str, Callable[..., Setting]] = {
     "images": images.load,
     **{f"sentiment-{n}": partial(sentiment.load, examples=n) for n in (64, 256, 1024)},
 }
-PARTS = ("tune", "final", "strengths", "sign")
+PARTS = ("tune", "final", "strengths", "sign", "rates")
 # What --quick runs: minutes instead of hours.
 QUICK = {
     "setting": ["digits", "sentiment"],
@@ -127,11 +134,12 @@ class Runner:
         draw = lru_cache(maxsize=2)(setting.draw)  # tuning alternates between two seeds
         for part in options.parts:
             keys = plan.keys(part, setting.name, options.methods, options.seeds, known)
-            task = self.progress.add_task(f"{setting.name}, {part}", total=None)
+            total = plan.trials(setting.name, options.methods) if part == "tune" else None
+            task = self.progress.add_task(f"{setting.name}, {part}", total=total)
             # Tuning decides on the way which runs follow, so it is asked for one at a time.
             pending: Iterable[dict[Key, list[str]]]
             if part == "tune":
-                pending = (jobs([key], store.results) for key in keys)
+                pending = (jobs([key], store.results) or self.skip(task) for key in keys)
             else:
                 missing = jobs(keys, store.results)
                 self.progress.update(task, total=len(missing))
@@ -144,6 +152,11 @@ class Runner:
                     self.run(setting, made, store, key, after)
                     self.progress.advance(task)
             self.progress.remove_task(task)
+
+    def skip(self, task: TaskID) -> dict[Key, list[str]]:
+        """Nothing to do, since it is recorded."""
+        self.progress.advance(task)
+        return {}
 
     def run(
         self, setting: Setting, draw: Draw, store: Store, key: Key, after: Sequence[str]
@@ -184,11 +197,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 page.write_text(pages.drawn(page.read_text(), results))
         return 0
     missing = False
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    left = TimeRemainingColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), left)
     try:
         cache = cache_directory()
         jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))
-        with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+        # A run takes a minute or two: the speed is that of the last hour.
+        with Progress(*columns, console=console, speed_estimate_period=3600) as progress:
             runner = Runner(options, progress)
             for name in options.setting:
                 try:

@@ -29,7 +29,7 @@ def write(out: Path, results: Results) -> None:
         with suppress(plan.UndecidedError):
             if {"adam", "spd"} <= report.rows(setting, False, results).keys():
                 differences(setting, results).savefig(out / f"{setting}.png", dpi=150)
-            if plan.PLANS[setting].grid_seeds and report.grid_table(setting, "spd", results):
+            if len(report.forgiving_table(setting, results)) > len(plan.GRID):  # complete
                 grids(setting, results).savefig(out / f"{setting}_grid.png", dpi=150)
     plt.close("all")
 
@@ -89,7 +89,7 @@ def grids(setting: str, results: Results) -> Figure:
         for axis, (method, table) in zip(axes[line], tables.items(), strict=True):
             shape = (len(plan.GRID_RATES), len(plan.GRID_STRENGTHS))
             cells = np.full(shape, np.nan)
-            cells.flat[: len(table)] = [cell[line] for cell in table.values()]
+            cells.flat[:] = [cell[line] for cell in table.values()]
             image = axis.imshow(cells, cmap="cividis", vmin=low, vmax=high, aspect="auto")
             for (i, j), value in np.ndenumerate(cells):
                 dark = value < (low + high) / 2

@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks.robustness import plan, report
 from benchmarks.robustness.methods import METHODS
 from benchmarks.robustness.plan import Results
-from benchmarks.robustness.report import Measure, Row, gain, in_distribution, shifted
+from benchmarks.robustness.report import LEADERS, Measure, Row, gain, in_distribution, shifted
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "evidence.md")
@@ -21,7 +21,6 @@ PLACE = re.compile(r"(<!-- evidence: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 MAIN = ("digits", "sentiment", "spam", "images")
 LITTLE = {64: "sentiment-64", 256: "sentiment-256", 512: "sentiment", 1024: "sentiment-1024"}
-LEADERS = ("l2-sp", "spd", "ftp")  # the README's columns, besides Adam
 NONE = "*Not run yet.*\n"
 
 
@@ -46,7 +45,8 @@ def leaders(results: Results) -> str:
     table = [["setting", "learning rate", "Adam", *(METHODS[name].title for name in LEADERS)]]
     seeds: dict[str, int] = {}
     for setting in MAIN:
-        for fast, rate in ((False, "tuned"), (True, "tripled")):
+        tuned = "tuned" if plan.PLANS[setting].like is None else "not tuned"
+        for fast, rate in ((False, tuned), (True, "tripled")):
             found = report.rows(setting, fast, results)
             if "adam" not in found:
                 continue
@@ -105,14 +105,19 @@ def study(table: Callable[[str, Results], list[list[str]]], results: Results) ->
 
 
 def little_data(results: Results) -> str:
-    """Study (iii): accuracy on shifted data by the number of examples, and the gain over Adam."""
-    table = [["examples", "Adam", *(f"{METHODS[name].title} vs Adam" for name in LEADERS)]]
+    """Study (iii): accuracy on shifted data by the number of examples, and the gain over Adam.
+
+    All rows have the same seeds, as many as the setting with the fewest.
+    """
+    gains = (f"{METHODS[name].title} vs Adam" for name in LEADERS)
+    table = [["examples", "training sets", "Adam", *gains]]
+    most = min(plan.PLANS[setting].seeds for setting in LITTLE.values())
     for count, setting in LITTLE.items():
-        found = report.rows(setting, False, results)
+        found = report.rows(setting, False, results, most)
         if "adam" in found and not found["adam"].diverged:
-            adam = f"{found['adam'].of(shifted).mean:.1f}"
+            adam = [str(len(found["adam"].runs)), f"{found['adam'].of(shifted).mean:.1f}"]
             gains = (gain(found[name], found, "adam") if name in found else "" for name in LEADERS)
-            table.append([str(count), adam, *gains])
+            table.append([str(count), *adam, *gains])
     return report.markdown(table) if len(table) > 2 else NONE
 
 
@@ -121,5 +126,6 @@ TABLES: Mapping[str, Callable[[Results], str]] = {
     **{setting: partial(setting_table, setting) for setting in MAIN},
     "strengths": partial(study, report.forgiving_table),
     "sign test": partial(study, report.sign_table),
+    "rates": partial(study, report.rates_table),
     "little data": little_data,
 }

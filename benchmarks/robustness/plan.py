@@ -1,4 +1,4 @@
-"""Which runs are made: tuning, the final seeds in two regimes, and three studies."""
+"""Which runs are made: tuning, the final seeds in two regimes, and four studies."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ class Plan:
       aggressive: the methods that are also run with the aggressive learning rate.
       grid_seeds: how many seeds the study of strengths has here.
       sign_seeds: how many seeds the study of the sign test has here.
+      rate_seeds: how many seeds the study of Adam's learning rate has here.
     """
 
     seeds: int
@@ -48,6 +49,7 @@ class Plan:
     aggressive: Sequence[str] = ()
     grid_seeds: int = 0
     sign_seeds: int = 0
+    rate_seeds: int = 0
 
 
 EVERY = tuple(name for name in METHODS if not name.startswith("spd-"))
@@ -79,8 +81,8 @@ MINILM = {
 }
 FIVE = ("adam", "adamw", "l2-sp", "spd", "ftp")
 PLANS = {
-    "digits": Plan(10, DIGITS, methods=EVERY, aggressive=EVERY, grid_seeds=3, sign_seeds=10),
-    "sentiment": Plan(5, TEXTS, MINILM, None, EVERY, EVERY, grid_seeds=2, sign_seeds=3),
+    "digits": Plan(10, DIGITS, None, None, EVERY, EVERY, 3, 10, 10),
+    "sentiment": Plan(5, TEXTS, MINILM, None, EVERY, EVERY, 2, 3, 5),
     "spam": Plan(5, like="sentiment", methods=EVERY, aggressive=FIVE),
     **{f"sentiment-{n}": Plan(3, like="sentiment", methods=FEW) for n in (64, 256, 1024)},
     "images": Plan(3, IMAGES, methods=SIX, aggressive=SIX),
@@ -109,6 +111,18 @@ def tuning(setting: str, methods: Sequence[str], results: Results) -> Iterator[K
         if METHODS[method].make is not None and method in methods:
             yield from _keys(setting, method, _first_stage(setting, method, results))
             yield from _keys(setting, method, _stages(setting, method, results)[1])
+
+
+def trials(setting: str, methods: Sequence[str]) -> int:
+    """The number of tuning runs."""
+    plan, count = PLANS[setting], 0
+    for name in () if plan.like else plan.methods:
+        if METHODS[name].make is not None and name in methods:
+            count += len(plan.rates)
+            if plan.strengths is None:
+                strengths = METHODS[name].strengths
+                count += len(FINER) if METHODS[name].strength is None else len(strengths) - 1
+    return count * len(TUNING_SEEDS)
 
 
 def _times(rate: float, factor: float) -> float:
@@ -220,6 +234,19 @@ def sign_key(
     return key if strength is None else replace(key, strength=strength)
 
 
+def adams_rates(setting: str, results: Results) -> list[float]:
+    """Study (iv): the common learning rates, and those of Adam's final runs."""
+    finals = (choice(setting, "adam", results), aggressive(setting, "adam", results))
+    return sorted({*PLANS[setting].rates, *(made.rate for made in finals)})
+
+
+def rates(setting: str, results: Results) -> Iterator[Key]:
+    """The runs of study (iv): Adam at each of its learning rates."""
+    for seed in seeds(PLANS[setting].rate_seeds):
+        for rate in adams_rates(setting, results):
+            yield Key(setting, "adam", seed, rate)
+
+
 def keys(
     part: str, setting: str, methods: Sequence[str], most: int, results: Results
 ) -> Iterator[Key]:
@@ -229,5 +256,6 @@ def keys(
         "final": lambda: finals(setting, methods, most, results),
         "strengths": lambda: strengths(setting, results),
         "sign": lambda: sign_test(setting, results),
+        "rates": lambda: rates(setting, results),
     }[part]()
     return (key for key in made if key.method in methods)

@@ -30,7 +30,10 @@ from examples.demo.training import apply_gradient, schedule
 
 @dataclass(frozen=True)
 class Key:
-    """What identifies a run. Two runs with one key give the same result."""
+    """What identifies a run.
+
+    It gives the same result again on the same machine with as many threads.
+    """
 
     setting: str
     method: str

@@ -144,7 +144,7 @@ def test_a_store_grows_by_lines_and_drops_a_torn_one(tmp_path):
 @pytest.fixture
 def tiny_plan(monkeypatch):
     methods = ("probe", "adam", "l2-sp", "spd", "sgd", "wise-ft")
-    made = Plan(3, (1e-3, 1e-2), methods=methods, aggressive=methods, grid_seeds=1, sign_seeds=2)
+    made = Plan(3, (1e-3, 1e-2), None, None, methods, methods, 1, 2, 2)
     monkeypatch.setitem(plan.PLANS, "tiny", made)
     return made
 
@@ -171,6 +171,8 @@ def test_tuning_chooses_the_rate_first_and_then_the_strength(tiny_plan):
 
     for key in plan.keys("tune", "tiny", METHODS, 9, results):  # decided while results grow
         record(results, [key], quality)
+    assert plan.trials("tiny", METHODS) == len(results)
+    assert plan.trials("tiny", ["sgd"]) == 10
     trials = {name: {k for k in results if k.method == name} for name in tiny_plan.methods}
     assert [len(trials[name]) for name in ("adam", "sgd", "l2-sp", "spd")] == [10, 10, 10, 10]
     assert {k.rate for k in trials["spd"] if k.strength != 0.5} == {1e-2}  # at Adam's best rate
@@ -191,6 +193,8 @@ def test_a_setting_may_take_over_anothers_choices(tiny_plan, monkeypatch):
     results = {}
     for key in plan.keys("tune", "base", METHODS, 9, results):
         record(results, [key], lambda key: key.rate)
+    assert plan.trials("base", METHODS) == len(results)
+    assert plan.trials("tiny", METHODS) == 0
     assert {key.strength for key in results if key.method == "spd"} == {7.0}  # not tuned again
     assert list(plan.keys("tune", "tiny", METHODS, 9, results)) == []
     assert plan.choice("tiny", "spd", results) == Choice(1e-2, 7.0)
@@ -230,10 +234,72 @@ def test_the_tables_hold_the_paired_differences(tiny_plan, monkeypatch):
     head, *table = report.accuracy_table("tiny", False, results)
     spd = next(dict(zip(head, row, strict=True)) for row in table if row[0] == "SPD")
     assert spd["own"] == "70.0 ± 24.8"
-    assert spd["against Adam"] == "**+5.0 ± 0.0**"
-    assert spd["against L2-SP"] == "**+2.5 ± 0.0**"
+    assert spd["own against Adam"] == "**+10.0 ± 0.0**"
+    assert spd["shifted against Adam"] == "**+5.0 ± 0.0**"
+    assert spd["shifted against L2-SP"] == "**+2.5 ± 0.0**"
     text = report.tables("tiny", results)
     assert text.count("| SPD |") == 6  # four tables, and the sign test at two rates
+
+
+def test_adam_at_other_rates_is_compared_with_the_tuned_methods(tiny_plan):
+    results = {}
+    for part in ("tune", "final", "rates"):
+        for key in plan.keys(part, "tiny", METHODS, 9, results):
+            record(results, [key], lambda key: 0.6 - 2 * key.rate + key.strength / 100)
+    head, *table = report.rates_table("tiny", results)
+    by_rate = {row[0]: dict(zip(head, row, strict=True)) for row in table}
+    assert list(by_rate) == ["0.0005 (tuned)", "0.001", "0.0015", "0.01"]
+    # L2-SP's choice is 30 at 0.001: 0.898 in distribution, half of that shifted.
+    assert by_rate["0.01"]["shifted"] == "29.0 ± 0.0"
+    assert by_rate["0.01"]["tuned L2-SP against it"] == "**+15.9 ± 0.0**"
+    assert by_rate["0.01"]["seeds"] == "2"
+    assert by_rate["0.0005 (tuned)"]["seeds"] == "2"  # of three
+    assert by_rate["0.01"]["tuned FTP against it"] == ""  # not run
+
+
+def test_a_grid_is_drawn_when_it_is_complete(tiny_plan, monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "choice", lambda *_: Choice(1e-2, 1.0))
+    results = {}
+    for key in plan.keys("strengths", "tiny", METHODS, 9, results):
+        record(results, [key], lambda key: 0.5)
+    last = results.popitem()
+    figures.write(tmp_path, results)
+    assert list(tmp_path.iterdir()) == []
+    results.update([last])
+    figures.write(tmp_path, results)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny_grid.png"]
+    assert [row[0] for row in report.forgiving_table("tiny", results)[1:]] == [
+        "AdamW",
+        "L2-SP",
+        "SPD",
+        "FTP",
+    ]
+
+
+def test_little_data_compares_the_same_training_sets(tiny_plan, monkeypatch):
+    few = replace(tiny_plan, seeds=2, like="tiny")
+    monkeypatch.setitem(plan.PLANS, "few", few)
+    monkeypatch.setattr(pages, "LITTLE", {64: "few", 512: "tiny"})
+    results = {}
+    for setting in ("tiny", "few"):
+        for part in ("tune", "final"):
+            for key in plan.keys(part, setting, METHODS, 9, results):
+                record(results, [key], lambda key: 0.5 + (key.seed - plan.FIRST_SEED) / 10)
+    table = pages.little_data(results)
+    assert "| 64 | 2 | 27.5 |" in table
+    assert "| 512 | 2 | 27.5 |" in table  # the third seed is left out
+
+
+def test_a_setting_that_takes_over_its_choices_is_not_called_tuned(tiny_plan, monkeypatch):
+    monkeypatch.setitem(plan.PLANS, "other", replace(tiny_plan, like="tiny"))
+    monkeypatch.setattr(pages, "MAIN", ("tiny", "other"))
+    results = {}
+    for setting in ("tiny", "other"):
+        for part in ("tune", "final"):
+            for key in plan.keys(part, setting, METHODS, 9, results):
+                record(results, [key], lambda key: 0.5)
+    labels = [line.split(" | ")[1] for line in pages.leaders(results).splitlines()[4:]]
+    assert labels == ["tuned", "tripled", "not tuned", "tripled"]
 
 
 def test_a_page_has_its_tables_drawn_anew(tiny_plan, monkeypatch, tmp_path):
@@ -263,6 +329,18 @@ def test_a_page_has_its_tables_drawn_anew(tiny_plan, monkeypatch, tmp_path):
 def test_pages_show_what_is_recorded(page):
     results = program.recorded(program.RESULTS)
     assert page.read_text() == pages.drawn(page.read_text(), results), "run --report"
+
+
+def test_every_table_has_its_place():
+    readme, evidence = (pages.PLACE.findall(page.read_text()) for page in pages.PAGES)
+    assert [name for _, name, _ in readme] == ["leaders"]
+    assert {name for _, name, _ in evidence} == set(pages.TABLES)
+
+
+@pytest.mark.parametrize("name", report.settings(program.recorded(program.RESULTS)))
+def test_the_tables_beside_the_runs_are_theirs(name):
+    text = (program.RESULTS / f"{name}.md").read_text()
+    assert text == report.tables(name, program.recorded(program.RESULTS)), "run --report"
 
 
 def test_a_grid_counts_what_is_within_a_point_of_its_best():

@@ -240,6 +240,12 @@ def adams_rates(setting: str, results: Results) -> list[float]:
     return sorted({*PLANS[setting].rates, *(made.rate for made in finals)})
 
 
+def slower(setting: str, results: Results) -> float:
+    """The next common learning rate below Adam's best; 0 if there is none."""
+    best = choice(setting, "adam", results).rate
+    return max((rate for rate in PLANS[setting].rates if rate < best), default=0.0)
+
+
 def rates(setting: str, results: Results) -> Iterator[Key]:
     """The runs of study (iv): Adam at each of its learning rates."""
     for seed in seeds(PLANS[setting].rate_seeds):

@@ -298,6 +298,12 @@ def forgiving_table(setting: str, results: Results) -> list[list[str]]:
     return table
 
 
+def adam_at(setting: str, rate: float, results: Results) -> Row | None:
+    """The row of Adam at a learning rate of study (iv)."""
+    seeds = plan.seeds(plan.PLANS[setting].rate_seeds)
+    return row_of("adam", (Key(setting, "adam", seed, rate) for seed in seeds), results)
+
+
 def rates_table(setting: str, results: Results) -> list[list[str]]:
     """Study (iv): Adam at each of its learning rates, and what the tuned methods have beyond it."""
     beyond = [f"tuned {METHODS[name].title} against it" for name in LEADERS]
@@ -308,8 +314,7 @@ def rates_table(setting: str, results: Results) -> list[list[str]]:
         return table
     tuned = rows(setting, False, results)
     for rate in rates:
-        seeds = plan.seeds(plan.PLANS[setting].rate_seeds)
-        row = row_of("adam", (Key(setting, "adam", seed, rate) for seed in seeds), results)
+        row = adam_at(setting, rate, results)
         if row is None or row.diverged:
             continue
         mark = " (tuned)" if rate == plan.choice(setting, "adam", results).rate else ""

@@ -53,13 +53,6 @@ BUSY = 1.0
 REPOSITORY = pathlib.Path(__file__).parents[1]
 
 
-def available_threads() -> int:
-    """The number of processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def run_child(name: str, folder: pathlib.Path, threads: int, *arguments: str) -> dict[str, Any]:
     """Runs ``benchmarks.one_optimizer`` in a new process; the result that it prints."""
     command = [sys.executable, "-m", "benchmarks.one_optimizer", name, str(folder)]
@@ -245,9 +238,9 @@ def table(result: dict[str, Any]) -> str:
 # argparse shows this function's name: "invalid threads value".
 def threads(text: str) -> int:
     value = reporting.count(text)
-    if value > available_threads():
-        raise argparse.ArgumentTypeError(f"there are {available_threads()}, got {text}")
-    if value < available_threads() and not hasattr(os, "sched_setaffinity"):
+    if value > reporting.cores():
+        raise argparse.ArgumentTypeError(f"there are {reporting.cores()}, got {text}")
+    if value < reporting.cores() and not hasattr(os, "sched_setaffinity"):
         raise argparse.ArgumentTypeError("JAX takes all threads on this system; leave this out")
     return value
 
@@ -262,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--rounds", type=reporting.count, default=5, help="processes of each optimizer")
     add("--steps", type=reporting.count, default=10, help="timed steps in each process")
     add("--warm-up", type=reporting.count, default=2, help="steps before them")
-    add("--threads", type=threads, default=available_threads(), help="of either framework")
+    add("--threads", type=threads, default=reporting.cores(), help="of either framework")
     reporting.run(parser, argv, compare, table)
 
 

@@ -33,11 +33,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def cores() -> int | None:
-    """How many cores this process may use."""
+def cores() -> int:
+    """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
-    return os.cpu_count()
+    return os.cpu_count() or 1
 
 
 def huge_pages(tunables: str) -> bool:

@@ -18,14 +18,7 @@ from pathlib import Path
 
 import jax
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks.robustness import (
     digits,
@@ -139,12 +132,14 @@ class Runner:
             # Tuning decides on the way which runs follow, so it is asked for one at a time.
             pending: Iterable[dict[Key, list[str]]]
             if part == "tune":
-                pending = (jobs([key], store.results) or self.skip(task) for key in keys)
+                pending = (jobs([key], store.results) for key in keys)
             else:
                 missing = jobs(keys, store.results)
                 self.progress.update(task, total=len(missing))
                 pending = [missing]
             for some in pending:
+                if not some:  # recorded before
+                    self.progress.advance(task)
                 for key, after in some.items():
                     made = draw(key.seed)
                     if part == "tune":
@@ -152,11 +147,6 @@ class Runner:
                     self.run(setting, made, store, key, after)
                     self.progress.advance(task)
             self.progress.remove_task(task)
-
-    def skip(self, task: TaskID) -> dict[Key, list[str]]:
-        """Nothing to do, since it is recorded."""
-        self.progress.advance(task)
-        return {}
 
     def run(
         self, setting: Setting, draw: Draw, store: Store, key: Key, after: Sequence[str]
@@ -197,8 +187,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 page.write_text(pages.drawn(page.read_text(), results))
         return 0
     missing = False
-    left = TimeRemainingColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), left)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     try:
         cache = cache_directory()
         jax.config.update("jax_compilation_cache_dir", str(cache / "xla"))

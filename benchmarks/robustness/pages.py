@@ -61,9 +61,7 @@ def leaders(results: Results) -> str:
             if adam := found.get("adam"):
                 cells = [setting, f"{label}: {adam.choice.rate:g}"]
                 cells.append("diverged" if adam.diverged else f"{adam.of(shifted).mean:.1f}")
-                for name in LEADERS:
-                    cells.append(gain(found[name], found, "adam") if name in found else "")
-                table.append(cells)
+                table.append([*cells, *report.leaders_gains(found)])
     if not seeds:
         return NONE
     counts = ", ".join(f"{name} {count}" for name, count in seeds.items())
@@ -125,8 +123,7 @@ def little_data(results: Results) -> str:
         found = report.rows(setting, False, results, most)
         if "adam" in found and not found["adam"].diverged:
             adam = [str(len(found["adam"].runs)), f"{found['adam'].of(shifted).mean:.1f}"]
-            gains = (gain(found[name], found, "adam") if name in found else "" for name in LEADERS)
-            table.append([str(count), *adam, *gains])
+            table.append([str(count), *adam, *report.leaders_gains(found)])
     return report.markdown(table) if len(table) > 2 else NONE
 
 

@@ -81,8 +81,25 @@ MINILM = {
 }
 FIVE = ("adam", "adamw", "l2-sp", "spd", "ftp")
 PLANS = {
-    "digits": Plan(10, DIGITS, None, None, EVERY, EVERY, 3, 10, 10),
-    "sentiment": Plan(5, TEXTS, MINILM, None, EVERY, EVERY, 2, 3, 5),
+    "digits": Plan(
+        10,
+        DIGITS,
+        methods=EVERY,
+        aggressive=EVERY,
+        grid_seeds=3,
+        sign_seeds=10,
+        rate_seeds=10,
+    ),
+    "sentiment": Plan(
+        5,
+        TEXTS,
+        MINILM,
+        methods=EVERY,
+        aggressive=EVERY,
+        grid_seeds=2,
+        sign_seeds=3,
+        rate_seeds=5,
+    ),
     "spam": Plan(5, like="sentiment", methods=EVERY, aggressive=FIVE),
     **{f"sentiment-{n}": Plan(3, like="sentiment", methods=FEW) for n in (64, 256, 1024)},
     "images": Plan(3, IMAGES, methods=SIX, aggressive=SIX),

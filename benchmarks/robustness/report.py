@@ -140,6 +140,11 @@ def gain(
     return row.against(found[other], measure).text(digits, sign=True)
 
 
+def leaders_gains(found: Mapping[str, Row]) -> list[str]:
+    """The differences of `LEADERS` to Adam on shifted data; empty for those without runs."""
+    return [gain(found[name], found, "adam") if name in found else "" for name in LEADERS]
+
+
 def row_of(method: str, keys: Iterable[Key], results: Results) -> Row | None:
     """The row of some runs; None if none is recorded, or the method is not tuned."""
     try:
@@ -310,6 +315,7 @@ def rates_table(setting: str, results: Results) -> list[list[str]]:
     table = [["Adam's learning rate", "seeds", "in distribution", "shifted", *beyond]]
     try:
         rates = plan.adams_rates(setting, results)
+        best = plan.choice(setting, "adam", results).rate
     except plan.UndecidedError:
         return table
     tuned = rows(setting, False, results)
@@ -317,12 +323,10 @@ def rates_table(setting: str, results: Results) -> list[list[str]]:
         row = adam_at(setting, rate, results)
         if row is None or row.diverged:
             continue
-        mark = " (tuned)" if rate == plan.choice(setting, "adam", results).rate else ""
+        mark = " (tuned)" if rate == best else ""
         cells = [f"{rate:g}{mark}", str(len(row.runs))]
         cells += [row.of(measure).text() for measure in (in_distribution, shifted)]
-        for name in LEADERS:
-            cells.append(gain(tuned[name], {"adam": row}, "adam") if name in tuned else "")
-        table.append(cells)
+        table.append([*cells, *leaders_gains({**tuned, "adam": row})])
     return table
 
 

@@ -144,7 +144,15 @@ def test_a_store_grows_by_lines_and_drops_a_torn_one(tmp_path):
 @pytest.fixture
 def tiny_plan(monkeypatch):
     methods = ("probe", "adam", "l2-sp", "spd", "sgd", "wise-ft")
-    made = Plan(3, (1e-3, 1e-2), None, None, methods, methods, 1, 2, 2)
+    made = Plan(
+        3,
+        (1e-3, 1e-2),
+        methods=methods,
+        aggressive=methods,
+        grid_seeds=1,
+        sign_seeds=2,
+        rate_seeds=2,
+    )
     monkeypatch.setitem(plan.PLANS, "tiny", made)
     return made
 

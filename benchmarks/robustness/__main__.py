@@ -126,6 +126,8 @@ class Runner:
         known = ChainMap(store.results, recorded(options.out, RESULTS))
         draw = lru_cache(maxsize=2)(setting.draw)  # tuning alternates between two seeds
         for part in options.parts:
+            # What the other task keeps is reported of final runs; none of the grid's is one.
+            used = replace(setting, retained=None) if part == "strengths" else setting
             keys = plan.keys(part, setting.name, options.methods, options.seeds, known)
             total = plan.trials(setting.name, options.methods) if part == "tune" else None
             task = self.progress.add_task(f"{setting.name}, {part}", total=total)
@@ -144,7 +146,7 @@ class Runner:
                     made = draw(key.seed)
                     if part == "tune":
                         made = replace(made, tests={})  # only validation decides
-                    self.run(setting, made, store, key, after)
+                    self.run(used, made, store, key, after)
                     self.progress.advance(task)
             self.progress.remove_task(task)
 

@@ -227,10 +227,10 @@ def grid(setting: str, method: str, results: Results) -> list[Choice]:
     return [Choice(_times(rate, r), s * made.strength) for r in GRID_RATES for s in GRID_STRENGTHS]
 
 
-def strengths(setting: str, results: Results) -> Iterator[Key]:
+def strengths(setting: str, methods: Sequence[str], results: Results) -> Iterator[Key]:
     """The runs of study (i)."""
     for seed in seeds(PLANS[setting].grid_seeds):
-        for method in GRID:
+        for method in (name for name in GRID if name in methods):
             for made in grid(setting, method, results):
                 yield Key(setting, method, seed, made.rate, made.strength)
 
@@ -277,7 +277,7 @@ def keys(
     made = {
         "tune": lambda: tuning(setting, methods, results),
         "final": lambda: finals(setting, methods, most, results),
-        "strengths": lambda: strengths(setting, results),
+        "strengths": lambda: strengths(setting, methods, results),
         "sign": lambda: sign_test(setting, results),
         "rates": lambda: rates(setting, results),
     }[part]()

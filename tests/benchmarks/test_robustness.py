@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 
 import optax_spd
 from benchmarks.robustness import (
@@ -217,6 +219,35 @@ def test_jobs_join_what_needs_one_training():
     adam, wise, spd = (Key("tiny", name, 0, 0.1) for name in ("adam", "wise-ft", "spd"))
     assert program.jobs([adam, spd, wise], {spd}) == {adam: ["wise-ft"]}
     assert program.jobs([adam, spd, wise], {adam, spd}) == {adam: ["wise-ft"]}
+
+
+def test_the_program_makes_what_is_missing(setting, monkeypatch, tmp_path):
+    some = ("adam", "spd", "wise-ft")
+    made = Plan(1, (1e-2,), {"spd": 1.0}, methods=some, aggressive=some, grid_seeds=1)
+    monkeypatch.setitem(plan.PLANS, "tiny", made)
+    monkeypatch.setattr(plan, "GRID_RATES", (1.0,))
+    monkeypatch.setattr(plan, "GRID_STRENGTHS", (0.1, 10.0))
+
+    def run(hours):
+        options = ["--methods", "adam,spd,wise-ft", "--budget-hours", hours, "--out", str(tmp_path)]
+        with Progress(console=Console(quiet=True)) as progress:
+            program.Runner(program.parser().parse_args(options), progress).setting(setting)
+        return Store(tmp_path / "tiny.jsonl").results
+
+    results = run("1")
+    tuning, final, grid = (
+        set(plan.keys(part, "tiny", some, 1, results)) for part in ("tune", "final", "strengths")
+    )
+    assert [len(keys) for keys in (tuning, final, grid)] == [4, 6, 2]
+    assert results.keys() == tuning | final | grid
+    # Only final runs are asked what they keep of another task.
+    assert {key for key, run in results.items() if run.retained is not None} == final
+    assert run("0") == results  # all are recorded
+    recorded = (tmp_path / "tiny.jsonl").read_text()
+    (tmp_path / "tiny.jsonl").write_text(recorded[:-20])  # killed while it wrote the last one
+    with pytest.raises(program.OutOfTimeError):
+        run("0")
+    assert run("1").keys() == results.keys()
 
 
 def test_intervals_are_those_of_students_t():

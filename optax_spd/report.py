@@ -128,8 +128,8 @@ def layer_report(
       params: the parameters θ.
       anchor: the pretrained parameters θ₀, a tree matched by path, or "zero"; None for the first
         anchor that ``state`` holds.
-      state: the optimizer's state, however nested. Its numbers per layer are shown if they were
-        made for the layers of ``params`` under ``layers`` and ``mask``.
+      state: the optimizer's state, however nested. Of its numbers per layer those are shown that
+        were made for the layers of ``params`` under ``layers`` and ``mask``.
       layers: what a layer is; the stage's ``layers=``.
       mask: True where the method applies; the stage's ``mask=``.
 
@@ -140,7 +140,7 @@ def layer_report(
     Raises:
       TypeError: a complex parameter.
       ValueError: neither ``anchor`` nor ``state`` has an anchor, or it was dropped; trees or shapes
-        that do not match.
+        that do not match; all numbers per layer in ``state`` were made for other layers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -172,14 +172,25 @@ def layer_report(
     thetas = [x for x, entry in zip(flat.leaves, plan.arrays, strict=True) if entry is not None]
     thetas_0 = [x for x, entry in zip(origins, plan.arrays, strict=True) if entry is not None]
     vectors = {} if state is None else _state_vectors(state, plan)
+    made_for = [
+        (node.layer_fingerprint, in_front) for node, in_front in fingerprints.fingerprinted(state)
+    ]
     # Everything at once: one transfer.
-    (anchor_norms, deviations), held = jax.device_get((_norms(plan, thetas, thetas_0), vectors))
+    (anchor_norms, deviations), held, made_for = jax.device_get(
+        (_norms(plan, thetas, thetas_0), vectors, made_for)
+    )
     known = fingerprints.expected(plan)
-    columns = {
-        key: values
-        for key, (values, found, in_front) in held.items()
-        if np.all(found == known[bool(in_front)])
-    }
+
+    def is_of_these(fingerprint: np.ndarray, in_front: bool) -> bool:
+        return bool(np.all(fingerprint == known[bool(in_front)]))
+
+    if made_for and not any(is_of_these(*made) for made in made_for):
+        raise ValueError(
+            "The numbers per layer in the state were all made for other layers than params has "
+            "under the given layers= and mask=. Give the stage's layers= and mask=, or anchor= "
+            "without state=."
+        )
+    columns = {key: values for key, (values, *made) in held.items() if is_of_these(*made)}
     rows = tuple(
         LayerRow(
             name,

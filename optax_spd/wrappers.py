@@ -135,7 +135,7 @@ def with_anchor(
       >>> updates, state = tx.update({"kernel": jnp.ones((2, 2))}, state, params)
     """
     policy.check_anchor(anchor, anchor_dtype, policies=("initial",))
-    inner = optax.with_extra_args_support(inner)
+    inner = optax.with_extra_args_support(as_transformation("with_anchor", inner))
 
     def init(params: PyTree) -> WithAnchorState:
         held = policy.init_anchor(anchor, params, anchor_dtype=anchor_dtype)
@@ -154,11 +154,18 @@ def with_anchor(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _multi_steps(stage: Any) -> optax.MultiSteps | None:
+    """The ``optax.MultiSteps`` of a stage that is one, or its ``gradient_transformation``."""
+    owner = getattr(getattr(stage, "update", None), "__self__", None)
+    return next((x for x in (stage, owner) if isinstance(x, optax.MultiSteps)), None)
+
+
 def _check_stage(stage: Any, where: str) -> None:
-    if isinstance(stage, optax.MultiSteps):
+    if _multi_steps(stage):
         raise ValueError(
             f"{where} around optax.MultiSteps would pass on the micro-step's gradient, if any. "
-            "Put it inside: optax.MultiSteps(optax_spd.chain(...), k)."
+            "Put it inside: optax.MultiSteps(optax_spd.chain(...), k). Stages that need no "
+            "gradient, such as tpgm, may stand behind it in optax.chain."
         )
     if not (hasattr(stage, "init") and hasattr(stage, "update")):
         raise TypeError(
@@ -186,13 +193,24 @@ def require_gradient(extra_args: dict[str, Any], stage: str) -> PyTree:
 
 
 def as_transformation(name: str, inner: Any) -> optax.GradientTransformation:
-    """The transformation that a wrapper was given; of ``optax.MultiSteps`` its transformation.
+    """The transformation that a wrapper was given; of ``optax.MultiSteps`` one that passes on.
+
+    ``MultiSteps.gradient_transformation`` passes no extra arguments on. This one passes all but
+    ``grad``: that is the micro-step's, and the stages inside need the accumulated one.
 
     Raises:
       TypeError: it is none; names the wrapper.
     """
-    if isinstance(inner, optax.MultiSteps):
-        return inner.gradient_transformation()
+    if accumulator := _multi_steps(inner):
+
+        def update(
+            updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+        ) -> tuple[PyTree, Any]:
+            extra_args.pop("grad", None)
+            updates, state = accumulator.update(updates, state, params, **extra_args)
+            return updates, state
+
+        return optax.GradientTransformationExtraArgs(accumulator.init, update)
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
         raise TypeError(
             f"{name} takes a gradient transformation, got {inner!r}. A factory must be called: "

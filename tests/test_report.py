@@ -123,9 +123,11 @@ def test_the_state_gives_anchor_and_columns(monkeypatch: pytest.MonkeyPatch) -> 
     for field in fields:
         found = [row.state[field] for row in report.rows]
         np.testing.assert_array_equal(found, optax.tree.get(state, field))
-    # Columns are left out where they are for other layers.
-    other = optax_spd.layer_report(params, state=state)
-    assert [dict(row.state) for row in other.rows] == [{}] * 4
+    # Where only some are for these layers, they are shown.
+    both = optax.chain(tx, optax_spd.ftp()).init(anchor)
+    assert set(optax_spd.layer_report(params, state=both).rows[0].state) == {"ftp_radii"}
+    with pytest.raises(ValueError, match=r"made for other layers.* stage's layers= and mask="):
+        optax_spd.layer_report(params, state=state)
     # Two stages of a kind have a column each.
     twice = optax.chain(optax_spd.spd(), optax_spd.spd()).init(anchor)
     assert "spd_ratio 2" in optax_spd.layer_report(params, state=twice).rows[0].state

@@ -16,6 +16,13 @@ PARAMS = {"a": np.array([3.0, 4.0], np.float32)}
 GRADS = {"a": np.array([60.0, 80.0], np.float32)}
 
 
+WRAPPERS: dict[str, Any] = {
+    "with_anchor": optax_spd.with_anchor,
+    "with_frozen": lambda inner: optax_spd.with_frozen(inner, "embedding"),
+    "with_sparse": lambda inner: optax_spd.with_sparse(inner, 0.5),
+}
+
+
 def probe(seen: list[dict[str, Any]]) -> optax.GradientTransformationExtraArgs:
     """Passes updates through; notes them and the extra arguments."""
 
@@ -66,6 +73,37 @@ def test_what_is_no_stage_is_refused() -> None:
     for stage in (optax_spd.spd, [optax.adam(0.1), optax_spd.spd(1.0)]):
         with pytest.raises(TypeError, match=r"must be called .* unpacked"):
             optax_spd.chain(stage)  # type: ignore[arg-type]
+    accumulator = optax.MultiSteps(optax_spd.adam_spd(0.1), 2)
     for wrap in (optax_spd.with_gradient, optax_spd.chain):
-        with pytest.raises(ValueError, match="Put it inside"):
-            wrap(optax.MultiSteps(optax_spd.adam_spd(0.1), 2))  # type: ignore[arg-type]
+        for form in (accumulator, accumulator.gradient_transformation()):
+            with pytest.raises(ValueError, match="Put it inside"):
+                wrap(form)  # type: ignore[arg-type]
+    for wrap in WRAPPERS.values():
+        with pytest.raises(TypeError, match=r"takes a gradient transformation.* must be called"):
+            wrap(optax.adam)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("form", ["MultiSteps", "gradient_transformation"])
+def test_wrappers_around_multi_steps_pass_on_all_but_the_micro_gradient(
+    wrapper: str, form: str
+) -> None:
+    def inner() -> Any:
+        return optax.chain(optax.sgd(0.1), optax_spd.l2_sp(0.1, anchor="argument"))
+
+    def run(tx: Any) -> Any:
+        params = {"a": np.array([3.0, 4.0], np.float32), "embedding": np.ones(2, np.float32)}
+        anchor, state = jax.tree.map(np.zeros_like, params), tx.init(params)
+        for scale in (1.0, 3.0):
+            grads = jax.tree.map(lambda x, scale=scale: scale * x, params)
+            extra = {"anchor": anchor, "grad": grads}
+            updates, state = tx.update(grads, state, params, **extra)
+        return updates
+
+    accumulator = optax.MultiSteps(optax_spd.with_gradient(inner()), 2)
+    if form == "gradient_transformation":
+        accumulator = accumulator.gradient_transformation()
+    found = run(WRAPPERS[wrapper](accumulator))
+    assert np.any(found["a"])
+    steps = optax.MultiSteps(optax_spd.with_gradient(WRAPPERS[wrapper](inner())), 2)
+    jax.tree.map(np.testing.assert_allclose, found, run(steps))

@@ -14,9 +14,7 @@ import optax
 
 from optax_spd.anchors import policy
 from optax_spd.layers import checks, fingerprints, plans, trees
-from optax_spd.layers.types import DType
-
-PyTree = Any
+from optax_spd.layers.types import DType, PyTree
 
 
 def set_anchor(state: PyTree, anchor: PyTree, *, anchor_dtype: DType = None) -> PyTree:
@@ -267,4 +265,6 @@ def _has_anchors(node: Any) -> bool:
 
 def _holds_anchor(node: Any) -> bool:
     """Whether ``node`` is a stage's state that holds an anchor."""
-    return getattr(node, "holds_anchor", False) and not isinstance(node.anchor, optax.EmptyState)
+    fields = getattr(node, "_fields", ())
+    has_one = getattr(node, "holds_anchor", False) or {"anchor", "layer_fingerprint"} <= {*fields}
+    return has_one and not isinstance(node.anchor, optax.EmptyState)

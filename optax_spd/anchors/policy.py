@@ -13,8 +13,7 @@ import numpy as np
 import optax
 
 from optax_spd.layers import checks, trees
-
-PyTree = Any
+from optax_spd.layers.types import PyTree
 
 POLICIES = ("initial", "zero", "argument")
 
@@ -26,7 +25,8 @@ class DroppedAnchor(NamedTuple):
 def holds_anchor(state_class: Any) -> Any:
     """Marks a state class whose field ``anchor`` is the anchor, for ``set_anchor`` to find.
 
-    The field's name alone would not do: a parameter tree may have a field called "anchor".
+    The field's name alone would not do: a parameter tree may have a field called "anchor". States
+    with a ``layer_fingerprint`` are found without the mark.
     """
     state_class.holds_anchor = True
     return state_class
@@ -222,11 +222,29 @@ def resolve_anchor(
     for path, leaf, need in zip(flat_params.paths, leaves, needed, strict=True):
         if need and is_anchor_leaf(leaf):
             raise ValueError(
-                f"There is no anchor at {trees.shown(path)} (found {leaf!r}): the anchor "
-                "was dropped; call set_anchor(state, pretrained_params) before the next update. "
-                "(It is missing after drop_anchor, or when a checkpoint was saved without it.)"
+                f"There is no anchor at {trees.shown(path)} (found {leaf!r}){_remedy(policy, leaf)}"
             )
     return [leaf if need else None for leaf, need in zip(leaves, needed, strict=True)]
+
+
+def _remedy(policy: Any, leaf: Any) -> str:
+    """What to do about a missing anchor array, by what stands in its place."""
+    dropped = (
+        "the anchor was dropped; call set_anchor(state, pretrained_params) before the next update. "
+        "(It is missing after drop_anchor, or when a checkpoint was saved without it.)"
+    )
+    if isinstance(leaf, optax.MaskedNode):
+        return (
+            ". A mask left this parameter out of the anchor: call init again with the mask and the "
+            "parameters that update gets."
+        )
+    if leaf is not None:
+        return f": {dropped}"
+    passed = isinstance(policy, str) and policy == "argument"
+    return (
+        f". Either {dropped} Or init got no parameter here: call init again with the parameters "
+        f"that update gets.{' Or pass an anchor= that has this array.' if passed else ''}"
+    )
 
 
 def is_anchor_leaf(node: Any) -> bool:

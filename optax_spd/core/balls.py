@@ -29,7 +29,6 @@ from optax_spd.layers import checks, plans
 from optax_spd.layers.types import Norm
 from optax_spd.sharding import manual_axes
 
-PyTree = Any
 Leaves = Sequence[jax.Array | None]
 
 NORMS = ("l2", "mars")
@@ -85,16 +84,13 @@ def ball_norms(
         All have arrays at the same leaves.
     """
     if norm == "l2":
-        terms = _map_leaves(
-            lambda *leaves: sum((_squares(x, plan.dtype) for x in leaves), ()), *arrays
-        )
+        terms = _map_leaves(functools.partial(_all_squares, plan.dtype), *arrays)
         totals = layer_sums(plan, terms, 2 * len(arrays), axes)
         return tuple(
             _l2_norms(plan, l2_norm(square, scaled), leaves)
             for square, scaled, leaves in zip(totals[::2], totals[1::2], arrays, strict=True)
         )
-    sizes = _map_leaves(lambda *leaves: tuple(jnp.abs(x) for x in leaves), *arrays)
-    measured = row_sums(plan, sizes, axes)
+    measured = row_sums(plan, _map_leaves(_sizes, *arrays), axes)
     return tuple(_mars_norms(plan, measured, number) for number in range(len(arrays)))
 
 
@@ -120,15 +116,12 @@ def norms_and_slope(
     """
     if norm == "l2":
         terms = _map_leaves(
-            lambda p, c, g: (*_squares(p, plan.dtype), *_squares(c, plan.dtype), g * p),
-            previous,
-            current,
-            grads,
+            functools.partial(_squares_and_product, plan.dtype), previous, current, grads
         )
         *squares, product = layer_sums(plan, terms, 5, axes)
         previous_norm, current_norm = l2_norm(*squares[:2]), l2_norm(*squares[2:])
         return _l2_norms(plan, current_norm, current), product / (previous_norm + EPS)
-    terms = _map_leaves(lambda p, c, g: (jnp.abs(p), jnp.abs(c), g * p), previous, current, grads)
+    terms = _map_leaves(_sizes_and_product, previous, current, grads)
     measured = row_sums(
         plan, terms, axes, lambda previous_norm, _, product: (product / (previous_norm + EPS),)
     )
@@ -170,7 +163,6 @@ def clip_factor(norm: jax.Array, bound: jax.Array) -> jax.Array:
 
 def _map_leaves(function: Callable[..., tuple[jax.Array, ...]], *arrays: Leaves) -> list[Any]:
     """Per leaf ``function`` of the lists' arrays; None where there is no layer."""
-    function = jax.jit(function)  # so that arrays of one shape share a trace
     return [
         None if leaves[0] is None else function(*leaves) for leaves in zip(*arrays, strict=True)
     ]
@@ -187,6 +179,33 @@ def _mars_norms(plan: plans.LayerPlan, rows: RowSums, number: int) -> BallNorms:
 
 def _l2_norms(plan: plans.LayerPlan, norms: jax.Array, arrays: Leaves) -> BallNorms:
     return BallNorms(spread_over(plan, norms, arrays), norms, norms)
+
+
+# Jitted so that arrays of one shape share a trace; not within a function, so that eager updates do.
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _all_squares(dtype: Any, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(square for x in arrays for square in _squares(x, dtype))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _squares_and_product(
+    dtype: Any, previous: jax.Array, current: jax.Array, gradient: jax.Array
+) -> tuple[jax.Array, ...]:
+    return *_squares(previous, dtype), *_squares(current, dtype), gradient * previous
+
+
+@jax.jit
+def _sizes(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(jnp.abs(x) for x in arrays)
+
+
+@jax.jit
+def _sizes_and_product(
+    previous: jax.Array, current: jax.Array, gradient: jax.Array
+) -> tuple[jax.Array, ...]:
+    return jnp.abs(previous), jnp.abs(current), gradient * previous
 
 
 def _squares(x: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:

@@ -14,9 +14,9 @@ import optax
 
 from optax_spd.core import balls, sums
 from optax_spd.layers import plans, trees
+from optax_spd.layers.types import PyTree
 from optax_spd.sharding import manual_axes
 
-PyTree = Any
 Leaves = list[jax.Array | None]
 ValidationFn = Callable[[PyTree, PyTree], jax.typing.ArrayLike]
 

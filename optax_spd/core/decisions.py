@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from optax_spd.core import rows, stage
 from optax_spd.core.sums import Products, block_sums, spread_block, to_vectors
@@ -49,6 +50,7 @@ def decide_layers(
     count: int,
     memory: Mapping[str, jax.Array],
     decide: Callable[..., Decision],
+    decide_block: Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]],
     values: Mapping[str, jax.Array],
 ) -> Decisions:
     """One decision per layer.
@@ -63,6 +65,7 @@ def decide_layers(
       count: how many products there are.
       memory: the state's, by name.
       decide: from sums, memory and hyperparameters to a decision.
+      decide_block: :func:`of_block` of it, jitted.
       values: the hyperparameters, by name.
     """
     plan = view.plan
@@ -74,7 +77,6 @@ def decide_layers(
     kept = {
         key: _remembered(old, new[key], finite & view.has_update) for key, old in memory.items()
     }
-    decide_block = jax.jit(functools.partial(_decide_block, decide))
     decided = {}
     for start, block in blocks.items():
         shape = block[0].shape
@@ -91,24 +93,24 @@ def decide_layers(
     return Decisions(leaves, decision.record, kept)
 
 
-def _decide_block(
+def of_block(
     decide: Callable[..., Decision],
     block: tuple[jax.Array, ...],
     remembered: Sequence[jax.Array],
     values: Mapping[str, jax.Array],
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Where the layers of a block change, and their coefficients."""
+    """Where the layers of one array or group change, and their coefficients."""
     shape = block[0].shape
     decision = decide(*block, *remembered, **values)
     changes = jnp.broadcast_to(decision.changes & _all_finite(block), shape)
     return changes, tuple(jnp.broadcast_to(c, shape) for c in decision.coefficients)
 
 
-def decide_rows(
+def decide_all_rows(
     view: stage.StageView,
     products: Products,
     records: Sequence[str],
-    decide: Callable[..., Decision],
+    decide_rows: Callable[..., Decision],
     values: Mapping[str, jax.Array],
 ) -> Decisions:
     """One decision per row; the state records the mean over each layer's rows.
@@ -117,19 +119,15 @@ def decide_rows(
       view: of the first pass.
       products: per active leaf what is summed over rows.
       records: the names of the records.
-      decide: from sums and hyperparameters to a decision.
+      decide_rows: :func:`of_rows` of the method's decision, jitted.
       values: the hyperparameters, by name.
     """
 
-    @jax.jit  # so that arrays of one shape share a trace
-    def decided(*sums: jax.Array) -> Decision:
-        finite = _all_finite(sums)
-        usable = (jnp.where(finite, x, 0).astype(view.plan.dtype) for x in sums)
-        decision = decide(*usable, **values)
-        return decision._replace(changes=decision.changes & finite)
+    def decided(sums: tuple[jax.Array, ...]) -> Decision:
+        return decide_rows(sums, values, dtype=view.plan.dtype)
 
     def recorded(*sums: jax.Array) -> tuple[jax.Array, ...]:
-        decision = decided(*sums)
+        decision = decided(sums)
         terms = (*(decision.record[key] for key in records), jnp.ones_like(decision.changes))
         return tuple(term.astype(view.plan.dtype) for term in terms)
 
@@ -139,9 +137,22 @@ def decide_rows(
     leaves = {}
     for i, sums in enumerate(measured.local):
         if sums is not None:
-            decision = decided(*sums)
+            decision = decided(sums)
             leaves[i] = decision.changes, decision.coefficients
     return Decisions(leaves, dict(zip(records, means, strict=True)), {})
+
+
+def of_rows(
+    decide: Callable[..., Decision],
+    sums: tuple[jax.Array, ...],
+    values: Mapping[str, jax.Array],
+    *,
+    dtype: np.dtype,
+) -> Decision:
+    """The decisions for the rows of one array; no change where a sum is not finite."""
+    finite = _all_finite(sums)
+    decision = decide(*(jnp.where(finite, x, 0).astype(dtype) for x in sums), **values)
+    return decision._replace(changes=decision.changes & finite)
 
 
 def _all_finite(vectors: Iterable[jax.Array]) -> jax.Array:

@@ -19,9 +19,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_spd import wrappers
-from optax_spd.anchors import policy
-from optax_spd.core import recompute, stage
-from optax_spd.core.decisions import Decision, decide_layers, decide_rows
+from optax_spd.core import decisions, recompute, stage
+from optax_spd.core.decisions import Decision
 from optax_spd.core.sums import Products, sharded_like
 from optax_spd.layers import checks, fingerprints
 from optax_spd.layers.plans import LayerPlan
@@ -30,7 +29,6 @@ from optax_spd.layers.types import Anchor, AxisName, DType, Mask, PyTree
 from optax_spd.sharding import manual_axes
 
 
-@policy.holds_anchor
 class LayerwiseState(NamedTuple):
     """State of a :func:`layerwise` stage without a state class of its own.
 
@@ -79,8 +77,10 @@ def layerwise(
       measure: (deviation, gradient) -> ``sums`` arrays of the deviation's shape, elementwise. The
         deviation has the attributes ``delta`` (Δ = θ - θ₀), ``step`` (u) and ``tentative`` (Δ + u).
       decide: (\*sums, \*memory, \*\*hyperparameters) -> :class:`Decision`, elementwise. It is
-        called with vectors of all layers, and with the sums of one array or group. It must guard
-        against 0/0. A layer whose sums are not finite keeps u; its record is that of sums of 0.
+        called with vectors of all layers for the record, and with the sums of one array or group
+        for the update: with a maximum or mean over its arguments the two would differ. It must
+        guard against 0/0. A layer whose sums are not finite keeps u; its record is that of sums of
+        0.
       act: (deviation, \*coefficients) -> the new update, elementwise.
       sums: how many arrays ``measure`` returns.
       state: a NamedTuple class for the state, with the fields ``count``, ``anchor``,
@@ -137,12 +137,12 @@ def layerwise(
     _check_arguments(level, initial, sums, axis_name)
     for key, number in scheduled.items():
         checks.check_scalar(key, number, low=-math.inf)
-    if state is not None:
-        policy.holds_anchor(state)
 
-    # Jitted so that arrays of one shape share a trace.
+    # Jitted so that arrays of one shape share a trace, in eager updates too.
     measure = jax.jit(measure)
     change = jax.jit(functools.partial(_new_update, act))
+    decide_block = jax.jit(functools.partial(decisions.of_block, decide))
+    decide_rows = jax.jit(functools.partial(decisions.of_rows, decide), static_argnames="dtype")
 
     def values_at(count: jax.Array, plan: LayerPlan) -> dict[str, jax.Array]:
         return {key: checks.value_at(value, count, plan.dtype) for key, value in scheduled.items()}
@@ -172,10 +172,12 @@ def layerwise(
         _check_products(name, products, sums)
         values = values_at(state.count, view.plan)
         if level == "row":
-            decided = decide_rows(view, products, [*vectors], decide, values)
+            decided = decisions.decide_all_rows(view, products, [*vectors], decide_rows, values)
         else:
             remembered = {key: vectors[key] for key in initial}
-            decided = decide_layers(view, products, sums, remembered, decide, values)
+            decided = decisions.decide_layers(
+                view, products, sums, remembered, decide, decide_block, values
+            )
         second = recompute.second_pass(view, lambda i: decided.leaves[i][0])
         steps = [
             None if d is None else change(d, *decided.leaves[i])

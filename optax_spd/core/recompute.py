@@ -22,8 +22,7 @@ from optax_spd import wrappers
 from optax_spd.anchors import policy
 from optax_spd.core import stage
 from optax_spd.layers import trees
-
-PyTree = Any
+from optax_spd.layers.types import PyTree
 
 # Smaller anchors in host memory are not fetched a second time: they need little memory, and each
 # branch has a cost (by estimate, PCIe transfers a megabyte in 40 to 60 µs).

@@ -7,7 +7,7 @@ Along a mesh axis that splits output units, each device has whole rows of its ow
 import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,6 @@ import jax.numpy as jnp
 from optax_spd.core import sums
 from optax_spd.layers.plans import LayerPlan
 from optax_spd.sharding.manual_axes import MeshAxes
-
-PyTree = Any
 
 
 class RowSums(NamedTuple):

@@ -8,8 +8,7 @@ import numpy as np
 
 from optax_spd.core import sums
 from optax_spd.layers import plans, trees
-
-PyTree = Any
+from optax_spd.layers.types import PyTree
 
 
 def scaled(

@@ -17,10 +17,18 @@ from optax_spd.anchors import policy
 from optax_spd.core import sums
 from optax_spd.layers import plans, trees
 from optax_spd.layers.spec import LayerFn, check_layers
-from optax_spd.layers.types import Anchor, AxisName, DType, Mask
+from optax_spd.layers.types import Anchor, AxisName, DType, Mask, PyTree
 from optax_spd.sharding import manual_axes, placement
 
-PyTree = Any
+
+class CountState(NamedTuple):
+    """State of a stage that keeps nothing else.
+
+    Attributes:
+      count: number of updates so far, int32; what schedules are evaluated at.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
 
 
 class Deviation(NamedTuple):

@@ -17,9 +17,9 @@ from jax.flatten_util import ravel_pytree
 from optax_spd.core import one_pass
 from optax_spd.layers import trees
 from optax_spd.layers.plans import ArrayLayers, LayerPlan
+from optax_spd.layers.types import PyTree
 from optax_spd.sharding.manual_axes import MeshAxes
 
-PyTree = Any
 Products = Sequence[tuple[jax.Array, ...] | None]
 """Elementwise products for each leaf of the parameters; None for a leaf that is not summed."""
 

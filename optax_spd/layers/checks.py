@@ -113,7 +113,10 @@ def check_dtype(name: str, value: Any) -> np.dtype:
       TypeError: not a dtype.
       ValueError: not a floating dtype.
     """
-    dtype = jnp.dtype(value)
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a dtype such as 'bfloat16', got {value!r}.") from error
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"{name} must be a floating dtype, got {dtype}.")
     return jax.dtypes.canonicalize_dtype(dtype)

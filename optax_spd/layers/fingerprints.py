@@ -15,8 +15,7 @@ import numpy as np
 
 from optax_spd.layers import plans
 from optax_spd.layers.spec import LayerFn, check_layers
-
-PyTree = Any
+from optax_spd.layers.types import PyTree
 
 
 def of_plan(plan: plans.LayerPlan) -> jax.Array:

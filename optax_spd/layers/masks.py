@@ -8,8 +8,7 @@ import numpy as np
 import optax
 
 from optax_spd.layers import checks, trees
-
-PyTree = Any
+from optax_spd.layers.types import PyTree
 
 
 def path_mask(*patterns: str) -> Callable[[PyTree], PyTree]:

@@ -16,8 +16,7 @@ import numpy as np
 
 from optax_spd.layers import masks, trees
 from optax_spd.layers.spec import LayerFn, LayerSpec, as_axes, per_array
-
-PyTree = Any
+from optax_spd.layers.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from optax_spd.layers.types import PyTree
+
 Path = tuple[str, ...]
-PyTree = Any
 
 
 class FlatTree(NamedTuple):

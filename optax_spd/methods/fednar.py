@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_spd.core.balls import clip_factor, whole_norms
+from optax_spd.core.stage import CountState
 from optax_spd.layers import checks, plans, trees
 from optax_spd.layers.types import AxisName, PyTree
 from optax_spd.sharding import manual_axes
@@ -50,13 +51,13 @@ def clip_by_whole_norm(
     checks.check_scalar("max_norm", max_norm)
     manual_axes.check_axis_name(axis_name)
 
-    def init(params: PyTree) -> optax.ScaleByScheduleState:
+    def init(params: PyTree) -> CountState:
         del params
-        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+        return CountState(count=jnp.zeros((), jnp.int32))
 
     def update(
-        updates: PyTree, state: optax.ScaleByScheduleState, params: PyTree = None
-    ) -> tuple[PyTree, optax.ScaleByScheduleState]:
+        updates: PyTree, state: CountState, params: PyTree = None
+    ) -> tuple[PyTree, CountState]:
         del params
         flat = trees.flatten(updates)
         sizes = flat._replace(leaves=[_size(leaf) for leaf in flat.leaves])
@@ -74,7 +75,7 @@ def clip_by_whole_norm(
             if entry is not None
         }
         count = optax.safe_increment(state.count)
-        return trees.replace_leaves(updates, clipped), optax.ScaleByScheduleState(count=count)
+        return trees.replace_leaves(updates, clipped), CountState(count=count)
 
     return optax.GradientTransformation(init, update)
 

@@ -17,9 +17,9 @@ import optax
 
 from optax_spd import wrappers
 from optax_spd.layers import masks, trees
+from optax_spd.layers.types import PyTree
 from optax_spd.sharding import placement
 
-PyTree = Any
 Frozen = str | Sequence[str] | PyTree | Callable[[PyTree], PyTree]
 
 

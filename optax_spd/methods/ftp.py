@@ -45,13 +45,10 @@ import jax.numpy as jnp
 import optax
 
 from optax_spd import wrappers
-from optax_spd.anchors import policy
 from optax_spd.core import balls, recompute, stage, sums
 from optax_spd.layers import checks, fingerprints
 from optax_spd.layers.spec import LayerFn
-from optax_spd.layers.types import Anchor, AxisName, DType, Mask, Norm
-
-PyTree = Any
+from optax_spd.layers.types import Anchor, AxisName, DType, Mask, Norm, PyTree
 
 # The radii's Adam. As in the original they do not depend on the inner optimizer's.
 B1 = 0.9
@@ -73,7 +70,6 @@ class RadiusMoments(NamedTuple):
     second: jax.Array
 
 
-@policy.holds_anchor
 class FTPState(NamedTuple):
     """State of :func:`ftp`.
 

@@ -34,9 +34,7 @@ import optax
 from optax_spd.anchors import policy
 from optax_spd.core import stage, sums
 from optax_spd.layers import checks
-from optax_spd.layers.types import Anchor, DType, Mask
-
-PyTree = Any
+from optax_spd.layers.types import Anchor, DType, Mask, PyTree
 
 
 @policy.holds_anchor

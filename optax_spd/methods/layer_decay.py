@@ -26,9 +26,7 @@ import optax
 from optax_spd.core import scaling, stage
 from optax_spd.layers import checks, depth as depths, fingerprints, plans, trees
 from optax_spd.layers.spec import LayerFn, check_layers
-from optax_spd.layers.types import Mask
-
-PyTree = Any
+from optax_spd.layers.types import Mask, PyTree
 
 UNNUMBERED = depths.Consequences(
     left_out="so they have the full rate, whatever their number. If they are to decay too, as a "

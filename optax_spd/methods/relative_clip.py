@@ -119,16 +119,16 @@ def clip_by_relative_norm(
         checks.check_scalar(name, number)
     options = stage.StageOptions("zero", None, mask=mask, axis_name=axis_name)
 
-    def init(params: PyTree) -> optax.ScaleByScheduleState:
+    def init(params: PyTree) -> stage.CountState:
         options.init(params)
-        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+        return stage.CountState(count=jnp.zeros((), jnp.int32))
 
     def update(
         updates: PyTree,
-        state: optax.ScaleByScheduleState,
+        state: stage.CountState,
         params: PyTree = None,
         **extra_args: Any,
-    ) -> tuple[PyTree, optax.ScaleByScheduleState]:
+    ) -> tuple[PyTree, stage.CountState]:
         view = options.view(updates, optax.EmptyState(), params, extra_args)
         weights, gradients = view.map(lambda d: d.delta), view.map(lambda d: d.step)
         norms = whole_norms(view.plan, view.axes, weights, gradients)
@@ -138,6 +138,6 @@ def clip_by_relative_norm(
         factor = relative_factor(*norms, **numbers)
         steps = view.map(lambda d: sums.times(factor.astype(d.step.dtype), d.step))
         count = optax.safe_increment(state.count)
-        return view.rebuild(steps), optax.ScaleByScheduleState(count=count)
+        return view.rebuild(steps), stage.CountState(count=count)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -44,16 +44,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_spd.anchors import policy
 from optax_spd.core import balls, bilevel, recompute, stage, sums
 from optax_spd.layers import checks, fingerprints, trees
 from optax_spd.layers.spec import LayerFn
-from optax_spd.layers.types import Anchor, AxisName, DType, Mask, Norm
-
-PyTree = Any
+from optax_spd.layers.types import Anchor, AxisName, DType, Mask, Norm, PyTree
 
 
-@policy.holds_anchor
 class TPGMState(NamedTuple):
     """State of :func:`tpgm`.
 

@@ -16,10 +16,8 @@ import optax
 from optax_spd.core import balls, bilevel
 from optax_spd.layers import plans, trees
 from optax_spd.layers.spec import LayerFn
-from optax_spd.layers.types import Mask, Norm
+from optax_spd.layers.types import Mask, Norm, PyTree
 from optax_spd.posthoc.project import displacement, matched_anchor, plan_of
-
-PyTree = Any
 
 
 class FittedRadii(NamedTuple):

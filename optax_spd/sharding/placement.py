@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_spd.layers import trees
-
-PyTree = Any
+from optax_spd.layers.types import PyTree
 
 
 def with_sharding_of(array: Any, like: Any) -> Any:

@@ -101,6 +101,39 @@ def test_what_a_partial_restore_left_is_an_error_until_it_is_set() -> None:
     assert jax.tree.structure(restored) == jax.tree.structure(tx.init(params))
 
 
+def test_a_parameter_that_init_did_not_get_needs_init_again() -> None:
+    whole = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    masked = optax_spd.l2_sp(0.1, mask={"a": True, "b": False}).init(whole)
+    missing = optax_spd.l2_sp(0.1).init({"a": jnp.ones(2), "b": None})
+    for state, words in (
+        (masked, r"at 'b' \(found MaskedNode\(\)\)\. A mask left .* call init again"),
+        (missing, r"at 'b' \(found None\)\. Either the anchor was dropped.* Or init got no"),
+    ):
+        for found in (state, optax_spd.set_anchor(state, whole)):  # which cannot help
+            with pytest.raises(ValueError, match=words):
+                optax_spd.l2_sp(0.1).update(whole, found, whole)
+    tx = optax_spd.l2_sp(0.1, anchor="argument")
+    with pytest.raises(ValueError, match=r"found None\)\. Either .* Or pass an anchor= that has"):
+        tx.update(whole, tx.init(whole), whole, anchor={"a": jnp.ones(2), "b": None})
+
+
+class OwnState(NamedTuple):
+    """What a state of :func:`optax_spd.layerwise` looks like; no stage is built with it."""
+
+    count: Any
+    anchor: Any
+    layer_fingerprint: Any
+    norm: Any
+
+
+def test_a_state_that_was_loaded_before_its_stage_is_built_has_an_anchor() -> None:
+    made = optax_spd.adam_spd(0.1).init(PRETRAINED)[1]
+    state = OwnState(made.count, made.anchor, made.layer_fingerprint, made.spd_ratio)
+    moved = optax_spd.set_anchor(state, jax.tree.map(lambda x: x + 1, PRETRAINED))
+    assert optax_spd.layer_report(PRETRAINED, state=state).total == 0
+    assert optax_spd.layer_report(PRETRAINED, state=moved).total > 0
+
+
 @pytest.mark.parametrize("left", [policy.DroppedAnchor(), None, {}, ...], ids=repr)
 @pytest.mark.parametrize(
     "params",

@@ -1,6 +1,7 @@
 """A step gives the same numbers however it runs: jit, eager, scan, vmap, donated, on any mesh."""
 
 import functools
+import re
 from typing import Any
 
 import contract_methods
@@ -77,6 +78,17 @@ def test_an_eager_step_is_a_jitted_step(name: str) -> None:
     state = tx.init(params)
     eager = jax.device_get(step_of(name, tx)(params, state, at(GRADS, 0)))
     assert_close(eager, jitted(name)(params, state, at(GRADS, 0)))
+
+
+@every_method("eager")
+def test_later_eager_steps_compile_nothing(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    tx, params = contract_methods.optimizer(name), on_device(PRETRAINED)
+    step, state = step_of(name, tx), tx.init(params)
+    for index in range(2):
+        params, state = step(params, state, at(GRADS, index))
+    with jax.log_compiles():
+        step(params, state, at(GRADS, 2))
+    assert not re.findall("Finished XLA compilation of .*", caplog.text)
 
 
 @every_method()

@@ -183,6 +183,7 @@ def path_prox(
 # The number of a block, stacked (blocks/kernel[1]) or not (blocks/1/kernel).
 DEPTH = r"blocks\D*(\d+)"
 
+EAGER = {"eager": "JAX compiles an eager cond or scan anew, with the functions inside"}
 NORMALIZES = {"isolation": "the scales of all layers are relative to each other"}
 PAIRS = {
     "no layers": "a pattern that matches no kernel is an error",
@@ -190,12 +191,12 @@ PAIRS = {
 }
 WHOLE_NORM = {"isolation": "arrays are clipped by a norm over all of them"}
 NEEDS_LAYERS = {"no layers": "a depth that matches no layer is an error"}
-SHAPED = {
+SHAPED = EAGER | {
     "symbolic shapes": "how many entries are chosen follows from the shapes",
     "parameter-like": "its inner state holds vectors, and is one non-parameter",
     "split anchor": "its anchor holds the chosen entries only, whole on each device",
 }
-LEARNED = {
+LEARNED = EAGER | {
     "isolation": "all radii are learned from one validation loss, which is NaN then",
     "half precision": "the validation loss is computed in the parameters' dtype",
 }
@@ -231,7 +232,7 @@ METHODS: dict[str, Method] = {
     ),
     "temp_balance": Method(
         optax_spd.temp_balance, SCALES, {"every": 2, "min_eigenvalues": 2}, BALANCE, after_adam,
-        excepted=NORMALIZES,
+        excepted=NORMALIZES | EAGER,
     ),
     "layerwise_lr_decay": Method(
         optax_spd.layerwise_lr_decay, {"decay": 0.5, "min_scale": 0.2}, {"depth": DEPTH}, DEPTHS,

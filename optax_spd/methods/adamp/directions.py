@@ -26,14 +26,14 @@ def scale_by_nesterov_adam(
 
     def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, Any]:
         plain, state = adam.update(updates, state, params)
-        first, second = 1 - b1**state.count, 1 - b2**state.count
+        count = jnp.asarray(state.count, float)  # of an integer each eager power is a program
+        first, second = 1 - b1**count, 1 - b2**count
 
         def direction(p: jax.Array, g: jax.Array, v: jax.Array) -> jax.Array:
             corrected = v / second.astype(v.dtype)
             denominator = jnp.sqrt(corrected + eps_root) + eps
             now = (1 - b1) * g / first.astype(v.dtype) / denominator
-            ahead: jax.Array = (b1 * p + now).astype(p.dtype)
-            return ahead
+            return jnp.asarray(b1 * p + now, p.dtype)
 
         return jax.tree.map(direction, plain, updates, state.nu), state
 

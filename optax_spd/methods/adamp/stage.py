@@ -29,6 +29,7 @@ with n the length of the row. Differences from the authors' code:
 7. ε = 0 divides by no zero.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -99,6 +100,13 @@ def radial_coefficient(s: Sums, eps: jax.Array) -> jax.Array:
     length = sums.norm_of(s.weight) + eps
     safe = jnp.where(length > 0, length, 1)
     return s.radial / safe / safe
+
+
+@functools.partial(jax.jit, static_argnums=1)  # so that arrays of one shape share a trace
+def row_terms(numbers: Numbers, dtype: Any, *row: jax.Array) -> tuple[jax.Array, ...]:
+    """What is summed over a layer's rows: whether a row fails its test, and its sums."""
+    s = Sums(*(x.astype(dtype) for x in row))
+    return (~is_tangential(s, numbers.delta, numbers.eps)).astype(dtype), *s
 
 
 @jax.jit  # so that arrays of one shape share a trace
@@ -210,27 +218,21 @@ def remove_radial(
     options = stage.StageOptions("zero", None, layers, mask, axis_name)
     measured_array = jax.jit(measure)
 
-    def init(params: PyTree) -> optax.ScaleByScheduleState:
+    def init(params: PyTree) -> stage.CountState:
         options.init(params)
-        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+        return stage.CountState(count=jnp.zeros((), jnp.int32))
 
     def update(
         updates: PyTree,
-        state: optax.ScaleByScheduleState,
+        state: stage.CountState,
         params: PyTree = None,
         **extra_args: Any,
-    ) -> tuple[PyTree, optax.ScaleByScheduleState]:
+    ) -> tuple[PyTree, stage.CountState]:
         view = options.view(updates, optax.EmptyState(), params, extra_args)
         grads = view.match(wrappers.require_gradient(extra_args, "remove_radial"), "grad")
         plan = view.plan
         numbers = Numbers(*(checks.value_at(x, state.count, plan.dtype) for x in scheduled))
-
-        @jax.jit
-        def of_rows(*row: jax.Array) -> tuple[jax.Array, ...]:
-            s = Sums(*(x.astype(plan.dtype) for x in row))
-            fails = ~is_tangential(s, numbers.delta, numbers.eps)
-            return fails.astype(plan.dtype), *s
-
+        of_rows = functools.partial(row_terms, numbers, plan.dtype)
         products = [
             None if d is None or entry is None or not entry.output_axes else measured_array(d, g)
             for entry, d, g in zip(plan.arrays, view.deviations, grads, strict=True)
@@ -263,7 +265,7 @@ def remove_radial(
 
         steps = [new_update(index, d) for index, d in enumerate(view.deviations)]
         count = optax.safe_increment(state.count)
-        return view.rebuild(steps), optax.ScaleByScheduleState(count=count)
+        return view.rebuild(steps), stage.CountState(count=count)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

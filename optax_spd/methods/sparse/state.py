@@ -10,9 +10,8 @@ import optax
 from optax_spd.anchors import policy
 from optax_spd.layers import trees
 from optax_spd.layers.plans import ArrayLayers
+from optax_spd.layers.types import PyTree
 from optax_spd.methods.sparse import selection
-
-PyTree = Any
 
 
 @policy.narrows_anchor

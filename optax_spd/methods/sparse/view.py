@@ -10,12 +10,11 @@ import jax.numpy as jnp
 from optax_spd.anchors import policy
 from optax_spd.layers import plans, trees
 from optax_spd.layers.spec import LayerFn
-from optax_spd.layers.types import Mask
+from optax_spd.layers.types import Mask, PyTree
 from optax_spd.methods.sparse import selection
 from optax_spd.methods.sparse.state import nested
 from optax_spd.sharding import manual_axes
 
-PyTree = Any
 Leaves = dict[trees.Path, Any]
 """Arrays, or what is in their place, by path."""
 

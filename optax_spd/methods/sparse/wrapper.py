@@ -36,12 +36,11 @@ from optax_spd import wrappers
 from optax_spd.anchors import edit
 from optax_spd.layers import checks, plans, trees
 from optax_spd.layers.spec import LayerFn, check_layers
-from optax_spd.layers.types import Mask
+from optax_spd.layers.types import Mask, PyTree
 from optax_spd.methods.sparse import selection
 from optax_spd.methods.sparse.state import WithSparseState, layout_of, nested
 from optax_spd.methods.sparse.view import Leaves, SparseView, view_of
 
-PyTree = Any
 ScoreFn = Callable[[str, jax.Array, jax.Array], jax.Array]
 Score = Literal["gradient", "magnitude", "random"] | ScoreFn
 

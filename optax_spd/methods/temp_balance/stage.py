@@ -44,11 +44,9 @@ import optax
 from optax_spd.core import scaling, stage
 from optax_spd.layers import checks, fingerprints, masks, plans
 from optax_spd.layers.spec import LayerFn, check_layers
-from optax_spd.layers.types import Mask
+from optax_spd.layers.types import Mask, PyTree
 from optax_spd.methods.temp_balance import groups, power_law, weights
 from optax_spd.methods.temp_balance.scales import Assignment, balance_scales, check_scales
-
-PyTree = Any
 
 UNITS = ("layer", "block")
 

@@ -31,7 +31,7 @@ def train(params, tx, x, y, steps):
     return params
 
 
-# Pretraining: a network learns sin(2x) for x from -3 to 3.
+# Pretraining: sin(2x) for x from -3 to 3.
 keys = jax.random.split(jax.random.key(0), 5)
 shapes = zip(keys, [(1, 32), (32, 32), (32, 1)], strict=False)
 weights = [jax.random.normal(key, shape) / shape[0] ** 0.5 for key, shape in shapes]
@@ -39,7 +39,7 @@ start = [{"kernel": w, "bias": jnp.zeros(w.shape[1])} for w in weights]
 line = jnp.linspace(-3, 3, 200)
 pretrained = train(start, optax.adam(1e-2), line, jnp.sin(2 * line), 3000)
 
-# The new task adds 0.5. Fine-tuning sees 16 noisy points with x above 0.
+# Fine-tuning: 16 noisy points with x above 0, raised by 0.5.
 x = jax.random.uniform(keys[3], (16,), maxval=3)
 y = jnp.sin(2 * x) + 0.5 + 0.1 * jax.random.normal(keys[4], (16,))
 

@@ -45,7 +45,7 @@ def leaders(results: Results) -> str:
 
     A lower rate of Adam's has a row where it is shown to make a difference on shifted data.
     """
-    table = [["setting", "Adam's rate", "Adam", *(METHODS[name].title for name in LEADERS)]]
+    table = [["setting, rate", "Adam", *(METHODS[name].title for name in LEADERS)]]
     seeds = {}
     for setting in MAIN:
         tuned, tripled = (report.rows(setting, fast, results) for fast in report.REGIMES)
@@ -59,7 +59,7 @@ def leaders(results: Results) -> str:
             regimes["lower"] = {**tuned, "adam": slow}
         for label, found in regimes.items():
             if adam := found.get("adam"):
-                cells = [setting, f"{label}: {adam.choice.rate:g}"]
+                cells = [f"{setting}, {label}"]
                 cells.append("diverged" if adam.diverged else f"{adam.of(shifted).mean:.1f}")
                 table.append([*cells, *report.leaders_gains(found)])
     if not seeds:

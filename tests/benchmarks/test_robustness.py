@@ -337,10 +337,10 @@ def test_a_setting_that_takes_over_its_choices_is_not_called_tuned(tiny_plan, mo
         for part in ("tune", "final", "rates"):
             for key in plan.keys(part, setting, METHODS, 9, results):
                 record(results, [key], lambda key: 0.5 + key.rate)
-    labels = [line.split(" | ")[1] for line in pages.leaders(results).splitlines()[4:]]
+    labels = [line.split(" | ")[0] for line in pages.leaders(results).splitlines()[4:]]
     assert labels == [
-        *("tuned: 0.015", "tripled: 0.045", "lower: 0.01"),
-        *("tiny's: 0.015", "tripled: 0.045", "lower: 0.01"),
+        *("| tiny, tuned", "| tiny, tripled", "| tiny, lower"),
+        *("| other, tiny's", "| other, tripled", "| other, lower"),
     ]
 
 
@@ -357,8 +357,8 @@ def test_a_page_has_its_tables_drawn_anew(tiny_plan, monkeypatch, tmp_path):
     assert text.startswith("a\n<!-- evidence: leaders -->\n")
     assert text.endswith("\n<!-- end -->\nb\n")
     assert "stale" not in text
-    assert "| tiny | tuned: 0.01 | 25.0 | +0.0 ± 0.0 | +0.0 ± 0.0 |  |" in text
-    assert "| tiny | tripled: 0.03 | 25.0 | +0.0 ± 0.0 | **+5.0 ± 0.0** |  |" in text
+    assert "| tiny, tuned | 25.0 | +0.0 ± 0.0 | +0.0 ± 0.0 |  |" in text
+    assert "| tiny, tripled | 25.0 | +0.0 ± 0.0 | **+5.0 ± 0.0** |  |" in text
     assert pages.drawn(text, results) == text
     assert "| SPD | 50.0 | 25.0 | +0.0 ± 0.0 | +0.0 ± 0.0 |" in pages.setting_table("tiny", results)
     figures.write(tmp_path, results)

@@ -265,6 +265,7 @@ def _has_anchors(node: Any) -> bool:
 
 def _holds_anchor(node: Any) -> bool:
     """Whether ``node`` is a stage's state that holds an anchor."""
-    fields = getattr(node, "_fields", ())
-    has_one = getattr(node, "holds_anchor", False) or {"anchor", "layer_fingerprint"} <= {*fields}
+    has_one = getattr(node, "holds_anchor", False) or (
+        fingerprints.has_fingerprint(node) and "anchor" in node._fields
+    )
     return has_one and not isinstance(node.anchor, optax.EmptyState)

@@ -121,9 +121,6 @@ def fingerprinted(state: PyTree, in_front: bool = False) -> Iterator[tuple[Any, 
       are the vectors that a wrapper (``with_sparse``) makes of the parameters.
     """
 
-    def has_fingerprint(node: Any) -> bool:
-        return "layer_fingerprint" in getattr(node, "_fields", ())
-
     def is_found(node: Any) -> bool:
         return has_fingerprint(node) or makes_vectors(node)
 
@@ -132,6 +129,11 @@ def fingerprinted(state: PyTree, in_front: bool = False) -> Iterator[tuple[Any, 
             yield node, in_front
         if is_found(node):
             yield from fingerprinted([*node], in_front or makes_vectors(node))
+
+
+def has_fingerprint(node: Any) -> bool:
+    """Whether ``node`` is a state with values per layer."""
+    return "layer_fingerprint" in getattr(node, "_fields", ())
 
 
 def makes_vectors(node: Any) -> bool:

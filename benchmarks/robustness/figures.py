@@ -103,7 +103,8 @@ def grids(setting: str, results: Results) -> Figure:
                     color="white" if dark else "black",
                 )
             made = plan.grid(setting, method, results)
-            axis.set_xticks(range(shape[1]), [f"{c.strength:.2g}" for c in made[: shape[1]]])
+            strengths = [float(f"{c.strength:.2g}") for c in made[: shape[1]]]  # 650, not 6.5e+02
+            axis.set_xticks(range(shape[1]), [f"{strength:g}" for strength in strengths])
             axis.set_yticks(range(shape[0]), [f"{c.rate:.2g}" for c in made[:: shape[1]]])
             axis.tick_params(labelsize=7)
             if line == 0:

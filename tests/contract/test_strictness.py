@@ -47,7 +47,7 @@ def strict_optimizer(name: str) -> Any:
 
 def two_steps(step: Any, tx: Any) -> Any:
     """Two steps from the anchor; in the first Δ = 0."""
-    params, state = on_device(PRETRAINED), tx.init(on_device(PRETRAINED))
+    params, state = on_device(PRETRAINED), jax.jit(tx.init)(on_device(PRETRAINED))
     for index in range(2):
         params, state = step(params, state, on_device(at(GRADS, index)))
     return jax.device_get((params, state))

@@ -77,14 +77,28 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = made.add_argument
-    for name, allowed in (("setting", plan.PLANS), ("methods", METHODS), ("parts", PARTS)):
-        add(f"--{name}", type=names(tuple(allowed)), default=",".join(allowed), help="which")
+    for name, allowed, what in (
+        ("setting", plan.PLANS, "settings to run"),
+        ("methods", METHODS, "methods to run"),
+        ("parts", PARTS, "tuning, final runs, or studies: strengths, sign test, Adam's rates"),
+    ):
+        add(f"--{name}", type=names(tuple(allowed)), default=",".join(allowed), help=what)
     add("--seeds", type=int, default=10, help="at most so many final seeds")
     add("--budget-hours", type=float, default=10.0, help="no run begins that would end later")
     add("--out", type=Path, default=RESULTS, help="folder of the recorded runs")
-    add("--quick", action="store_true", help=f"a few final runs, into {QUICK['out']}")
+    add("--quick", action="store_true", help=f"few runs, into {QUICK['out']}, by other defaults")
     add("--report", action="store_true", help="run nothing; draw the recorded runs, also in docs")
     return made
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; `--quick` has other defaults."""
+    made = parser()
+    options = made.parse_args(arguments)
+    if options.quick:
+        made.set_defaults(**QUICK)
+        options = made.parse_args(arguments)
+    return options
 
 
 def jobs(keys: Iterable[Key], done: Container[Key]) -> dict[Key, list[str]]:
@@ -176,9 +190,7 @@ def line(result: Result) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    if options.quick:
-        vars(options).update(QUICK)
+    options = parse(arguments)
     console = Console(width=max(Console().width, 110))
     if options.report:
         results = recorded(options.out)

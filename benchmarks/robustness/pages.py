@@ -1,4 +1,4 @@
-"""The tables that the README and the docs show, drawn from the recorded runs.
+"""The tables that the README and the docs show, and the README's summary, from the recorded runs.
 
 A page has a place for each between two marks, `<!-- evidence: NAME -->` and `<!-- end -->`.
 """
@@ -66,8 +66,40 @@ def leaders(results: Results) -> str:
         return NONE
     counts = ", ".join(f"{name} {count}" for name, count in seeds.items())
     return (
-        "Accuracy on shifted data, %, and differences to Adam's with 95 % intervals, bold if they "
+        "Accuracy on shifted data, %; differences to Adam's with 95 % intervals, bold if they "
         f"leave out 0. Training sets: {counts}.\n\n{report.markdown(table)}"
+    )
+
+
+def summary(results: Results) -> str:
+    """The README's paragraph. Its numbers are drawn; who changes the runs has to read its words."""
+    found = {
+        (setting, fast): report.rows(setting, fast, results)
+        for setting in ("digits", "sentiment", "spam")
+        for fast in report.REGIMES
+    }
+    digits, sentiment, spam = (found[name, False] for name in ("digits", "sentiment", "spam"))
+    fast_spam, keeps = found["spam", True], report.kept(spam)
+    slow = report.adam_at("digits", plan.slower("digits", results), results)
+    if not (all(found.values()) and slow and keeps):
+        return NONE
+
+    def points(row: Row, other: Row, measure: Measure = shifted) -> str:
+        return f"{abs(row.against(other, measure).mean):.1f}"
+
+    def keep(*some: Row) -> str:
+        return " to ".join(sorted({f"{row.of(keeps).mean:.0f}" for row in some}))
+
+    fast_digits, adam = found["digits", True], digits["adam"]
+    return (
+        f"A lower rate brought {points(slow, adam)} of L2-SP's {points(digits['l2-sp'], adam)} "
+        "points in digits, unseen by validation.\n"
+        f"L2-SP gained {points(spam['l2-sp'], spam['adam'])} in spam, lost "
+        f"{points(sentiment['l2-sp'], sentiment['adam'])} in sentiment.\n"
+        "At tripled rates L2-SP and FTP regained what Adam lost in digits; FTP lost "
+        f"{points(fast_digits['ftp'], fast_digits['adam'], in_distribution)} in distribution.\n"
+        f"In spam they kept {keep(fast_spam['l2-sp'], fast_spam['ftp'])} % of MiniLM's accuracy on "
+        f"sentiment, Adam {keep(fast_spam['adam'])} (at its own rate {keep(spam['adam'])}).\n"
     )
 
 
@@ -129,6 +161,7 @@ def little_data(results: Results) -> str:
 
 TABLES: Mapping[str, Callable[[Results], str]] = {
     "leaders": leaders,
+    "summary": summary,
     **{setting: partial(setting_table, setting) for setting in MAIN},
     "strengths": partial(study, report.forgiving_table),
     "sign test": partial(study, report.sign_table),

@@ -63,6 +63,11 @@ def accuracy_on(test: str) -> Measure:
     return lambda result: 100 * result.accuracy[test]
 
 
+def auc_on(test: str) -> Measure:
+    """Area under the ROC curve of one test set."""
+    return lambda result: result.auc[test]
+
+
 def shifted(result: Result) -> float:
     """Mean accuracy over the shifted test sets, in per cent."""
     return 100 * float(np.mean(list(result.accuracy.values())[1:]))
@@ -71,11 +76,6 @@ def shifted(result: Result) -> float:
 def relative_distance(result: Result) -> float:
     """The encoder's distance from its anchor, relative to the anchor's norm."""
     return result.relative_distance or 0.0
-
-
-def auc_in_distribution(result: Result) -> float:
-    """Area under the ROC curve of the first test set."""
-    return next(iter(result.auc.values()))
 
 
 def auc_shifted(result: Result) -> float:
@@ -171,46 +171,68 @@ def rows(setting: str, fast: bool, results: Results, most: int | None = None) ->
     return made
 
 
-def accuracy_table(setting: str, fast: bool, results: Results) -> list[list[str]]:
-    """One row a method: accuracies in per cent, and the differences to Adam and to L2-SP."""
-    found = rows(setting, fast, results)
-    sets = next((list(row.runs[0].accuracy) for row in found.values()), [])
-    pairs = [(sets[0], in_distribution, "adam")] if sets else []
-    pairs += [("shifted", shifted, "adam"), ("shifted", shifted, "l2-sp")]
-    table = [["method", "rate", "strength", *sets, "shifted"]]
-    table[0] += [f"{what} against {METHODS[other].title}" for what, _, other in pairs]
+def accuracies(found: Mapping[str, Row]) -> dict[str, Measure]:
+    """Accuracy on each test set, and its mean over the shifted ones."""
+    run = next(iter(found.values())).runs[0]
+    return {name: accuracy_on(name) for name in run.accuracy} | {"shifted": shifted}
+
+
+def areas(found: Mapping[str, Row]) -> dict[str, Measure]:
+    """AUC on each test set that has one, and its mean over the shifted ones."""
+    run = next(iter(found.values())).runs[0]
+    return {f"AUC {name}": auc_on(name) for name in run.auc} | {"AUC shifted": auc_shifted}
+
+
+def accuracy_table(found: Mapping[str, Row]) -> list[list[str]]:
+    """One row a method: its choice, and accuracies in per cent."""
+    named = accuracies(found)
+    table = [["method", "rate", "strength", *named]]
     for name, row in found.items():
         cells = [METHODS[name].title, f"{row.choice.rate:g}" if row.choice.rate else ""]
         cells.append(f"{row.choice.strength:g}" if METHODS[name].strength else "")
         if row.diverged:
             cells.append(f"diverged on {row.diverged} of {len(row.runs)} seeds")
         else:
-            cells += [row.of(accuracy_on(each)).text() for each in sets]
-            cells.append(row.of(shifted).text())
-            cells += [gain(row, found, other, measure) for _, measure, other in pairs]
+            cells += [row.of(measure).text() for measure in named.values()]
         table.append(cells)
     return table
 
 
-def other_table(setting: str, fast: bool, results: Results) -> list[list[str]]:
-    """One row a method: AUC, distance, what is kept of another task, and the time of a step."""
-    found = rows(setting, fast, results)
-    keeps = kept(found)
-    head = ["method", "AUC", "AUC shifted", "against Adam", "distance", "pulled back", "ms a step"]
-    table = [[*head, *(["kept", "against Adam"] if keeps else [])]]
+def other_table(found: Mapping[str, Row]) -> list[list[str]]:
+    """One row a method: AUC, distance, the time of a step, and what is kept of another task."""
+    named, keeps = areas(found), kept(found)
+    head = ["method", *named, "distance", "pulled back", "ms a step", *(["kept"] if keeps else [])]
+    table = [head]
     for name, row in found.items():
         if row.diverged:
             continue
-        cells = [METHODS[name].title]
-        cells += [row.of(auc_in_distribution).text(3), row.of(auc_shifted).text(3)]
-        cells.append(gain(row, found, "adam", auc_shifted, 3))
-        cells.append(row.of(relative_distance).text(3))
-        cells.append(row.fired)
         times = [run.step_seconds for run in row.runs if run.step_seconds is not None]
-        cells.append(f"{1000 * float(np.median(times)):.0f}" if times else "")
-        if keeps:
-            cells += [row.of(keeps).text(), gain(row, found, "adam", keeps)]
-        table.append(cells)
+        table.append(
+            [
+                METHODS[name].title,
+                *(row.of(measure).text(3) for measure in named.values()),
+                row.of(relative_distance).text(3),
+                row.fired,
+                f"{1000 * float(np.median(times)):.0f}" if times else "",
+                *([row.of(keeps).text()] if keeps else []),
+            ]
+        )
+    return table
+
+
+def differences_table(found: Mapping[str, Row], other: str) -> list[list[str]]:
+    """One row a method: what it has beyond another one, on the same seeds."""
+    keeps = kept(found)
+    named = accuracies(found) | areas(found) | ({"kept": keeps} if keeps else {})
+    table = [["method", *named]]
+    for name, row in found.items():
+        if name != other and not row.diverged:
+            digits = [3 if what.startswith("AUC") else 1 for what in named]
+            cells = [
+                gain(row, found, other, measure, places)
+                for measure, places in zip(named.values(), digits, strict=True)
+            ]
+            table.append([METHODS[name].title, *cells])
     return table
 
 
@@ -346,9 +368,13 @@ def tables(setting: str, results: Results) -> str:
     """All tables of a setting, as Markdown."""
     parts = []
     for fast, regime in REGIMES.items():
-        if len(table := accuracy_table(setting, fast, results)) > 1:
-            parts += [f"Accuracy, {regime}:\n", markdown(table)]
-            parts += [f"The same runs, {regime}:\n", markdown(other_table(setting, fast, results))]
+        if found := rows(setting, fast, results):
+            parts += [f"Accuracy, {regime}:\n", markdown(accuracy_table(found))]
+            parts += [f"The same runs, {regime}:\n", markdown(other_table(found))]
+            for other in ("adam", "l2-sp"):
+                if other in found and not found[other].diverged:
+                    title = f"Beyond {METHODS[other].title}, {regime}:\n"
+                    parts += [title, markdown(differences_table(found, other))]
     if plan.PLANS[setting].grid_seeds and len(table := forgiving_table(setting, results)) > 1:
         parts += ["Strength times learning rate:\n", markdown(table)]
     if plan.PLANS[setting].sign_seeds and len(table := sign_table(setting, results)) > 1:
@@ -375,6 +401,7 @@ def write_csv(path: Path, results: Iterable[Result]) -> None:
         del row["key"]
         row |= {f"accuracy {name}": share for name, share in run.accuracy.items()}
         row |= {f"auc {name}": area for name, area in run.auc.items()}
+        row |= run.made  # machine, versions and commit
         flat.append(row)
     columns = list(dict.fromkeys(name for row in flat for name in row))
     with path.open("w", newline="") as file:

@@ -221,6 +221,14 @@ def test_jobs_join_what_needs_one_training():
     assert program.jobs([adam, spd, wise], {adam, spd}) == {adam: ["wise-ft"]}
 
 
+def test_quick_has_other_defaults_and_keeps_what_is_given():
+    quick = program.parse(["--quick"])
+    assert {name: getattr(quick, name) for name in program.QUICK} == program.QUICK
+    some = program.parse(["--quick", "--setting", "spam", "--seeds", "2"])
+    assert (some.setting, some.seeds, some.out) == (["spam"], 2, program.QUICK["out"])
+    assert program.parse([]).out == program.RESULTS
+
+
 def test_the_program_makes_what_is_missing(setting, monkeypatch, tmp_path):
     some = ("adam", "spd", "wise-ft")
     made = Plan(1, (1e-2,), {"spd": 1.0}, methods=some, aggressive=some, grid_seeds=1)
@@ -270,14 +278,21 @@ def test_the_tables_hold_the_paired_differences(tiny_plan, monkeypatch):
         for method in (*tiny_plan.methods, "spd-coin"):
             keys = [plan.key_of("tiny", method, seed, fast, {}) for seed in plan.seeds(3)]
             record(results, keys, quality)
-    head, *table = report.accuracy_table("tiny", False, results)
-    spd = next(dict(zip(head, row, strict=True)) for row in table if row[0] == "SPD")
-    assert spd["own"] == "70.0 ± 24.8"
-    assert spd["own against Adam"] == "**+10.0 ± 0.0**"
-    assert spd["shifted against Adam"] == "**+5.0 ± 0.0**"
-    assert spd["shifted against L2-SP"] == "**+2.5 ± 0.0**"
+    found = report.rows("tiny", False, results)
+
+    def spd(table):
+        head, *rows = table
+        return next(dict(zip(head, row, strict=True)) for row in rows if row[0] == "SPD")
+
+    assert spd(report.accuracy_table(found))["own"] == "70.0 ± 24.8"
+    assert spd(report.other_table(found))["AUC other"] == "0.350 ± 0.124"
+    against_adam = spd(report.differences_table(found, "adam"))
+    assert against_adam["own"] == "**+10.0 ± 0.0**"
+    assert against_adam["shifted"] == "**+5.0 ± 0.0**"
+    assert against_adam["AUC own"] == "**+0.100 ± 0.000**"
+    assert spd(report.differences_table(found, "l2-sp"))["other"] == "**+2.5 ± 0.0**"
     text = report.tables("tiny", results)
-    assert text.count("| SPD |") == 6  # four tables, and the sign test at two rates
+    assert text.count("| SPD |") == 10  # four tables at two rates, and the sign test
 
 
 def test_adam_at_other_rates_is_compared_with_the_tuned_methods(tiny_plan):
@@ -375,8 +390,8 @@ def test_pages_show_what_is_recorded(page):
 
 def test_every_table_has_its_place():
     readme, evidence = (pages.PLACE.findall(page.read_text()) for page in pages.PAGES)
-    assert [name for _, name, _ in readme] == ["leaders"]
-    assert {name for _, name, _ in evidence} == set(pages.TABLES)
+    assert [name for _, name, _ in readme] == ["leaders", "summary"]
+    assert {name for _, name, _ in evidence} == set(pages.TABLES) - {"summary"}
 
 
 @pytest.mark.parametrize("name", report.settings(program.recorded(program.RESULTS)))

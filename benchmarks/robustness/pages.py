@@ -56,7 +56,7 @@ def leaders(results: Results) -> str:
         regimes = {f"{like}'s" if like else "tuned": tuned, "tripled": tripled}
         slow = report.adam_at(setting, plan.slower(setting, results), results)
         if slow and slow.against(tuned["adam"], shifted).shown:
-            regimes["lower"] = {**tuned, "adam": slow}
+            regimes = {"lower": {**tuned, "adam": slow}, **regimes}
         for label, found in regimes.items():
             if adam := found.get("adam"):
                 cells = [f"{setting}, {label}"]

@@ -354,8 +354,8 @@ def test_a_setting_that_takes_over_its_choices_is_not_called_tuned(tiny_plan, mo
                 record(results, [key], lambda key: 0.5 + key.rate)
     labels = [line.split(" | ")[0] for line in pages.leaders(results).splitlines()[4:]]
     assert labels == [
-        *("| tiny, tuned", "| tiny, tripled", "| tiny, lower"),
-        *("| other, tiny's", "| other, tripled", "| other, lower"),
+        *("| tiny, lower", "| tiny, tuned", "| tiny, tripled"),
+        *("| other, lower", "| other, tiny's", "| other, tripled"),
     ]
 
 

@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=10, help="at most so many final seeds")
     add("--budget-hours", type=float, default=10.0, help="no run begins that would end later")
     add("--out", type=Path, default=RESULTS, help="folder of the recorded runs")
-    add("--quick", action="store_true", help=f"few runs, into {QUICK['out']}, by other defaults")
+    add("--quick", action="store_true", help=f"other defaults: a few runs, into {QUICK['out']}")
     add("--report", action="store_true", help="run nothing; draw the recorded runs, also in docs")
     return made
 

@@ -171,16 +171,24 @@ def rows(setting: str, fast: bool, results: Results, most: int | None = None) ->
     return made
 
 
+def tested(found: Mapping[str, Row]) -> Result | None:
+    """A run that did not diverge: it has all test sets."""
+    runs = (run for row in found.values() for run in row.runs)
+    return next((run for run in runs if not run.diverged), None)
+
+
 def accuracies(found: Mapping[str, Row]) -> dict[str, Measure]:
     """Accuracy on each test set, and its mean over the shifted ones."""
-    run = next(iter(found.values())).runs[0]
-    return {name: accuracy_on(name) for name in run.accuracy} | {"shifted": shifted}
+    run = tested(found)
+    sets = {name: accuracy_on(name) for name in run.accuracy} if run else {}
+    return sets | {"shifted": shifted}
 
 
 def areas(found: Mapping[str, Row]) -> dict[str, Measure]:
     """AUC on each test set that has one, and its mean over the shifted ones."""
-    run = next(iter(found.values())).runs[0]
-    return {f"AUC {name}": auc_on(name) for name in run.auc} | {"AUC shifted": auc_shifted}
+    run = tested(found)
+    sets = {f"AUC {name}": auc_on(name) for name in run.auc} if run else {}
+    return sets | {"AUC shifted": auc_shifted}
 
 
 def accuracy_table(found: Mapping[str, Row]) -> list[list[str]]:
@@ -223,15 +231,13 @@ def other_table(found: Mapping[str, Row]) -> list[list[str]]:
 def differences_table(found: Mapping[str, Row], other: str) -> list[list[str]]:
     """One row a method: what it has beyond another one, on the same seeds."""
     keeps = kept(found)
-    named = accuracies(found) | areas(found) | ({"kept": keeps} if keeps else {})
+    named = {name: (measure, 1) for name, measure in accuracies(found).items()}
+    named |= {name: (measure, 3) for name, measure in areas(found).items()}
+    named |= {"kept": (keeps, 1)} if keeps else {}
     table = [["method", *named]]
     for name, row in found.items():
         if name != other and not row.diverged:
-            digits = [3 if what.startswith("AUC") else 1 for what in named]
-            cells = [
-                gain(row, found, other, measure, places)
-                for measure, places in zip(named.values(), digits, strict=True)
-            ]
+            cells = [gain(row, found, other, measure, places) for measure, places in named.values()]
             table.append([METHODS[name].title, *cells])
     return table
 
@@ -331,6 +337,14 @@ def adam_at(setting: str, rate: float, results: Results) -> Row | None:
     return row_of("adam", (Key(setting, "adam", seed, rate) for seed in seeds), results)
 
 
+def slower_adam(setting: str, results: Results) -> Row | None:
+    """The row of Adam one rate below its best; None if it is not tuned."""
+    try:
+        return adam_at(setting, plan.slower(setting, results), results)
+    except plan.UndecidedError:
+        return None
+
+
 def rates_table(setting: str, results: Results) -> list[list[str]]:
     """Study (iv): Adam at each of its learning rates, and what the tuned methods have beyond it."""
     beyond = [f"tuned {METHODS[name].title} against it" for name in LEADERS]
@@ -373,7 +387,7 @@ def tables(setting: str, results: Results) -> str:
             parts += [f"The same runs, {regime}:\n", markdown(other_table(found))]
             for other in ("adam", "l2-sp"):
                 if other in found and not found[other].diverged:
-                    title = f"Beyond {METHODS[other].title}, {regime}:\n"
+                    title = f"Difference to {METHODS[other].title}, {regime}:\n"
                     parts += [title, markdown(differences_table(found, other))]
     if plan.PLANS[setting].grid_seeds and len(table := forgiving_table(setting, results)) > 1:
         parts += ["Strength times learning rate:\n", markdown(table)]

@@ -378,7 +378,7 @@ def test_a_page_has_its_tables_drawn_anew(tiny_plan, monkeypatch, tmp_path):
     assert "| SPD | 50.0 | 25.0 | +0.0 ± 0.0 | +0.0 ± 0.0 |" in pages.setting_table("tiny", results)
     figures.write(tmp_path, results)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.png"]
-    with pytest.raises(ValueError, match="no table is named 'leader'"):
+    with pytest.raises(ValueError, match="nothing is named 'leader'"):
         pages.drawn("<!-- evidence: leader -->\n<!-- end -->", results)
 
 
@@ -388,10 +388,19 @@ def test_pages_show_what_is_recorded(page):
     assert page.read_text() == pages.drawn(page.read_text(), results), "run --report"
 
 
-def test_every_table_has_its_place():
+def test_without_runs_every_piece_says_so():
+    recorded = program.recorded(program.RESULTS)
+    for piece in pages.PIECES.values():
+        assert piece({}) == pages.NONE
+    for lacking in ("digits", "sentiment", "spam"):
+        some = {key: run for key, run in recorded.items() if key.setting != lacking}
+        assert pages.summary(some) == pages.NONE
+
+
+def test_every_piece_has_its_place():
     readme, evidence = (pages.PLACE.findall(page.read_text()) for page in pages.PAGES)
     assert [name for _, name, _ in readme] == ["leaders", "summary"]
-    assert {name for _, name, _ in evidence} == set(pages.TABLES) - {"summary"}
+    assert {name for _, name, _ in evidence} == set(pages.PIECES) - {"summary"}
 
 
 @pytest.mark.parametrize("name", report.settings(program.recorded(program.RESULTS)))

@@ -1,7 +1,6 @@
 """Every method under JAX's strict settings, exported with symbolic shapes, and compiled once."""
 
 import contextlib
-import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,15 +20,15 @@ import optax_spd
 
 
 @contextlib.contextmanager
-def ranks_leaks_and_nan() -> Iterator[None]:
-    with jax.numpy_rank_promotion("raise"), jax.checking_leaks(), jax.debug_nans(True):
+def strict(dtypes: bool = True) -> Iterator[None]:
+    """No promotion of ranks and dtypes, no leaked tracers, no NaN."""
+    with (
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict" if dtypes else "standard"),
+        jax.checking_leaks(),
+        jax.debug_nans(True),
+    ):
         yield
-
-
-SETTINGS: dict[str, Callable[[], Any]] = {
-    "dtypes": lambda: jax.numpy_dtype_promotion("strict"),
-    "ranks, leaks and NaN": ranks_leaks_and_nan,
-}
 
 
 def promotes(name: str) -> bool:
@@ -53,20 +52,11 @@ def two_steps(step: Any, tx: Any) -> Any:
     return jax.device_get((params, state))
 
 
-@functools.cache
-def usual_steps(name: str) -> Any:
+@every_method()
+def test_strict_settings_change_nothing(name: str) -> None:
     tx = strict_optimizer(name)
-    return two_steps(jax.jit(step_of(name, tx)), tx)
-
-
-CASES = [(n, s) for n in METHODS for s in SETTINGS if s != "dtypes" or not promotes(n)]
-
-
-@pytest.mark.parametrize(("name", "setting"), CASES)
-def test_strict_settings_change_nothing(name: str, setting: str) -> None:
-    expected = usual_steps(name)
-    tx = strict_optimizer(name)
-    with SETTINGS[setting]():
+    expected = two_steps(jax.jit(step_of(name, tx)), tx)
+    with strict(dtypes=not promotes(name)):
         assert_close(two_steps(jax.jit(step_of(name, tx)), tx), expected)
 
 
@@ -111,10 +101,9 @@ FUNCTIONS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_strict_settings_change_no_function(function: str, setting: str) -> None:
+def test_strict_settings_change_no_function(function: str) -> None:
     expected = FUNCTIONS[function]()
-    with SETTINGS[setting]():
+    with strict():
         found = FUNCTIONS[function]()
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), found, expected)
 

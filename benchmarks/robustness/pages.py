@@ -73,16 +73,9 @@ def leaders(results: Results) -> str:
 
 def summary(results: Results) -> str:
     """The README's paragraph. Its numbers are drawn; who changes the runs has to read its words."""
-    digits, fast_digits, sentiment, spam, fast_spam = (
-        report.rows(setting, fast, results)
-        for setting, fast in (
-            ("digits", False),
-            ("digits", True),
-            ("sentiment", False),
-            ("spam", False),
-            ("spam", True),
-        )
-    )
+    digits, fast_digits = (report.rows("digits", fast, results) for fast in report.REGIMES)
+    spam, fast_spam = (report.rows("spam", fast, results) for fast in report.REGIMES)
+    sentiment = report.rows("sentiment", False, results)
     slow, keeps = report.slower_adam("digits", results), report.kept(spam)
     if not (slow and keeps and fast_digits and sentiment and fast_spam):
         return NONE
